@@ -1,0 +1,148 @@
+"""The nouns that the bus passes around, each frozen. Nothing here reads a file or a clock but `new_request_id`."""
+
+from __future__ import annotations
+
+import enum
+import os
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from bus.runes import MemoryProfile
+
+
+class Phase(enum.StrEnum):
+    """What a call is for. The table in `policy.py` says what each needs and may do."""
+
+    OPEN = "OPEN"
+    ALIGN = "ALIGN"
+    ASCEND = "ASCEND"
+    CLEAR = "CLEAR"
+    SEAL = "SEAL"
+
+
+class Permission(enum.StrEnum):
+    """What an overlay may ask for at all."""
+
+    ANALYSIS = "analysis"
+    EXEC = "exec"
+
+
+@dataclass(frozen=True, slots=True)
+class Degradation:
+    """What a manifest adds when its rune's degradation applies."""
+
+    max_fraction: float | None = None
+    disable_nonessential: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Capability:
+    """One callable thing. Exactly one of `argv` (runner `proc`) and `url` (runner `http`) is set."""
+
+    name: str
+    runner: str
+    timeout_s: float
+    phases: tuple[Phase, ...]
+    memory: MemoryProfile
+    description: str = ""
+    argv: tuple[str, ...] = ()
+    url: str = ""
+    method: str = "POST"
+    input_schema: Mapping[str, Any] | None = None
+    output_schema: Mapping[str, Any] | None = None
+    degradation: Degradation = Degradation()
+    concurrency: int | None = None
+    cost_cents: float = 0.0
+    idempotent: bool = False
+    read_paths: tuple[str, ...] = ()
+    write_paths: tuple[str, ...] = ()
+    network: bool | tuple[int, ...] = True
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """An overlay as the rest of the code sees it, whichever shape its manifest had.
+
+    `folder` is resolved. `manifest_hash` is the SHA-256 of the file's bytes. `op_policy` maps an `op` of the payload to
+    the permissions it needs; None where the manifest has none. `warnings` are for people.
+    """
+
+    name: str
+    version: str
+    shape: Literal["A", "B", "native"]
+    folder: Path
+    manifest_hash: str
+    phases: tuple[Phase, ...]
+    permissions: frozenset[Permission]
+    capabilities: Mapping[str, Capability]
+    description: str = ""
+    status: str = "active"
+    op_policy: Mapping[str, tuple[str, ...]] | None = None
+    deterministic: bool = False
+    cacheable: bool = False
+    requires_auth: bool = False
+    env: tuple[str, ...] = ()
+    secrets: tuple[str, ...] = ()
+    stdin: Literal["file", "pipe"] = "file"
+    mode: Literal["auto", "spawn", "fork"] = "auto"
+    resources: Mapping[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayOf:
+    """What a replay takes over from the line it runs again, so that the overlay sees the same envelope."""
+
+    seq: int
+    request_id: str
+    run_id: str
+    timestamp_ms: int
+    prev_size: int
+    environment_hash: str
+    memory: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Invocation:
+    """One request, read and checked for form.
+
+    `received` and the deadline made from it are seconds on the `time.monotonic` clock. `capability` is None where the
+    caller named none. `seed` takes the place of the request id in the run id.
+    """
+
+    request_id: str
+    timestamp_ms: int
+    received: float
+    overlay: str
+    phase: Phase
+    payload: Mapping[str, Any]
+    capability: str | None = None
+    profile: str | None = None
+    seed: str | int | None = None
+    session: str | None = None
+    timeout_ms: int | None = None
+    caller: str | None = None
+    replay_of: ReplayOf | None = None
+
+
+Record = dict[str, Any]
+"""One line of the ledger, as `schemas/record.schema.json` has it."""
+
+
+def now_ms() -> int:
+    """Milliseconds since the epoch."""
+    return time.time_ns() // 1_000_000
+
+
+def new_request_id() -> str:
+    """A UUIDv7 (RFC 9562 section 5.7): 48 bits of milliseconds, then randomness; sorts by time."""
+    raw = bytearray(now_ms().to_bytes(6) + os.urandom(10))
+    raw[6] = 0x70 | raw[6] & 0x0F
+    raw[8] = 0x80 | raw[8] & 0x3F
+    text = raw.hex()
+    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"

@@ -1,0 +1,182 @@
+"""The ground floor: what a runner is given, what it gives back, and how JSON text is read.
+
+An overlay's failure is a value here. Whatever a started process or a called service does (crash, flood, hang, lie),
+`Runner.run` returns an `Outcome` with a code; only cancellation passes through, after everything started was killed.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+MAX_DEPTH = 64
+"""How many objects and arrays JSON may nest. Deeper text is refused before anything walks it."""
+
+
+class Code(enum.StrEnum):
+    """The codes of what can go wrong at an overlay. `schemas/error_catalog.json` explains each."""
+
+    OK = "OK"
+    FAILED = "ERR_OVERLAY_FAILED"
+    START = "ERR_OVERLAY_START"
+    CRASH = "ERR_OVERLAY_CRASH"
+    PROTOCOL = "ERR_OVERLAY_PROTOCOL"
+    OUTPUT_TOO_LARGE = "ERR_OUTPUT_TOO_LARGE"
+    TIMEOUT = "ERR_TIMEOUT"
+    CANCELLED = "ERR_CANCELLED"
+    UNREACHABLE = "ERR_HTTP_UNREACHABLE"
+    HTTP_STATUS = "ERR_HTTP_STATUS"
+
+
+@dataclass(frozen=True, slots=True)
+class Rights:
+    """What the kernel lets one call do. `read` and `write_paths` are absolute paths beyond the built-in ones."""
+
+    write: bool = False
+    network: bool = False
+    exec: bool = False
+    read_paths: tuple[str, ...] = ()
+    write_paths: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessTarget:
+    """A program to start. `argv[0]` is looked up on the PATH of `env`; `stdin="file"` gives the envelope as a memfd."""
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    stdin: Literal["file", "pipe"] = "file"
+
+
+@dataclass(frozen=True, slots=True)
+class HttpTarget:
+    """A service to call. GET sends `query` and no body; every other method sends the envelope as its JSON body."""
+
+    url: str
+    method: str = "POST"
+    query: Mapping[str, str] = field(default_factory=dict)
+    repeatable: bool = False
+    """True where sending twice does no harm (idempotent or deterministic capability)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """An admitted invocation, as a runner gets it. `deadline` is in seconds on the `time.monotonic` clock."""
+
+    request_id: str
+    overlay: str
+    capability: str
+    phase: str
+    folder: Path
+    target: ProcessTarget | HttpTarget
+    envelope: bytes
+    rights: Rights
+    deadline: float
+    hard_mb: int
+    max_output_bytes: int
+    max_log_bytes: int = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a job.
+
+    A runner leaves in `result` the JSON value that the overlay sent, not yet opened as a protocol reply. `exit_code` is
+    negative for a signal, as in `subprocess`. `log` is the overlay's stderr (and noise before its reply), capped.
+    """
+
+    code: str = Code.OK
+    result: Any = None
+    error: str | None = None
+    exit_code: int | None = None
+    cpu_ms: float | None = None
+    peak_mb: float | None = None
+    log: str = ""
+    retryable: bool | None = None
+    """None where the error catalogue decides."""
+    cost_cents: float | None = None
+    side_effects: tuple[Any, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        return self.code == Code.OK
+
+    @property
+    def status(self) -> Literal["success", "failure", "partial"]:
+        """`partial`: it failed, and yet left a result."""
+        if self.ok:
+            return "success"
+        return "failure" if self.result is None else "partial"
+
+
+class Runner(Protocol):
+    """One way to carry a job to an overlay. The name is what manifests call it by: `proc` or `http`."""
+
+    name: str
+
+    async def run(self, job: Job) -> Outcome:
+        """Run to the end or to `job.deadline`. Raises nothing but `asyncio.CancelledError`, with all it started ended."""
+
+    async def close(self) -> None:
+        """End all that still runs and let go of pooled resources."""
+
+
+class JsonError(ValueError):
+    """Text that is not JSON as RFC 8259 has it, or that says one thing twice."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise JsonError(f"the key {twice!r} stands twice in one object")
+    return members
+
+
+def _constant(name: str) -> Any:  # noqa: ANN401
+    raise JsonError(f"{name} is not a JSON value")
+
+
+_decoder = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
+
+
+def parse_json(text: bytes) -> Any:  # noqa: ANN401
+    """Read UTF-8 JSON text strictly: no NaN or Infinity, no duplicate keys, at most `MAX_DEPTH` levels.
+
+    Raises `JsonError`, whose message says what and where.
+    """
+    try:
+        value = _decoder.decode(text.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise JsonError(f"byte {error.start} is not UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise JsonError(f"{error.msg} at line {error.lineno} column {error.colno}") from None
+    except RecursionError:
+        raise JsonError(f"nested deeper than {MAX_DEPTH} levels") from None
+    except ValueError as error:
+        raise error if isinstance(error, JsonError) else JsonError(str(error)) from None
+    if text.count(b"{") + text.count(b"[") > MAX_DEPTH and _too_deep(value):
+        raise JsonError(f"nested deeper than {MAX_DEPTH} levels")
+    return value
+
+
+def _too_deep(value: Any) -> bool:  # noqa: ANN401
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            child
+            for node in level
+            if isinstance(node, dict | list)
+            for child in (node.values() if isinstance(node, dict) else node)
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return False
+    return True
