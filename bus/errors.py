@@ -16,13 +16,13 @@ Every code's category, HTTP status, message and suggested actions stand in `sche
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from bus import resources
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,11 @@ class Fault:
         return f"{self.path}: found {self.found}, allowed: {self.allowed}"
 
 
+def say(faults: Iterable[Fault]) -> str:
+    """Faults as one line for people."""
+    return "; ".join(map(str, faults))
+
+
 class BusError(Exception):
     """A refusal. `detail` names the thing, the value found and what is allowed.
 
@@ -91,6 +96,20 @@ class BusError(Exception):
         self.faults = tuple(faults)
         self.hint = hint or self.entry.hint
         self.retry_after_s = retry_after_s
+
+    def body(self) -> dict[str, Any]:
+        """The error for a program: what every error answer of the HTTP side has, and `--json` on the command line."""
+        return {
+            "ok": False,
+            "error": self.detail,
+            "code": self.code,
+            "category": self.entry.category,
+            "message": self.entry.message,
+            "detail": self.detail,
+            "hint": self.hint,
+            "retryable": self.entry.retryable,
+            "faults": [asdict(fault) for fault in self.faults],
+        }
 
 
 class RequestError(BusError):

@@ -95,10 +95,9 @@ class Manifest:
 
 
 @dataclass(frozen=True, slots=True)
-class ReplayOf:
-    """What a replay takes over from the line it runs again, so that the overlay sees the same envelope."""
+class Told:
+    """What an overlay is told of its call beside the payload. `memory` is the envelope's memory block."""
 
-    seq: int
     request_id: str
     run_id: str
     timestamp_ms: int
@@ -108,11 +107,20 @@ class ReplayOf:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplayOf:
+    """The line that a replay runs again, and what its overlay was told, so that it is told the same."""
+
+    seq: int
+    told: Told
+
+
+@dataclass(frozen=True, slots=True)
 class Invocation:
     """One request, read and checked for form.
 
     `received` and the deadline made from it are seconds on the `time.monotonic` clock. `capability` is None where the
-    caller named none. `seed` takes the place of the request id in the run id.
+    caller named none. `payload_json` is the payload's canonical form (RFC 8785). `seed` takes the place of the request
+    id in the run id.
     """
 
     request_id: str
@@ -121,6 +129,7 @@ class Invocation:
     overlay: str
     phase: Phase
     payload: Mapping[str, Any]
+    payload_json: bytes
     capability: str | None = None
     profile: str | None = None
     seed: str | int | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 import orjson
@@ -24,3 +25,12 @@ def load_json(name: str) -> dict[str, object]:
     """A shipped JSON file, read once. Treat it as read-only."""
     loaded: dict[str, object] = orjson.loads(path(name).read_bytes())
     return loaded
+
+
+@cache
+def version() -> str:
+    """The installed version; a checkout that was never installed says so."""
+    try:
+        return metadata.version("aal-core")
+    except metadata.PackageNotFoundError:
+        return "0+uninstalled"

@@ -1,0 +1,198 @@
+"""Reading the ledger: one line, the last lines, all lines; and verifying the whole chain.
+
+These functions take no part in writing and work while others write: a line without its newline is simply not yet one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, BinaryIO
+
+from bus.errors import NotFoundError
+from bus.records import GENESIS, BrokenLineError, check, parse, parse_or_none
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator
+    from pathlib import Path
+
+    from bus.model import Record
+    from bus.records import FaultKind
+
+_BLOCK = 1 << 16
+_LARGEST_BLOCK = 1 << 23
+_PROGRESS_LINES = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What `verify` found: the good lines from the first on, the hash of the last of them, and what ended them."""
+
+    lines: int
+    head_hash: str
+    first_bad: int | None = None
+    fault: FaultKind | None = None
+    reason: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.first_bad is None
+
+
+def read_line(path: Path, seq: int) -> Record:
+    """Line `seq`. Raises `NotFoundError` where there is none, `BrokenLineError` where it is not what was written."""
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        line = _seek_line(file, seq) if seq > 0 else b""
+        if line.endswith(b"\n"):
+            return check(line, seq)
+    raise NotFoundError("ERR_NOT_FOUND", f"the ledger has no line {seq}")
+
+
+def iter_lines(path: Path, start: int = 1) -> Iterator[Record]:
+    """The records from line `start` on that are whole now. Raises `BrokenLineError` at one that is not JSON."""
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        line = _seek_line(file, start)
+        while line.endswith(b"\n"):
+            yield parse(line)
+            line = file.readline()
+
+
+def tail(
+    path: Path,
+    limit: int,
+    *,
+    overlay: str | None = None,
+    ok: bool | None = None,
+    since_ms: int | None = None,
+    types: Collection[str] | None = None,
+) -> list[Record]:
+    """The last `limit` records that fit, oldest first. Lines that are not JSON are passed over: `verify` names them."""
+    found: list[Record] = []
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        lines = lines_backwards(file.fileno(), end_of_lines(file.fileno(), _size(file)))
+        while len(found) < limit and (line := next(lines, None)) is not None:
+            record = parse_or_none(line)
+            if record is not None and _fits(record, overlay, ok, since_ms, types):
+                found.append(record)
+    return found[::-1]
+
+
+def _fits(
+    record: Record, overlay: str | None, ok: bool | None, since_ms: int | None, types: Collection[str] | None
+) -> bool:
+    return (
+        (overlay is None or record.get("overlay") == overlay)
+        and (ok is None or record.get("ok") is ok)
+        and (since_ms is None or record.get("timestamp_ms", 0) >= since_ms)
+        and (types is None or record.get("type") in types)
+    )
+
+
+def verify(path: Path, progress: Callable[[int], None] | None = None) -> VerifyReport:
+    """Check every line: its JSON, hash, number, and that it names the line before. Stops at the first that is bad.
+
+    `progress` is called with the number of good lines now and then. Raises `NotFoundError` without a ledger.
+    """
+    seq, prev = 0, GENESIS
+    try:
+        with path.open("rb") as file:
+            for line in _lines_until(file, _size_at_rest(path, file)):
+                prev = check(line, seq + 1, prev)["hash"]
+                seq += 1
+                if progress and seq % _PROGRESS_LINES == 0:
+                    progress(seq)
+    except FileNotFoundError:
+        raise NotFoundError("ERR_NOT_FOUND", f"there is no ledger {path}") from None
+    except BrokenLineError as error:
+        return VerifyReport(seq, prev, seq + 1, error.fault, error.detail)
+    return VerifyReport(seq, prev)
+
+
+def _size(file: BinaryIO) -> int:
+    return os.fstat(file.fileno()).st_size
+
+
+def _size_at_rest(path: Path, file: BinaryIO) -> int:
+    """The file's size while nobody writes; a reader that may not open the lock takes it as it is."""
+    try:
+        lock = os.open(lock_path(path), os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return _size(file)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        return _size(file)
+    finally:
+        os.close(lock)
+
+
+def _lines_until(file: BinaryIO, size: int) -> Iterator[bytes]:
+    """The lines of the file's first `size` bytes; the last may lack its newline."""
+    while size > 0 and (line := file.readline(size)):
+        size -= len(line)
+        yield line
+
+
+def _seek_line(file: BinaryIO, seq: int) -> bytes:
+    """Line `seq`, counted in newlines from the start, with the file left behind it; `b""` where there is none."""
+    missing, position = seq - 1, 0
+    while missing > 0:
+        block = file.read(_LARGEST_BLOCK)
+        if not block:
+            return b""
+        count = block.count(b"\n")
+        if count >= missing:
+            position += _nth_newline(block, missing) + 1
+            break
+        missing -= count
+        position += len(block)
+    file.seek(position)
+    return file.readline()
+
+
+def _nth_newline(block: bytes, n: int) -> int:
+    index = -1
+    for _ in range(n):
+        index = block.index(b"\n", index + 1)
+    return index
+
+
+def _blocks_backwards(fd: int, end: int) -> Iterator[tuple[int, bytes]]:
+    """The bytes before `end` in blocks, the last first, each with its offset. They grow, for the sake of long lines."""
+    length = _BLOCK
+    while end > 0:
+        start = max(0, end - length)
+        yield start, os.pread(fd, end - start, start)
+        end = start
+        length = min(2 * length, _LARGEST_BLOCK)
+
+
+def end_of_lines(fd: int, size: int) -> int:
+    """The offset behind the last newline before `size`; 0 where there is none."""
+    for start, block in _blocks_backwards(fd, size):
+        index = block.rfind(b"\n")
+        if index >= 0:
+            return start + index + 1
+    return 0
+
+
+def lines_backwards(fd: int, end: int) -> Iterator[bytes]:
+    """The lines before `end`, which is behind a newline, the last first, each with its newline."""
+    later: list[bytes] = []  # the pieces of a line whose start is not read yet, the last first
+    for _, block in _blocks_backwards(fd, end):
+        stop = len(block)
+        while True:
+            index = block.rfind(b"\n", 0, stop if later else stop - 1)
+            later.append(block[index + 1 : stop])
+            if index < 0:
+                break
+            yield b"".join(reversed(later))
+            later.clear()
+            stop = index + 1
+    if later:
+        yield b"".join(reversed(later))
+
+
+def lock_path(path: Path) -> Path:
+    return path.with_suffix(".lock")

@@ -1,0 +1,156 @@
+"""What a line of the ledger is: a record as canonical JSON, and the hash that holds it.
+
+The hash of a line is the SHA-256 of the line's bytes, without the newline and without the member `"hash":"<64 hex>",`
+at its first occurrence. A reader needs no re-serialising, and the first occurrence is always the record's own: keys are
+sorted, so only members whose names sort before `hash` stand before it; inside a string every quote is escaped, so
+no text can look like the member; and `draft` refuses a record in which an object before it holds a key `hash`.
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import orjson
+
+from bus import resources
+from bus.canonical import canonical, sha256_hex
+from bus.errors import OperatorError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from bus.model import Record
+
+VERSION = 1
+GENESIS = "0" * 64
+"""`prev` of line 1."""
+
+_GIT_TIMEOUT_S = 2
+
+FaultKind = Literal["torn", "json", "hash", "seq", "chain"]
+
+
+class BrokenLineError(OperatorError):
+    """A line is not what was written: `fault` is what kind of thing is wrong with it, `detail` says it in words."""
+
+    def __init__(self, fault: FaultKind, detail: str) -> None:
+        super().__init__("ERR_LEDGER_BROKEN", detail)
+        self.fault = fault
+
+
+# A byte that no canonical JSON holds marks where the writer puts what it alone knows.
+_HOLE = orjson.Fragment(b"\x00")
+_HOLES: Mapping[str, Any] = {"v": VERSION, "seq": _HOLE, "prev": _HOLE, "hash": _HOLE}
+_CALL: Mapping[str, Any] = dict.fromkeys((
+    "type", "timestamp_ms", "request_id", "run_id", "caller", "overlay", "version", "manifest_hash", "code_hash",
+    "capability", "phase", "runner", "payload_hash", "result_hash", "ok", "code", "error", "exit_code", "duration_ms",
+    "queue_ms", "cpu_ms", "memory", "sandbox", "deterministic", "seed", "environment_hash", "prev_size", "cost_cents",
+    "replay_of", "session", "profile", "timeout_ms",
+))  # fmt: skip
+_STORED = frozenset({"payload", "result"})
+_HASH_MEMBER = b'"hash":'
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A record's canonical bytes in four pieces: hash, prev and seq go between them."""
+
+    to_hash: bytes
+    to_prev: bytes
+    to_seq: bytes
+    rest: bytes
+    environment_hash: str | None = None
+
+    def line(self, seq: int, prev: str) -> tuple[bytes, str]:
+        """The line with its newline, and its hash."""
+        after = b'%b"%b"%b%d%b' % (self.to_prev, prev.encode(), self.to_seq, seq, self.rest)
+        hash_ = sha256_hex(self.to_hash + after)
+        return b'%b"hash":"%b",%b\n' % (self.to_hash, hash_.encode(), after), hash_
+
+
+def draft(members: Mapping[str, Any]) -> Draft:
+    """Raises `CanonicalError` (a `ValueError`) for what is not JSON."""
+    text = canonical({**members, **_HOLES})
+    try:
+        to_hash, to_prev, to_seq, rest = text.split(b"\x00")
+    except ValueError:
+        raise ValueError("a fragment in the record is not canonical JSON: it holds a NUL byte") from None
+    to_hash = to_hash.removesuffix(_HASH_MEMBER)
+    if _HASH_MEMBER in to_hash:
+        raise ValueError("an object before the member hash holds a key of that name")
+    return Draft(to_hash, to_prev[1:], to_seq, rest, members.get("environment_hash"))
+
+
+def draft_call(record: Record) -> Draft:
+    members = {**_CALL, **record}
+    if len(members) > len(_CALL) and (unknown := record.keys() - _CALL.keys() - _STORED):
+        raise ValueError(f"a record has no member {', '.join(sorted(unknown))}")
+    return draft(members)
+
+
+def environment_hash(environment: Mapping[str, Any]) -> str:
+    """What records name an environment by."""
+    return sha256_hex(canonical(dict(environment)))
+
+
+def collect_environment(folder: Path) -> dict[str, Any]:
+    """What all calls run in: interpreter, kernel, git commit of `folder`, version of the bus. Never fails."""
+    return {
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "platform": f"{platform.system()} {platform.release()}",
+        "machine": platform.machine(),
+        "git_commit": _git_commit(folder),
+        "bus_version": resources.version(),
+    }
+
+
+def _git_commit(folder: Path) -> str | None:
+    command = ["git", "-C", str(folder), "rev-parse", "--verify", "--quiet", "HEAD"]
+    try:
+        ran = subprocess.run(command, capture_output=True, check=True, stdin=subprocess.DEVNULL, timeout=_GIT_TIMEOUT_S)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return ran.stdout.decode("ascii", "replace").strip() or None
+
+
+def check(line: bytes, seq: int | None = None, prev: str | None = None) -> Record:
+    """The record of a line, as far as asked for in its place. Raises `BrokenLineError`."""
+    if not line.endswith(b"\n"):
+        raise BrokenLineError("torn", "the last line has no end: its write was cut off")
+    record = parse(line)
+    hash_ = _hash_of(line)
+    if hash_ is None or record.get("hash") != hash_:
+        raise BrokenLineError("hash", "its bytes do not have the hash that it holds")
+    if type(record.get("seq")) is not int or seq not in (None, record["seq"]):
+        raise BrokenLineError("seq", f"it is line {seq or 'N'} and says seq {record.get('seq')}")
+    if prev is not None and record.get("prev") != prev:
+        raise BrokenLineError("chain", f"prev is {record.get('prev')}, and the line before has the hash {prev}")
+    return record
+
+
+def _hash_of(line: bytes) -> str | None:
+    """The hash of a line that ends with a newline; None where it has no member `hash` as one is written."""
+    start = line.find(b'"hash":"')
+    end = start + 74
+    if start < 0 or line[end - 2 : end] != b'",':
+        return None
+    return sha256_hex(line[:start] + line[end:-1])
+
+
+def parse(line: bytes) -> Record:
+    record = parse_or_none(line)
+    if record is None:
+        raise BrokenLineError("json", "it is not a JSON object")
+    return record
+
+
+def parse_or_none(line: bytes) -> Record | None:
+    try:
+        record = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return None
+    return record if isinstance(record, dict) else None
