@@ -98,6 +98,9 @@ class Outcome:
     cpu_ms: float | None = None
     peak_mb: float | None = None
     log: str = ""
+    output_bytes: int = 0
+    replied: bool = False
+    """True where `ok`, `code` and `error` are the overlay's own words, from a protocol reply."""
     retryable: bool | None = None
     """None where the error catalogue decides."""
     cost_cents: float | None = None
@@ -121,7 +124,10 @@ class Runner(Protocol):
     name: str
 
     async def run(self, job: Job) -> Outcome:
-        """Run to the end or to `job.deadline`. Raises nothing but `asyncio.CancelledError`, with all it started ended."""
+        """Run to the end or to `job.deadline`.
+
+        Raises nothing but `asyncio.CancelledError`, and that only after all it started has ended.
+        """
 
     async def close(self) -> None:
         """End all that still runs and let go of pooled resources."""

@@ -2,9 +2,50 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+from typing import TYPE_CHECKING
+
 import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+from tests.support import settings_in
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from bus.settings import Settings
 
 
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """Settings of an empty working folder."""
+    return settings_in(tmp_path)
+
+
+@pytest.fixture
+def bound_by_modes() -> Iterator[None]:
+    """Root stands above the modes of files by two capabilities; this takes them from the thread for one test.
+
+    The structures are those of capget(2), version 3; threads that the test starts inherit the loss.
+    """
+    if os.geteuid() != 0:
+        yield
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    sets = (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, sets) == 0
+    effective = sets[0]
+    sets[0] = effective & ~(1 << 1 | 1 << 2)  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    assert libc.capset(header, sets) == 0
+    yield
+    sets[0] = effective
+    assert libc.capset(header, sets) == 0

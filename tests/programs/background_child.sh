@@ -1,0 +1,4 @@
+#!/bin/bash
+# Leaves a child of its own group behind, which holds stdout; says its pid.
+sleep 1000 &
+echo "{\"ok\":true,\"result\":{\"child\":$!}}"

@@ -1,0 +1,3 @@
+#!/bin/sh
+# Says one thing twice.
+echo '{"ok":true,"ok":false}'

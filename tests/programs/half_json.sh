@@ -1,0 +1,3 @@
+#!/bin/sh
+# Stops in the middle of its reply.
+printf '{"ok":true,"result":[1,2'

@@ -1,0 +1,3 @@
+#!/bin/sh
+# Answers without a look at its envelope.
+echo '{"ok":true,"result":"unread"}'

@@ -1,0 +1,500 @@
+"""Services that refuse, hang, redirect, break off or lie: each gets an outcome with a code."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gzip
+import json
+import socket
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from aiohttp import ThreadedResolver, web
+
+from runners import http
+from runners.base import Code, HttpTarget
+from runners.http import HttpRunner
+from tests import programs
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+
+    from runners.base import Outcome
+
+PATIENCE = 200
+"""Turns of the event loop that closed connections may take to be gone."""
+
+OK_ANSWER = b'HTTP/1.1 200 OK\r\nContent-Length: 11\r\n\r\n{"ok":true}'
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(("asyncio", {}), id="asyncio"),
+        pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop"),
+    ],
+)
+def anyio_backend(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+async def nothing_left() -> AsyncIterator[None]:
+    before = programs.held()
+    yield
+    for _ in range(PATIENCE):
+        if programs.held() == before:
+            break
+        await asyncio.sleep(0)
+    assert programs.held() == before
+
+
+@pytest.fixture(autouse=True)
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "RETRY_WAITS_S", (0.0, 0.0))
+
+
+@pytest.fixture
+async def runner(nothing_left: None) -> AsyncIterator[HttpRunner]:
+    runner = HttpRunner()
+    yield runner
+    await runner.close()
+
+
+@contextlib.asynccontextmanager
+async def service(handle: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> AsyncIterator[str]:
+    """A service that answers every address and method with `handle`; its base URL."""
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", handle)
+    server = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0)
+    await server.setup()
+    await web.TCPSite(server, "127.0.0.1", 0).start()
+    try:
+        yield f"http://127.0.0.1:{server.addresses[0][1]}"
+    finally:
+        await server.cleanup()
+
+
+class RawService:
+    """A service that answers its n-th connection with the n-th bytes, or the last ones, and closes it then."""
+
+    def __init__(self, *answers: bytes) -> None:
+        self.answers = list(answers)
+        self.requests: list[bytes] = []
+
+    async def start(self, listener: socket.socket) -> None:
+        self._server = await asyncio.start_server(self._handle, sock=listener)
+        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}/run"
+
+    async def __aenter__(self) -> RawService:
+        await self.start(socket.create_server(("127.0.0.1", 0)))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        await self._server.wait_closed()
+
+    async def _handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = int(head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0] or 0)
+        self.requests.append(head + await reader.readexactly(length))
+        writer.write(self.answers[min(len(self.requests), len(self.answers)) - 1])
+        await writer.drain()
+        writer.close()
+        await writer.wait_closed()
+
+
+def answering(
+    body: str | bytes, status: int = 200, headers: dict[str, str] | None = None
+) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    async def handle(_: web.Request) -> web.StreamResponse:
+        raw = body.encode() if isinstance(body, str) else body
+        return web.Response(body=raw, status=status, headers={"Content-Type": "application/json", **(headers or {})})
+
+    return handle
+
+
+def error_of(outcome: Outcome) -> str:
+    assert outcome.error is not None
+    return outcome.error
+
+
+# What is sent
+
+
+async def test_a_post_sends_the_envelope_as_json_with_the_request_id(runner: HttpRunner) -> None:
+    async def handle(request: web.Request) -> web.Response:
+        names = ("Content-Type", "X-Request-Id", "Cookie")
+        return web.json_response({"body": await request.json(), **{name: request.headers.get(name) for name in names}},
+                                 headers={"Set-Cookie": "session=1"})  # fmt: skip
+
+    async with service(handle) as url:
+        job = programs.make_job(HttpTarget(url), {"n": 1})
+        first = await runner.run(job)
+        second = await runner.run(job)
+    assert first.result == second.result
+    assert first.result == {
+        "body": {"payload": {"n": 1}},
+        "Content-Type": "application/json",
+        "X-Request-Id": job.request_id,
+        "Cookie": None,
+    }
+
+
+async def test_a_get_sends_the_query_beside_that_of_its_address_and_no_body(runner: HttpRunner) -> None:
+    async def handle(request: web.Request) -> web.Response:
+        return web.json_response([request.method, dict(request.query), await request.text()])
+
+    async with service(handle) as url:
+        target = HttpTarget(f"{url}/ping?key=1", "GET", {"text": "a&b=č"})
+        outcome = await runner.run(programs.make_job(target))
+    assert outcome.result == ["GET", {"key": "1", "text": "a&b=č"}, ""]
+
+
+async def test_calls_share_a_connection(runner: HttpRunner) -> None:
+    async def handle(request: web.Request) -> web.Response:
+        assert request.transport is not None
+        return web.json_response(request.transport.get_extra_info("peername")[1])
+
+    async with service(handle) as url:
+        ports = {(await runner.run(programs.make_job(HttpTarget(url)))).result for _ in range(5)}
+    assert len(ports) == 1
+
+
+async def test_proxies_of_the_environment_are_not_used(runner: HttpRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    async with service(answering("1")) as url:
+        assert (await runner.run(programs.make_job(HttpTarget(url)))).result == 1
+
+
+# What comes back
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        ({"error": "no such model"}, "no such model"),
+        ({"detail": "not found"}, "not found"),
+        ({"error": {"message": "bad key", "type": "auth"}}, "bad key"),
+        ({"detail": [{"loc": ["body"]}]}, "HTTP 404 Not Found"),
+        (["odd"], "HTTP 404 Not Found"),
+        ("gone", "gone"),
+    ],
+)
+async def test_a_4xx_without_ok_is_a_reply_that_says_no(runner: HttpRunner, body: Any, error: str) -> None:
+    async with service(answering(json.dumps(body), 404)) as url:
+        outcome = await runner.run(programs.make_job(HttpTarget(url)))
+    assert outcome.code is Code.OK
+    assert outcome.result == {"ok": False, "error": error, "result": body}
+
+
+async def test_a_4xx_with_ok_is_the_reply_itself(runner: HttpRunner) -> None:
+    async with service(answering('{"ok":false,"error":"no","code":"ERR_MINE"}', 422)) as url:
+        outcome = await runner.run(programs.make_job(HttpTarget(url)))
+    assert outcome.result == {"ok": False, "error": "no", "code": "ERR_MINE"}
+
+
+async def test_a_4xx_that_is_not_json_names_its_status(runner: HttpRunner) -> None:
+    async with service(answering("<h1>lost</h1>", 404)) as url:
+        outcome = await runner.run(programs.make_job(HttpTarget(url)))
+    assert outcome.code is Code.PROTOCOL
+    assert "HTTP 404 Not Found" in error_of(outcome)
+    assert "<h1>lost</h1>" in error_of(outcome)
+
+
+@pytest.mark.parametrize("status", [304, 500, 503])
+async def test_another_status_is_an_error_of_the_service(runner: HttpRunner, status: int) -> None:
+    async with service(answering("" if status == 304 else '{"ok":true}', status)) as url:
+        outcome = await runner.run(programs.make_job(HttpTarget(url)))
+    assert outcome.code is Code.HTTP_STATUS
+    assert f"HTTP {status}" in error_of(outcome)
+    assert outcome.result is None
+    assert outcome.log == ("" if status == 304 else '{"ok":true}')
+
+
+async def test_an_empty_answer_is_told_as_nothing(runner: HttpRunner) -> None:
+    async with service(answering("", 204)) as url:
+        outcome = await runner.run(programs.make_job(HttpTarget(url)))
+    assert outcome.code is Code.PROTOCOL
+    assert error_of(outcome).endswith("answered HTTP 204 No Content and nothing")
+
+
+async def test_a_compressed_answer_is_opened(runner: HttpRunner) -> None:
+    async with service(answering(gzip.compress(b'{"ok":true}'), headers={"Content-Encoding": "gzip"})) as url:
+        outcome = await runner.run(programs.make_job(HttpTarget(url)))
+    assert outcome.result == {"ok": True}
+
+
+async def test_the_cap_holds_for_what_a_compressed_answer_unfolds_to(runner: HttpRunner) -> None:
+    bomb = gzip.compress(b"0" * 2**26)
+    async with service(answering(bomb, headers={"Content-Encoding": "gzip"})) as url:
+        outcome = await runner.run(programs.make_job(HttpTarget(url), max_output_bytes=2**20))
+    assert len(bomb) < 2**20
+    assert outcome.code is Code.OUTPUT_TOO_LARGE
+
+
+async def test_an_answer_that_cannot_be_decompressed_is_a_broken_protocol(runner: HttpRunner) -> None:
+    async with service(answering(b"plain", headers={"Content-Encoding": "gzip"})) as url:
+        outcome = await runner.run(programs.make_job(HttpTarget(url)))
+    assert outcome.code is Code.PROTOCOL
+    assert "decompressed" in error_of(outcome)
+
+
+async def test_what_is_not_http_is_a_broken_protocol(runner: HttpRunner) -> None:
+    async with RawService(b"SSH-2.0-OpenSSH_9.6\r\n") as raw:
+        outcome = await runner.run(programs.make_job(HttpTarget(raw.url)))
+    assert outcome.code is Code.PROTOCOL
+    assert "not HTTP" in error_of(outcome)
+
+
+# Redirects
+
+
+def redirecting(status: int, location: str, hops: int = 1) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    """Redirects from /0 to /1 and so on, `hops` times, then echoes the method and the body."""
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        hop = int(request.path.rpartition("/")[2])
+        if hop < hops:
+            return web.Response(status=status, headers={"Location": location.format(hop + 1)})
+        return web.json_response([request.method, await request.text(), dict(request.query)])
+
+    return handle
+
+
+@pytest.mark.parametrize("status", [307, 308])
+async def test_a_redirect_within_the_service_that_keeps_the_method_is_followed(runner: HttpRunner, status: int) -> None:
+    async with service(redirecting(status, "/there/{}", hops=3)) as url:
+        job = programs.make_job(HttpTarget(f"{url}/0"), {"n": 1})
+        outcome = await runner.run(job)
+    assert outcome.result == ["POST", job.envelope.decode(), {}]
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+async def test_a_get_follows_every_redirect_within_the_service(runner: HttpRunner, status: int) -> None:
+    async with service(redirecting(status, "{}?from=there")) as url:
+        outcome = await runner.run(programs.make_job(HttpTarget(f"{url}/0", "GET", {"q": "1"})))
+    assert outcome.result == ["GET", "", {"from": "there"}]
+
+
+@pytest.mark.parametrize("status", [301, 302, 303])
+async def test_a_post_is_not_made_a_get(runner: HttpRunner, status: int) -> None:
+    async with service(redirecting(status, "/{}")) as url:
+        outcome = await runner.run(programs.make_job(HttpTarget(f"{url}/0")))
+    assert outcome.code is Code.HTTP_STATUS
+    assert "Location '/1'" in error_of(outcome)
+
+
+@pytest.mark.parametrize(
+    "location",
+    ["http://127.0.0.1:1/{}", "https://127.0.0.1/{}", "//evil.example/{}", "http://[::1/{}", "file:///etc/passwd"],
+)
+async def test_a_redirect_out_of_the_service_is_refused_and_named(runner: HttpRunner, location: str) -> None:
+    async with service(redirecting(307, location)) as url:
+        outcome = await runner.run(programs.make_job(HttpTarget(f"{url}/0", "GET")))
+    assert outcome.code is Code.HTTP_STATUS
+    assert outcome.retryable is False
+    assert location.format(1) in error_of(outcome)
+
+
+async def test_a_redirect_to_what_is_no_text_is_an_outcome(runner: HttpRunner) -> None:
+    async with RawService(b"HTTP/1.1 307 Odd\r\nLocation: /\xff\r\nContent-Length: 0\r\n\r\n", OK_ANSWER) as raw:
+        outcome = await runner.run(programs.make_job(HttpTarget(raw.url)))
+    assert outcome.code in (Code.OK, Code.UNREACHABLE)
+
+
+async def test_a_fourth_redirect_is_refused(runner: HttpRunner) -> None:
+    async with service(redirecting(307, "/{}", hops=4)) as url:
+        outcome = await runner.run(programs.make_job(HttpTarget(f"{url}/0")))
+    assert outcome.code is Code.HTTP_STATUS
+    assert "'/4'" in error_of(outcome)
+
+
+# No answer
+
+
+@pytest.fixture
+def deaf_port() -> Iterator[int]:
+    """A port that is taken, and where nobody listens."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield taken.getsockname()[1]
+
+
+async def test_a_service_that_refuses_is_unreachable(runner: HttpRunner, deaf_port: int) -> None:
+    target = HttpTarget(f"http://user:secret@127.0.0.1:{deaf_port}/run?key=secret")
+    outcome = await runner.run(programs.make_job(target))
+    assert outcome.code is Code.UNREACHABLE
+    assert f"POST http://127.0.0.1:{deaf_port}/run could not be reached" in error_of(outcome)
+    assert "secret" not in error_of(outcome)
+
+
+async def test_a_name_that_nobody_knows_is_unreachable(runner: HttpRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def resolve(*_: object, **__: object) -> Any:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(ThreadedResolver, "resolve", resolve)
+    outcome = await runner.run(programs.make_job(HttpTarget("http://no.such.host.invalid/")))
+    assert outcome.code is Code.UNREACHABLE
+    assert "Name or service not known" in error_of(outcome)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "no address",
+        "ftp://127.0.0.1/x",
+        "http://127.0.0.1:99999/",
+        "http://[::1/",
+        "http://a..b/",
+        "http://\udcff/",
+        "http:///x",
+    ],
+)
+async def test_what_is_no_address_is_unreachable(runner: HttpRunner, url: str) -> None:
+    outcome = await runner.run(programs.make_job(HttpTarget(url)))
+    assert outcome.code is Code.UNREACHABLE
+    assert outcome.retryable is False
+
+
+@pytest.mark.parametrize(
+    ("answer", "moment"),
+    [
+        (b"", "before it answered"),
+        (b"HTTP/1.1 200 OK\r\nContent-Le", "before it answered"),
+        (b'HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{"ok":', "in the middle of its answer"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{", "in the middle of its answer"),
+    ],
+)
+async def test_a_service_that_breaks_off_is_unreachable_and_not_asked_twice(
+    runner: HttpRunner, answer: bytes, moment: str
+) -> None:
+    async with RawService(answer, OK_ANSWER) as raw:
+        outcome = await runner.run(programs.make_job(HttpTarget(raw.url)))
+    assert outcome.code is Code.UNREACHABLE
+    assert moment in error_of(outcome)
+    assert outcome.retryable is False
+    assert len(raw.requests) == 1
+
+
+# Trying again
+
+
+async def test_a_repeatable_call_is_sent_again_where_the_service_broke_off(runner: HttpRunner) -> None:
+    async with RawService(b"", b'HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{"ok"', OK_ANSWER) as raw:
+        outcome = await runner.run(programs.make_job(HttpTarget(raw.url, repeatable=True), {"n": 1}))
+    assert outcome.result == {"ok": True}
+    assert [request.partition(b"\r\n\r\n")[2] for request in raw.requests] == [b'{"payload":{"n":1}}'] * 3
+
+
+async def test_a_repeatable_call_is_sent_three_times_at_most(runner: HttpRunner) -> None:
+    async with RawService(b"", b"", b"", OK_ANSWER) as raw:
+        outcome = await runner.run(programs.make_job(HttpTarget(raw.url, repeatable=True)))
+    assert outcome.code is Code.UNREACHABLE
+    assert outcome.retryable is True
+    assert len(raw.requests) == 3
+
+
+@pytest.mark.parametrize(("repeatable", "sent"), [(True, 3), (False, 1)])
+async def test_only_a_repeatable_call_is_sent_again_after_a_503(
+    runner: HttpRunner, repeatable: bool, sent: int
+) -> None:
+    async with RawService(b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n") as raw:
+        outcome = await runner.run(programs.make_job(HttpTarget(raw.url, repeatable=repeatable)))
+    assert outcome.code is Code.HTTP_STATUS
+    assert len(raw.requests) == sent
+
+
+async def test_a_connection_that_failed_is_tried_again_for_any_call(
+    runner: HttpRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = RawService(OK_ANSWER)
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    starting: list[asyncio.Task[None]] = []
+
+    def waits_while_the_service_starts() -> Iterator[float]:
+        yield 0.0
+        listener.listen()
+        starting.append(asyncio.ensure_future(raw.start(listener)))
+        yield 0.0
+
+    monkeypatch.setattr(http, "RETRY_WAITS_S", waits_while_the_service_starts())
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+    outcome = await runner.run(programs.make_job(HttpTarget(url)))
+    await starting[0]
+    await raw.__aexit__()
+    assert outcome.result == {"ok": True}
+
+
+async def test_no_try_begins_that_would_wait_past_the_deadline(
+    runner: HttpRunner, deaf_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http, "RETRY_WAITS_S", (3600.0,))
+    outcome = await runner.run(programs.make_job(HttpTarget(f"http://127.0.0.1:{deaf_port}/")))
+    assert outcome.code is Code.UNREACHABLE
+
+
+# Connections
+
+
+class ClosingService(threading.Thread):
+    """A service in a thread, so that it can close an idle connection while the event loop is not looking."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}/"
+        self.close_now = threading.Event()
+        self.closed = threading.Event()
+        self.connections = 0
+
+    def run(self) -> None:
+        with self._listener:
+            for _ in range(2):
+                with self._listener.accept()[0] as connection:
+                    self.connections += 1
+                    connection.recv(65536)
+                    connection.sendall(OK_ANSWER)
+                    self.close_now.wait(60)
+                self.closed.set()
+
+
+async def test_an_idle_connection_that_the_service_closed_fails_no_call(runner: HttpRunner) -> None:
+    silent = ClosingService()
+    silent.start()
+    job = programs.make_job(HttpTarget(silent.url))
+    first = await runner.run(job)
+    silent.close_now.set()
+    silent.closed.wait(60)  # the loop stands still meanwhile, and so has not seen the end of the connection
+    second = await runner.run(job)
+    assert first.result == second.result == {"ok": True}
+    silent.join(60)
+    assert silent.connections == 2
+
+
+async def test_cancelling_closes_the_connection(runner: HttpRunner) -> None:
+    started, gone = asyncio.Event(), asyncio.Event()
+
+    async def handle(_: web.Request) -> web.StreamResponse:
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            gone.set()
+        raise AssertionError
+
+    async with service(handle) as url:
+        task = asyncio.create_task(runner.run(programs.make_job(HttpTarget(url))))
+        await started.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await asyncio.wait_for(gone.wait(), 60)
+
+
+async def test_a_runner_that_was_never_used_can_be_closed() -> None:
+    await HttpRunner().close()
