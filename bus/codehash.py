@@ -1,0 +1,253 @@
+"""What code an overlay's folder holds, as one hash, and how it stays cheap to ask for on every call.
+
+The hash: SHA-256 over one record for each file, sorted by path. A record is five fields, each ended by a NUL:
+
+    path     relative to the folder, POSIX, the bytes of the file system
+    kind     file, link (its target was hashed at another place), dangling, unreadable or special
+    mode     x where the owner may execute it, else -
+    target   what each symbolic link on the way says, as written, joined by |; empty without links
+    digest   SHA-256 of the content in hex; empty where the kind is not file
+
+Left out, at any depth: `.venv`, `node_modules`, `__pycache__`, `.git`, and what `.aalignore` names. A line of it is a
+shell pattern (fnmatch: `*` crosses `/`); without a `/` it is held against the name of each file and folder, with one
+against the path from the folder on. `#` begins a comment, an ending `/` says folders only; there is no negation.
+
+Symbolic links are followed. The walk goes depth first, names sorted, and enters a folder once: a second way to it, as
+in a loop, is a `link`. More than `MAX_FILES` or `MAX_MB` is refused: an overlay's data belongs in `.aalignore`.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import os
+import re
+import stat
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    Ignores = Callable[[str, bool], bool]
+    Kind = Literal["file", "link", "dangling", "unreadable", "special"]
+
+EXCLUDED = frozenset({".venv", "node_modules", "__pycache__", ".git", ".mypy_cache", ".pytest_cache", ".ruff_cache"})
+IGNORE_FILE = ".aalignore"
+MAX_FILES = 10_000
+MAX_MB = 1024
+
+RACY_NS = 100_000_000
+"""A file changed less than this before it was looked at may change again within the same tick of its clock, so what
+was read of it is not kept. The kernel's tick for time stamps is at most 10 ms."""
+
+_MAX_IGNORE_BYTES = 64 * 1024
+
+
+class TooLargeError(Exception):
+    """The folder holds more than a code hash is made for."""
+
+
+class Stamp(NamedTuple):
+    """What tells that a file is the one that it was. Times are nanoseconds."""
+
+    dev: int
+    ino: int
+    mode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Stamp:
+        return cls(status.st_dev, status.st_ino, status.st_mode, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+    def is_settled(self, now_ns: int) -> bool:
+        """Whether a change after `now_ns` (of `time.time_ns`) is sure to give another stamp."""
+        return abs(now_ns - self.ctime_ns) > RACY_NS
+
+
+class File(NamedTuple):
+    """One file of the walk. `path` is relative; `stamp` is that of the target of a link, None where there is none."""
+
+    path: str
+    kind: Kind
+    target: str
+    stamp: Stamp | None
+
+
+@dataclass(slots=True)
+class Walk:
+    """What lies in a folder at this moment; nothing of it was read yet.
+
+    `leading_out` has the symbolic links to outside the folder, as `path -> resolved target`; `folders` every folder
+    walked, resolved.
+    """
+
+    root: str
+    files: list[File] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)
+    leading_out: list[str] = field(default_factory=list)
+    _seen: set[tuple[int, int]] = field(default_factory=set)
+    _bytes: int = 0
+
+    @classmethod
+    def of(cls, folder: Path) -> Walk:
+        """Raises `OSError` where the folder itself cannot be listed, and `TooLargeError`."""
+        walk = cls(os.path.realpath(folder))
+        status = os.stat(walk.root)  # noqa: PTH116  # a string all along: this runs for every call
+        walk._seen.add((status.st_dev, status.st_ino))
+        with os.scandir(walk.root) as listing:
+            walk._list(sorted(listing, key=_name), "", "", _ignores(walk.root))
+        walk.folders.insert(0, walk.root)
+        walk.files.sort()
+        return walk
+
+    def _list(self, listing: list[os.DirEntry[str]], prefix: str, target: str, ignores: Ignores | None) -> None:
+        for entry in listing:
+            path = prefix + entry.name
+            if entry.name in EXCLUDED:
+                continue
+            if entry.is_symlink():
+                self._add_link(entry, path, target, ignores)
+            elif not (ignores and ignores(path, entry.is_dir(follow_symlinks=False))):
+                self._add(entry, path, target, ignores)
+
+    def _add(self, entry: os.DirEntry[str], path: str, target: str, ignores: Ignores | None) -> None:
+        """Add a file or a folder, itself or as the target of a link."""
+        try:
+            status = entry.stat()
+        except OSError:  # gone by now, no permission, or a loop of links
+            self._count(File(path, "dangling", target, None), 0)
+            return
+        if stat.S_ISDIR(status.st_mode):
+            self._add_folder(entry.path, status, path, target, ignores)
+        elif stat.S_ISREG(status.st_mode):
+            self._count(File(path, "file", target, Stamp.of(status)), status.st_size)
+        else:
+            self._count(File(path, "special", target, None), 0)
+
+    def _add_folder(self, place: str, status: os.stat_result, path: str, target: str, ignores: Ignores | None) -> None:
+        identity = (status.st_dev, status.st_ino)
+        if identity in self._seen:
+            self._count(File(path, "link", target, None), 0)
+            return
+        self._seen.add(identity)
+        try:
+            with os.scandir(place) as found:
+                listing = sorted(found, key=_name)
+        except OSError:
+            self._count(File(path, "unreadable", target, None), 0)
+            return
+        self.folders.append(os.path.realpath(place) if target else place)
+        self._list(listing, path + "/", target, ignores)
+
+    def _add_link(self, entry: os.DirEntry[str], path: str, target: str, ignores: Ignores | None) -> None:
+        if ignores and ignores(path, entry.is_dir()):
+            return
+        try:
+            written = os.readlink(entry.path)  # noqa: PTH115  # as above
+        except OSError:  # gone by now
+            return
+        resolved = os.path.realpath(entry.path)
+        if resolved != self.root and not resolved.startswith(self.root + "/"):
+            self.leading_out.append(f"{path} -> {resolved}")
+        self._add(entry, path, f"{target}|{written}" if target else written, ignores)
+
+    def _count(self, file: File, size: int) -> None:
+        self.files.append(file)
+        self._bytes += size
+        if len(self.files) > MAX_FILES or self._bytes > MAX_MB * 2**20:
+            raise TooLargeError(f"more than {MAX_FILES} files or {MAX_MB} MB; name what is not code in {IGNORE_FILE}")
+
+
+class CodeHash:
+    """The code hash of one folder. While nothing changes, asking again costs a walk and reads no file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._digests: dict[Stamp, str] = {}
+        self._files: list[File] | None = None
+        self._hash = ""
+
+    def get(self, walk: Walk | None = None) -> str:
+        """64 hex digits. `walk` is one of this folder made just now, where there is one. Raises as `Walk.of` does."""
+        now_ns = time.time_ns()
+        walk = walk or Walk.of(self.folder)
+        if walk.files == self._files:
+            return self._hash
+        self._hash = self._combine(walk)
+        settled = all(file.stamp is None or file.stamp.is_settled(now_ns) for file in walk.files)
+        self._files = walk.files if settled else None
+        self._digests = {
+            file.stamp: digest
+            for file in walk.files
+            if file.stamp and file.stamp.is_settled(now_ns) and (digest := self._digests.get(file.stamp))
+        }
+        return self._hash
+
+    def _combine(self, walk: Walk) -> str:
+        total = hashlib.sha256()
+        for file in walk.files:
+            for part in self._record(walk.root, file):
+                total.update(os.fsencode(part) + b"\0")
+        return total.hexdigest()
+
+    def _record(self, root: str, file: File) -> tuple[str, str, str, str, str]:
+        if file.stamp is None:
+            return file.path, file.kind, "-", file.target, ""
+        mode = "x" if file.stamp.mode & stat.S_IXUSR else "-"
+        digest = self._digests.get(file.stamp) or _digest(f"{root}/{file.path}")
+        if digest is None:
+            return file.path, "unreadable", mode, file.target, ""
+        self._digests[file.stamp] = digest
+        return file.path, "file", mode, file.target, digest
+
+
+def code_hash(folder: Path) -> str:
+    """The code hash of a folder, everything read anew. Raises as `Walk.of` does."""
+    return CodeHash(folder).get()
+
+
+def _name(entry: os.DirEntry[str]) -> str:
+    return entry.name
+
+
+def _digest(path: str) -> str | None:
+    """SHA-256 of a file's content in hex; None where it cannot be read."""
+    try:
+        # O_NONBLOCK: what was a file at the walk may be a FIFO by now.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:  # noqa: PTH123
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
+def _ignores(root: str) -> Ignores | None:
+    """Tells of a relative path, and whether it is a folder, if the folder's `.aalignore` names it."""
+    try:
+        with open(os.open(f"{root}/{IGNORE_FILE}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:  # noqa: PTH123
+            text = file.read(_MAX_IGNORE_BYTES).decode("utf-8", "surrogateescape")
+    except OSError:
+        return None
+    rules = list(_rules(text))
+
+    def ignores(path: str, is_folder: bool) -> bool:
+        name = path.rpartition("/")[2]
+        return any(
+            pattern.match(path if on_path else name) and (is_folder or not folders_only)
+            for pattern, on_path, folders_only in rules
+        )
+
+    return ignores
+
+
+def _rules(text: str) -> Iterator[tuple[re.Pattern[str], bool, bool]]:
+    """Pattern, whether it is held against the whole path, whether it is for folders only."""
+    for line in text.splitlines():
+        written = line.strip()
+        if written and not written.startswith("#"):
+            body = written.rstrip("/")
+            yield re.compile(fnmatch.translate(body.lstrip("/"))), "/" in body, written.endswith("/")

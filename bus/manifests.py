@@ -1,0 +1,311 @@
+"""Reads the `manifest.json` of one folder into a `Manifest`, whichever of the three shapes it has.
+
+Every fault is found in one go: the form first (`manifest_form.py`), then what a schema cannot say. Only then is the
+manifest refused, or normalised.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import re
+import shlex
+import stat
+import urllib.parse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bus import manifest_form, runes
+from bus.errors import BusError, Fault
+from bus.manifest_form import json_path, schema_faults
+from bus.model import Capability, Degradation, Manifest, Permission, Phase
+from runners.base import JsonError, parse_json
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
+
+    from bus.manifest_form import Form
+    from bus.runes import MemoryProfile
+
+FILE = "manifest.json"
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+"""What an overlay may be called; use it with `fullmatch`."""
+
+CAPABILITY_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,126}[A-Za-z0-9_])?")
+MAX_BYTES = 1_000_000
+RUN = "run"
+"""The one capability of an overlay of shape A."""
+
+RUNNERS = ("proc", "http")
+DEFAULT_PROFILE = "MINIMAL"
+DEFAULT_PHASES = (Phase.OPEN, Phase.ALIGN, Phase.CLEAR, Phase.SEAL)
+STDIN_FLAG = "--stdin-json"
+"""The last argument of every proc capability of shapes B and native."""
+
+_SAID_AT_ONCE = 3
+
+
+class ManifestError(BusError):
+    """A manifest that cannot be used; `faults` has everything that is wrong with it."""
+
+    def __init__(self, overlay: str, faults: Sequence[Fault]) -> None:
+        said = "; ".join(map(str, faults[:_SAID_AT_ONCE]))
+        more = f"; and {len(faults) - _SAID_AT_ONCE} more" if len(faults) > _SAID_AT_ONCE else ""
+        super().__init__("ERR_OVERLAY_BROKEN", f"overlay {overlay!r}: {said}{more}", faults=faults)
+
+
+def read(folder: Path, *, default_timeout_s: float = 30.0, runners: Collection[str] = RUNNERS) -> Manifest:
+    """The manifest of an overlay's folder. `runners` are the names that a capability may give as its runner.
+
+    Raises `ManifestError`, and nothing else, whatever lies there.
+    """
+    name = overlay_name(folder)
+    text = _read_bytes(folder, name)
+    try:
+        document = parse_json(text)
+    except JsonError as error:
+        raise ManifestError(name, [Fault(FILE, str(error), "one JSON object")]) from None
+    form = manifest_form.examine(document)
+    reading = _Reading(name, folder.resolve(), form, default_timeout_s, runners)
+    manifest = reading.manifest(hashlib.sha256(text).hexdigest())
+    if reading.faults:
+        raise ManifestError(name, sorted(set(reading.faults), key=str))
+    return manifest
+
+
+def overlay_name(folder: Path) -> str:
+    """What the overlay in a folder must be called: the folder's own name, not that of what a link leads to."""
+    return Path(os.path.abspath(folder)).name  # noqa: PTH100  # resolve() would follow the link
+
+
+def local_name(overlay: str, capability: str) -> str:
+    """A capability's name without the overlay's before it: `psyfi.ping` and `ping` are both `ping` to `psyfi`."""
+    return capability.removeprefix(f"{overlay}.")
+
+
+def _read_bytes(folder: Path, name: str) -> bytes:
+    allowed = f"a readable file of at most {MAX_BYTES} bytes"
+    try:
+        # O_NONBLOCK: opening a FIFO would wait for its writer for ever.
+        handle = os.open(folder / FILE, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(handle, "rb") as file:  # noqa: PTH123  # a descriptor, not a path
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise ManifestError(name, [Fault(FILE, "something that is no file", allowed)])
+            text = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        found = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+        raise ManifestError(name, [Fault(FILE, found, allowed)]) from None
+    if len(text) > MAX_BYTES:
+        raise ManifestError(name, [Fault(FILE, "a larger file", allowed)])
+    return text
+
+
+class _Reading:
+    """One manifest while it is read. Methods give the normalised part and note what is wrong with it."""
+
+    def __init__(self, name: str, folder: Path, form: Form, default_timeout_s: float, runners: Collection[str]) -> None:
+        self.name = name
+        self.folder = folder
+        self.form = form
+        self.document: Mapping[str, Any] = form.document
+        self.faults = list(form.faults)
+        self._default_timeout_s = default_timeout_s
+        self._runners = runners
+        self._phases = tuple(dict.fromkeys(map(Phase, self.document.get("phases", DEFAULT_PHASES))))
+
+    def manifest(self, manifest_hash: str) -> Manifest:
+        """The whole, worth something only if no faults were noted."""
+        document = self.document
+        policy = document.get("policy", {})
+        proc = document.get("entrypoints", {}).get("proc", {})
+        self._check_name()
+        return Manifest(
+            name=self.name,
+            version=document.get("version", ""),
+            shape=self.form.shape,
+            folder=self.folder,
+            manifest_hash=manifest_hash,
+            phases=self._phases,
+            permissions=self._permissions(),
+            capabilities=self._run() if self.form.shape == "A" else self._capabilities(),
+            description=document.get("description", ""),
+            status=document.get("status", "active"),
+            op_policy=self._op_policy(),
+            deterministic=policy.get("deterministic", False),
+            cacheable=policy.get("cacheable", False),
+            requires_auth=policy.get("requires_auth", False),
+            env=tuple(document.get("env", ())),
+            secrets=tuple(document.get("secrets", ())),
+            stdin=proc.get("stdin", "file"),
+            mode=proc.get("mode", "auto"),
+            resources=document.get("resources", {}),
+            warnings=self.form.warnings,
+        )
+
+    def _fault(self, parts: Sequence[str | int], found: str, allowed: str) -> None:
+        self.faults.append(Fault(json_path(*parts), found, allowed))
+
+    def _check_name(self) -> None:
+        given = self.document.get("name")
+        if given is not None and (given != self.name or not NAME.fullmatch(given)):
+            self._fault(["name"], repr(given), f"the name of its folder, {self.name!r}")
+
+    def _permissions(self) -> frozenset[Permission]:
+        key = "capabilities" if self.form.shape == "A" else "permissions"
+        return frozenset(map(Permission, self.document.get(key, [Permission.ANALYSIS])))
+
+    def _op_policy(self) -> dict[str, tuple[str, ...]] | None:
+        given: Mapping[str, list[str]] | None = self.document.get("op_policy")
+        return None if given is None else {op: tuple(needs) for op, needs in given.items()}
+
+    def _run(self) -> dict[str, Capability]:
+        """The capability of shape A."""
+        timeout_ms = self.document.get("timeout_ms")
+        capability = Capability(
+            name=RUN,
+            runner="proc",
+            timeout_s=self._default_timeout_s if timeout_ms is None else timeout_ms / 1000,
+            phases=self._phases,
+            memory=self._memory(self.document, ()),
+            description=self.document.get("description", ""),
+            argv=self._split_entrypoint(),
+        )
+        return {RUN: capability}
+
+    def _split_entrypoint(self) -> tuple[str, ...]:
+        text: str | None = self.document.get("entrypoint")
+        if text is None:
+            return ()
+        try:
+            argv = tuple(shlex.split(text))
+        except ValueError as error:
+            self._fault(["entrypoint"], f"{text!r} ({error})", "a command with closed quotes")
+            return ()
+        if not argv or not argv[0]:
+            self._fault(["entrypoint"], repr(text), "a command that names a program")
+        return argv
+
+    def _capabilities(self) -> dict[str, Capability]:
+        """The capabilities of shapes B and native, under their names without the overlay's before them."""
+        self._check_entrypoints()
+        found: dict[str, Capability] = {}
+        for written, given in self.document.get("capabilities", {}).items():
+            name = local_name(self.name, written)
+            at = ("capabilities", written)
+            if not CAPABILITY_NAME.fullmatch(name):
+                self._fault(at, repr(written), "a name of letters, digits, _, - and . (at most 128)")
+            if name in found:
+                self._fault(at, f"{name!r} a second time", "each capability once")
+            found[name] = self._capability(name, given, at)
+        return found
+
+    def _check_entrypoints(self) -> None:
+        entrypoints = self.document.get("entrypoints", {})
+        command = entrypoints.get("proc", {}).get("command")
+        if command == [] or (command and not command[0]):
+            self._fault(["entrypoints", "proc", "command", 0], repr(""), "the name of a program")
+        url = entrypoints.get("http", {}).get("base_url")
+        if url is not None and not _is_base_url(url):
+            allowed = "an http:// or https:// URL with a host, without query or fragment"
+            self._fault(["entrypoints", "http", "base_url"], repr(url), allowed)
+
+    def _capability(self, name: str, given: Mapping[str, Any], at: tuple[str, ...]) -> Capability:
+        rights = given.get("rights", {})
+        network = rights.get("network", True)
+        concurrency = given.get("concurrency")
+        return Capability(
+            name=name,
+            runner=given.get("runner", ""),
+            timeout_s=given.get("timeout_s", self._default_timeout_s),
+            phases=self._subset(given, at),
+            memory=self._memory(given, at),
+            description=given.get("description", ""),
+            **self._target(given, at),
+            method=given.get("method", "POST"),
+            input_schema=self._schema(given, at, "input_schema"),
+            output_schema=self._schema(given, at, "output_schema"),
+            degradation=Degradation(
+                **_known_members(given.get("degradation", {}), "max_fraction", "disable_nonessential")
+            ),
+            concurrency=None if concurrency is None else int(concurrency),
+            cost_cents=given.get("cost_cents", 0.0),
+            idempotent=given.get("idempotent", False),
+            read_paths=self._paths(rights, at, "read"),
+            write_paths=self._paths(rights, at, "write"),
+            network=network if isinstance(network, bool) else tuple(map(int, network)),
+        )
+
+    def _target(self, given: Mapping[str, Any], at: tuple[str, ...]) -> dict[str, Any]:
+        """`argv` or `url`: that of the entrypoint which the runner takes; another runner takes the one there is."""
+        runner = given.get("runner")
+        if runner is None:
+            return {}
+        if runner not in self._runners:
+            near = difflib.get_close_matches(runner, self._runners, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            self._fault([*at, "runner"], repr(runner), f"one of {', '.join(self._runners)}{hint}")
+            return {}
+        kind = runner if runner in RUNNERS else "proc" if self._has_entrypoint("proc") else "http"
+        if not self._has_entrypoint(kind):
+            allowed = f"a value, since {json_path(*at)} has the runner {runner!r}"
+            self._fault(["entrypoints", kind], "nothing", allowed)
+        entrypoint = self.document.get("entrypoints", {}).get(kind, {})
+        path: str | None = given.get("path")
+        if kind == "http":
+            return {"url": _join(entrypoint.get("base_url", ""), path or "")}
+        return {"argv": (*entrypoint.get("command", ()), *([path] if path else ()), STDIN_FLAG)}
+
+    def _has_entrypoint(self, kind: str) -> bool:
+        """Whether it was given, however badly: what is wrong with it was said already."""
+        given = self.form.given.get("entrypoints")
+        return kind in given if isinstance(given, dict) else True
+
+    def _memory(self, given: Mapping[str, Any], at: tuple[str, ...]) -> MemoryProfile:
+        if "memory" in given and "default_profile" in given:
+            self._fault([*at, "default_profile"], repr(given["default_profile"]), "nothing where memory is given")
+        key = "memory" if "memory" in given else "default_profile"
+        text = given.get(key, DEFAULT_PROFILE)
+        try:
+            return runes.resolve(text)
+        except runes.RuneError as error:
+            self._fault([*at, key], repr(text), error.detail)
+            return runes.resolve(DEFAULT_PROFILE)
+
+    def _subset(self, given: Mapping[str, Any], at: tuple[str, ...]) -> tuple[Phase, ...]:
+        chosen = tuple(dict.fromkeys(map(Phase, given.get("phases", self._phases))))
+        beyond = [phase for phase in chosen if phase not in self._phases]
+        if beyond and self.document.get("phases") == self.form.given.get("phases"):
+            self._fault([*at, "phases"], ", ".join(beyond), f"phases of the overlay: {', '.join(self._phases)}")
+        return chosen
+
+    def _schema(self, given: Mapping[str, Any], at: tuple[str, ...], key: str) -> Mapping[str, Any] | None:
+        schema: Mapping[str, Any] | None = given.get(key)
+        if schema is not None:
+            self.faults += schema_faults(schema, json_path(*at, key))
+        return schema
+
+    def _paths(self, rights: Mapping[str, Any], at: tuple[str, ...], key: str) -> tuple[str, ...]:
+        texts: list[str] = rights.get(key, [])
+        for index, text in enumerate(texts):
+            if text.startswith("~"):
+                self._fault([*at, "rights", key, index], repr(text), "a path without ~, absolute or from the folder on")
+        return tuple(os.path.normpath(self.folder / text) for text in texts)
+
+
+def _known_members(given: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: given[name] for name in names if name in given}
+
+
+def _is_base_url(text: str) -> bool:
+    try:
+        url = urllib.parse.urlsplit(text)
+        port = url.port
+    except ValueError:
+        return False
+    plain = text.isprintable() and " " not in text and not url.query and not url.fragment
+    return plain and url.scheme in {"http", "https"} and bool(url.hostname) and port != 0
+
+
+def _join(base_url: str, path: str) -> str:
+    return f"{base_url.rstrip('/')}/{path.lstrip('/')}" if path else base_url

@@ -1,0 +1,141 @@
+"""One overlay as the registry gives it: to a call as `Resolved`, to people and programs as `Entry`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from bus.errors import DeniedError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from bus.errors import Fault
+    from bus.manifests import ManifestError
+    from bus.model import Capability, Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One overlay as it stands: `manifest`, or the `error` that keeps it out.
+
+    `links` are the symbolic links that lead outside the overlay's folder, each as `path -> resolved target`.
+    """
+
+    name: str
+    folder: Path
+    manifest: Manifest | None = None
+    error: ManifestError | None = None
+    enabled: bool = True
+    links: tuple[str, ...] = ()
+
+    @property
+    def status(self) -> str:
+        """`broken`, `disabled`, or what the manifest says (`active` where it says nothing)."""
+        if self.manifest is None:
+            return "broken"
+        return self.manifest.status if self.enabled else "disabled"
+
+    def usable(self) -> Manifest:
+        """The manifest, for a call. Raises `DeniedError` if the overlay is disabled or broken."""
+        if not self.enabled:
+            raise DeniedError("ERR_OVERLAY_DISABLED", f"overlay {self.name!r} is disabled")
+        if self.manifest is None:
+            detail, faults = (self.error.detail, self.error.faults) if self.error else (f"overlay {self.name!r}", ())
+            raise DeniedError("ERR_OVERLAY_BROKEN", detail, faults=faults)
+        return self.manifest
+
+    def summary(self) -> dict[str, Any]:
+        """The overlay in a list, as JSON. `capabilities` of shape A are its permissions, as they always were."""
+        manifest = self.manifest
+        permissions = sorted(manifest.permissions) if manifest else []
+        capabilities = manifest.capabilities if manifest else {}
+        return {
+            "name": self.name,
+            "version": manifest.version if manifest else None,
+            "status": self.status,
+            "description": manifest.description if manifest else "",
+            "phases": list(manifest.phases) if manifest else [],
+            "capabilities": permissions if manifest and manifest.shape == "A" else list(capabilities),
+            "permissions": permissions,
+            "runners": sorted({capability.runner for capability in capabilities.values()}),
+            "deterministic": manifest.deterministic if manifest else False,
+            "enabled": self.enabled,
+            "warnings": list(manifest.warnings) if manifest else [],
+            "error": self.error.detail if self.error else None,
+            "faults": [_fault_as_json(fault) for fault in self.error.faults] if self.error else [],
+            "links": list(self.links),
+            "folder": self.folder.name,
+        }
+
+    def detail(self) -> dict[str, Any]:
+        """`summary` and everything about each capability, as JSON."""
+        manifest = self.manifest
+        if manifest is None:
+            return self.summary() | {"details": {}}
+        return self.summary() | {
+            "shape": manifest.shape,
+            "manifest_hash": manifest.manifest_hash,
+            "op_policy": {op: list(needs) for op, needs in manifest.op_policy.items()} if manifest.op_policy else None,
+            "cacheable": manifest.cacheable,
+            "requires_auth": manifest.requires_auth,
+            "env": list(manifest.env),
+            "secrets": list(manifest.secrets),
+            "resources": dict(manifest.resources),
+            "details": {name: _capability_as_json(offered) for name, offered in manifest.capabilities.items()},
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """What a call goes to. `code_hash` is that of the folder at this moment; `links` as in `Entry`."""
+
+    manifest: Manifest
+    capability: Capability
+    code_hash: str
+    links: tuple[str, ...] = ()
+
+
+def _fault_as_json(fault: Fault) -> dict[str, str]:
+    return {"path": fault.path, "found": fault.found, "allowed": fault.allowed}
+
+
+def _capability_as_json(capability: Capability) -> dict[str, Any]:
+    memory = capability.memory
+    return {
+        "description": capability.description,
+        "runner": capability.runner,
+        "phases": list(capability.phases),
+        "timeout_s": capability.timeout_s,
+        "argv": list(capability.argv),
+        "method": capability.method if capability.url else None,
+        "url": _without_user(capability.url) or None,
+        "memory": {
+            "profile": memory.name or "custom",
+            "soft_mb": memory.soft_mb,
+            "hard_mb": memory.hard_mb,
+            "tier": memory.tier,
+            "priority": memory.priority,
+        },
+        "degradation": {
+            "max_fraction": capability.degradation.max_fraction,
+            "disable_nonessential": capability.degradation.disable_nonessential,
+        },
+        "concurrency": capability.concurrency,
+        "cost_cents": capability.cost_cents,
+        "idempotent": capability.idempotent,
+        "rights": {
+            "read": list(capability.read_paths),
+            "write": list(capability.write_paths),
+            "network": capability.network if isinstance(capability.network, bool) else list(capability.network),
+        },
+        "input_schema": capability.input_schema,
+        "output_schema": capability.output_schema,
+    }
+
+
+def _without_user(url: str) -> str:
+    """A URL without the user and password that it may carry: the list of overlays is for everybody."""
+    scheme, mark, rest = url.partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}{mark}{host.rpartition('@')[2]}{slash}{path}"

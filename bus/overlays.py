@@ -1,0 +1,351 @@
+"""The registry: which overlays there are, now. Folders come, change and go while the bus runs.
+
+Nothing is trusted longer than one look: `entries` and `resolve` compare a few `stat` results with those of the last
+reading, so a change is seen by the next call whether or not the file system tells of it. `watch` only sees it sooner,
+and tells others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import difflib
+import logging
+import stat
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+from watchfiles import awatch
+
+from bus import manifests
+from bus.codehash import EXCLUDED, CodeHash, Stamp, TooLargeError, Walk, code_hash
+from bus.errors import BusError, DeniedError, Fault, NotFoundError
+from bus.manifests import NAME, ManifestError, local_name
+from bus.overlay_entry import Entry, Resolved
+from bus.overlay_files import DisabledNames, copy_in, locked, move_out
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping
+    from pathlib import Path
+
+    from bus.model import Capability, Manifest
+
+__all__ = ["CodeHash", "Entry", "ManifestError", "Registry", "Resolved", "code_hash"]
+
+log = logging.getLogger(__name__)
+
+POLL_S = 1.0
+"""How often `watch` looks by itself: bind mounts and network folders send no events."""
+
+DEBOUNCE_MS = 200
+"""How long `watch` gathers events of one change, as a copy of many files, before it looks."""
+
+_STEP_MS = 50
+_ANY = ""
+
+
+class _Seen(NamedTuple):
+    """What tells that an overlay's manifest is the one that was read."""
+
+    folder: tuple[int, int]
+    manifest: Stamp | None
+
+
+_State = tuple[_Seen, bool, tuple[str, ...], str]
+
+
+@dataclass(slots=True)
+class _Loaded:
+    seen: _Seen
+    settled: bool
+    entry: Entry
+    codes: CodeHash
+    folders: tuple[str, ...]
+
+
+def _no_check(_manifest: Manifest, _folder: Path) -> Iterable[str]:
+    return ()
+
+
+class Registry:
+    """The overlays in the folders of `root`. Names that begin with a dot are not looked at, nor are files.
+
+    `check` gives further faults of a manifest that is well formed; it raises nothing. `runners` are the names that a
+    capability may give as its runner. For one thread: that of the event loop.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        state: Path,
+        *,
+        check: Callable[[Manifest, Path], Iterable[str]] = _no_check,
+        default_timeout_s: float = 30.0,
+        runners: Collection[str] = manifests.RUNNERS,
+    ) -> None:
+        self._root = root
+        self._state = state
+        self._check = check
+        self._default_timeout_s = default_timeout_s
+        self._runners = runners
+        self._disabled = DisabledNames(state)
+        self._loaded: dict[str, _Loaded] = {}
+        self._root_error: str | None = None
+
+    def load(self) -> None:
+        """Read every overlay. Raises `SettingError` if the list of disabled overlays cannot be read, nothing else."""
+        for entry in self.entries():
+            if entry.error:
+                log.warning("%s", entry.error.detail)
+
+    def entries(self) -> list[Entry]:
+        """Every overlay there is now, by name; the broken ones too."""
+        names = self._names()
+        for gone in self._loaded.keys() - names:
+            del self._loaded[gone]
+        return [entry for name in sorted(names) if (entry := self._refresh(name))]
+
+    def entry(self, name: str) -> Entry:
+        """One overlay. Raises `NotFoundError` that names those whose names come near."""
+        found = self._refresh(name) if NAME.fullmatch(name) else None
+        if found is None:
+            known = sorted(self._names())
+            near = difflib.get_close_matches(name[:80], known, n=3)
+            raise NotFoundError("ERR_UNKNOWN_OVERLAY", f"no overlay {_shown(name)}{_suggestion(near, known)}")
+        return found
+
+    def resolve(self, name: str, capability: str | None = None) -> Resolved:
+        """What a call of `name` and `capability` goes to; `psyfi.ping` may be given as the one or the other.
+
+        Without a capability the overlay's only one is meant. Raises `NotFoundError`, and `DeniedError` for an overlay
+        that is disabled or broken.
+        """
+        if capability is None and (within := name.partition("."))[2]:
+            name, _, capability = within
+        manifest = self.entry(name).usable()
+        return Resolved(manifest, _choose(manifest, capability), *self._code(name))
+
+    def enable(self, name: str) -> None:
+        """Let calls through again; a name that was disabled need not exist. Raises `NotFoundError`, `OperatorError`."""
+        if name not in self._disabled.get():
+            self.entry(name)
+        self._disabled.change(lambda names: names - {name})
+
+    def disable(self, name: str) -> None:
+        """Refuse calls from now on, after restarts too. Raises `NotFoundError`, `OperatorError`."""
+        self.entry(name)
+        self._disabled.change(lambda names: names | {name})
+
+    def add(self, path: Path) -> Entry:
+        """Copy an overlay's folder in. Raises `ManifestError` if it is broken, and `OperatorError`."""
+        name = manifests.overlay_name(path)
+        entry, _ = self._inspect(name, path)
+        if entry.error:
+            raise entry.error
+        with locked(self._state):
+            copy_in(path, self._root, name)
+        return self.entry(name)
+
+    def remove(self, name: str) -> Path:
+        """Move an overlay away and forget that it was disabled; gives the path where it lies now.
+
+        Raises `NotFoundError`, `OperatorError`.
+        """
+        folder = self.entry(name).folder
+        with locked(self._state):
+            moved = move_out(folder, self._state)
+        self._loaded.pop(name, None)
+        self._disabled.change(lambda names: names - {name})
+        return moved
+
+    async def watch(self, on_change: Callable[[str], None] | None = None) -> None:
+        """Run until cancelled: look at once when files change, and every `POLL_S`; call `on_change` with each name.
+
+        A folder of overlays that does not exist is waited for.
+        """
+        known = self._states({})
+        while True:
+            watched = self._watched()
+            async with contextlib.aclosing(_changes(watched)) as changes:
+                async for paths in changes:
+                    touched = {name for path in paths for name in _owners(path, watched)}
+                    for name in touched & self._loaded.keys():
+                        self._loaded[name].settled = False
+                    states = self._states(known)
+                    changed = {name for name in known.keys() | states.keys() if known.get(name) != states.get(name)}
+                    known = states
+                    _tell(changed | (touched & states.keys()), on_change)
+                    if self._watched() != watched:
+                        break
+
+    def _states(self, known: Mapping[str, _State]) -> Mapping[str, _State]:
+        """What `watch` compares; `known` again while the list of disabled overlays cannot be read, as calls tell."""
+        try:
+            entries = self.entries()
+        except BusError:
+            return known
+        return {e.name: (self._loaded[e.name].seen, e.enabled, e.links, str(e.error or "")) for e in entries}
+
+    def _watched(self) -> dict[str, set[str]]:
+        """The folders to watch, each with the overlays that it belongs to; `_ANY` stands for all those in the root."""
+        watched: dict[str, set[str]] = {}
+        for name, loaded in self._loaded.items():
+            for folder in loaded.folders:
+                watched.setdefault(folder, set()).add(name)
+        if self._root.is_dir():
+            watched.setdefault(str(self._root.resolve()), set()).add(_ANY)
+        return watched
+
+    def _names(self) -> set[str]:
+        """The names in the root that are or lead to folders, or lead nowhere."""
+        try:
+            found = {path.name for path in self._root.iterdir() if _may_be_overlay(path)}
+        except FileNotFoundError:
+            found, problem = set[str](), None
+        except OSError as error:
+            found, problem = set[str](), f"cannot list the overlays: {error}"
+        else:
+            problem = None
+        if problem and problem != self._root_error:
+            log.error("%s", problem)
+        self._root_error = problem
+        return found
+
+    def _refresh(self, name: str) -> Entry | None:
+        """The entry as the disk has it now; None where there is no such folder. What is broken is read every time."""
+        now_ns = time.time_ns()
+        folder = self._root / name
+        seen = _look(folder)
+        if seen is None:
+            self._loaded.pop(name, None)
+            return None
+        loaded = self._loaded.get(name)
+        if loaded is None or loaded.seen != seen or not loaded.settled or loaded.entry.error:
+            loaded = self._loaded[name] = self._read(name, folder, seen)
+            loaded.settled = seen.manifest is None or seen.manifest.is_settled(now_ns)
+        enabled = name not in self._disabled.get()
+        return loaded.entry if enabled else replace(loaded.entry, enabled=False)
+
+    def _read(self, name: str, folder: Path, seen: _Seen) -> _Loaded:
+        before = self._loaded.get(name)
+        codes = before.codes if before and before.seen.folder == seen.folder else CodeHash(folder)
+        entry, folders = self._inspect(name, folder)
+        return _Loaded(seen, settled=False, entry=entry, codes=codes, folders=folders)
+
+    def _inspect(self, name: str, folder: Path) -> tuple[Entry, tuple[str, ...]]:
+        """The entry of a folder, wherever it lies, and every folder that belongs to it."""
+        entry, folders = Entry(name, folder), tuple[str, ...]()
+        try:
+            walk = Walk.of(folder)
+            entry, folders = replace(entry, links=tuple(walk.leading_out)), tuple(walk.folders)
+            return replace(entry, manifest=self._read_manifest(folder)), folders
+        except ManifestError as error:
+            return replace(entry, error=error), folders
+        except (OSError, TooLargeError) as error:
+            return replace(entry, error=ManifestError(name, [_folder_fault(error)])), folders
+
+    def _read_manifest(self, folder: Path) -> Manifest:
+        manifest = manifests.read(folder, default_timeout_s=self._default_timeout_s, runners=self._runners)
+        if faults := [Fault("$", text, "what the plugins accept") for text in self._check(manifest, manifest.folder)]:
+            raise ManifestError(manifest.name, faults)
+        return manifest
+
+    def _code(self, name: str) -> tuple[str, tuple[str, ...]]:
+        """The code hash of an overlay that is loaded, and its links to outside."""
+        codes = self._loaded[name].codes
+        try:
+            walk = Walk.of(codes.folder)
+            return codes.get(walk), tuple(walk.leading_out)
+        except (OSError, TooLargeError) as error:
+            fault = _folder_fault(error)
+            raise DeniedError("ERR_OVERLAY_BROKEN", f"overlay {name!r} is broken: {fault}", faults=[fault]) from error
+
+
+def _look(folder: Path) -> _Seen | None:
+    """What `stat` says of an overlay's folder; None where there is none. A link that leads nowhere is a folder."""
+    try:
+        status = folder.stat()
+        if not stat.S_ISDIR(status.st_mode):
+            return None
+    except OSError:
+        return _Seen((0, 0), None) if folder.is_symlink() else None
+    try:
+        manifest = Stamp.of((folder / manifests.FILE).stat())
+    except OSError:
+        manifest = None
+    return _Seen((status.st_dev, status.st_ino), manifest)
+
+
+def _may_be_overlay(path: Path) -> bool:
+    if path.name.startswith(".") or path.name in EXCLUDED:
+        return False
+    return path.is_dir() or (path.is_symlink() and not path.exists())
+
+
+def _choose(manifest: Manifest, capability: str | None) -> Capability:
+    offered = manifest.capabilities
+    if capability is None and len(offered) == 1:
+        return next(iter(offered.values()))
+    found = None if capability is None else offered.get(local_name(manifest.name, capability))
+    if found is None:
+        asked = "several capabilities, and none was named" if capability is None else f"no {_shown(capability)}"
+        detail = f"overlay {manifest.name!r} has {asked}; it has {', '.join(offered)}"
+        raise NotFoundError("ERR_UNKNOWN_CAPABILITY", detail)
+    return found
+
+
+async def _changes(watched: Collection[str]) -> AsyncGenerator[set[str]]:
+    """The paths that changed in these folders, not below them, and an empty set every `POLL_S`.
+
+    Ends when it cannot watch, or not any more, after a last `POLL_S`.
+    """
+    if watched:
+        try:
+            watcher = awatch(
+                *watched,
+                watch_filter=None,  # with a filter a stream of filtered events would keep the polls from coming
+                debounce=DEBOUNCE_MS,
+                step=_STEP_MS,
+                rust_timeout=int(POLL_S * 1000),
+                yield_on_timeout=True,
+                recursive=False,
+            )
+            async with contextlib.aclosing(watcher) as batches:
+                async for batch in batches:
+                    yield {path for _, path in batch}
+        except (OSError, RuntimeError, ExceptionGroup) as error:  # a folder that has gone, or too many watches
+            log.info("cannot watch the overlays, so looking every %s s: %s", POLL_S, error)
+    await asyncio.sleep(POLL_S)
+    yield set()
+
+
+def _owners(path: str, watched: Mapping[str, set[str]]) -> set[str]:
+    """The overlays that a changed path belongs to."""
+    folder, _, name = path.rpartition("/")
+    if name in EXCLUDED:
+        return set()
+    owners = watched.get(path, set()) | watched.get(folder, set())
+    return owners - {_ANY} | ({name} if _ANY in watched.get(folder, ()) else set())
+
+
+def _tell(names: Iterable[str], on_change: Callable[[str], None] | None) -> None:
+    for name in sorted(names):
+        log.info("overlay %s changed", name)
+        if on_change:
+            on_change(name)
+
+
+def _folder_fault(error: Exception) -> Fault:
+    found = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return Fault("folder", found, "a folder of code that can be read")
+
+
+def _shown(name: str) -> str:
+    return ascii(name[:80])
+
+
+def _suggestion(near: list[str], known: list[str]) -> str:
+    if near:
+        return f"; did you mean {' or '.join(near)}?"
+    return f"; there are {', '.join(known[:20])}" if known else "; there are none"

@@ -1,0 +1,193 @@
+"""Code hashes: what changes them, what does not, and what must not hang or crash them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from bus import codehash
+from bus.codehash import RACY_NS, CodeHash, Stamp, TooLargeError, Walk, code_hash
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "overlay"
+    (folder / "src").mkdir(parents=True)
+    (folder / "manifest.json").write_text("{}")
+    (folder / "src" / "run.py").write_text("print(1)")
+    return folder
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The paths of the files that were read, in order."""
+    read: list[str] = []
+    digest = codehash._digest
+
+    def counting(path: str) -> str | None:
+        read.append(path.rpartition("/")[2])
+        return digest(path)
+
+    monkeypatch.setattr(codehash, "_digest", counting)
+    return read
+
+
+def in_the_past(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make everything in the folder look settled: the clock goes on, since ctime cannot be set."""
+    now = time.time_ns()
+    monkeypatch.setattr(time, "time_ns", lambda: now + 10 * RACY_NS)
+
+
+def test_the_hash_is_the_documented_one(folder: Path) -> None:
+    (folder / "src" / "run.py").chmod(0o755)
+    (folder / "link").symlink_to("manifest.json")
+    records = [
+        ("link", "file", "-", "manifest.json", b"{}"),
+        ("manifest.json", "file", "-", "", b"{}"),
+        ("src/run.py", "file", "x", "", b"print(1)"),
+    ]
+    total = hashlib.sha256()
+    for path, kind, mode, target, content in records:
+        fields = (path, kind, mode, target, hashlib.sha256(content).hexdigest())
+        total.update("".join(f"{field}\0" for field in fields).encode())
+    assert code_hash(folder) == total.hexdigest()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: (folder / "src/run.py").write_text("print(2)"),
+        lambda folder: (folder / "src/run.py").chmod(0o755),
+        lambda folder: (folder / "src/run.py").rename(folder / "src/run2.py"),
+        lambda folder: (folder / "new").write_text(""),
+        lambda folder: (folder / "manifest.json").unlink(),
+        lambda folder: (folder / "dangling").symlink_to("nowhere"),
+        lambda folder: os.mkfifo(folder / "fifo"),
+        lambda folder: (folder / ".aalignore").write_text("nothing"),
+        lambda folder: (folder / os.fsdecode(b"\xff")).write_text("a name that is no UTF-8"),
+    ],
+)
+def test_the_hash_changes_with_the_code(folder: Path, change: Callable[[Path], object]) -> None:
+    hashes = CodeHash(folder)
+    before = hashes.get()
+    change(folder)
+    assert hashes.get() == code_hash(folder) != before
+
+
+def test_the_hash_does_not_know_where_the_folder_lies_nor_when_it_was_written(folder: Path, tmp_path: Path) -> None:
+    before = code_hash(folder)
+    os.utime(folder / "manifest.json", (0, 0))
+    folder.rename(tmp_path / "elsewhere")
+    assert code_hash(tmp_path / "elsewhere") == before
+
+
+def test_excluded_and_ignored_files_do_not_count(folder: Path) -> None:
+    (folder / ".aalignore").write_text("# data\n*.bin\n/models/\nsrc/gen*\n\nlogs/\n")
+    before = code_hash(folder)
+    ignored = ["a.bin", "src/b.bin", "models/m", "src/generated.py", "src/logs/x"]
+    excluded = [".git/HEAD", "src/__pycache__/r.pyc", ".venv/bin/python", "node_modules/x/y.js"]
+    for path in ignored + excluded:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text("x")
+    (folder / ".venv" / "lib").symlink_to("/usr/lib")
+    assert code_hash(folder) == before
+    assert Walk.of(folder).leading_out == []
+    (folder / "logs").write_text("a file, and the rule is for folders")
+    assert code_hash(folder) != before
+
+
+def test_links_are_followed_and_those_that_lead_outside_are_named(folder: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "lib.py").write_text("1")
+    (folder / "lib").symlink_to("../outside")
+    (folder / "inside").symlink_to("src/run.py")
+    before = code_hash(folder)
+    assert Walk.of(folder).leading_out == [f"lib -> {outside.resolve()}"]
+    assert [file.path for file in Walk.of(folder).files] == ["inside", "lib/lib.py", "manifest.json", "src/run.py"]
+    (outside / "lib.py").write_text("2")
+    assert code_hash(folder) != before
+
+
+def test_loops_of_links_end(folder: Path) -> None:
+    (folder / "src" / "up").symlink_to("..")
+    (folder / "self").symlink_to("self")
+    (folder / "again").symlink_to("src")
+    kinds = {file.path: file.kind for file in Walk.of(folder).files}
+    assert kinds["self"] == "dangling"
+    assert kinds["again/up"] == "link"
+    assert kinds["src"] == "link"
+    assert len(code_hash(folder)) == 64
+
+
+def test_a_folder_without_end_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codehash, "MAX_FILES", 10)
+    for number in range(10):
+        (folder / str(number)).write_text("")
+    with pytest.raises(TooLargeError, match=r"\.aalignore"):
+        code_hash(folder)
+    (folder / ".aalignore").write_text("[0-9]\n")
+    assert len(code_hash(folder)) == 64
+
+
+def test_too_many_bytes_are_refused_before_they_are_read(folder: Path, reads: list[str]) -> None:
+    with (folder / "model.bin").open("wb") as file:
+        file.truncate(codehash.MAX_MB * 2**20 + 1)
+    with pytest.raises(TooLargeError):
+        code_hash(folder)
+    assert reads == []
+
+
+def test_an_unchanged_folder_is_not_read_again(folder: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    in_the_past(folder, monkeypatch)
+    hashes = CodeHash(folder)
+    first = hashes.get()
+    assert sorted(reads) == ["manifest.json", "run.py"]
+    assert hashes.get() == first
+    assert len(reads) == 2
+
+
+def test_only_the_file_that_changed_is_read_again(
+    folder: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_the_past(folder, monkeypatch)
+    hashes = CodeHash(folder)
+    hashes.get()
+    (folder / "src" / "run.py").write_text("print(22)")
+    in_the_past(folder, monkeypatch)
+    assert hashes.get() == code_hash(folder)
+    assert reads[2:3] == ["run.py"]
+
+
+def test_a_change_within_one_tick_of_the_clock_is_seen(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stamp stays the same, as it may when two writes are a millisecond apart."""
+    frozen = Stamp(1, 2, 0o100644, 8, 0, time.time_ns())
+    monkeypatch.setattr(Stamp, "of", lambda _status: frozen)
+    hashes = CodeHash(folder)
+    (folder / "manifest.json").unlink()
+    before = hashes.get()
+    (folder / "src" / "run.py").write_text("print(2)")
+    assert hashes.get() != before
+
+
+@pytest.mark.usefixtures("bound_by_modes")
+def test_an_unreadable_file_is_named_and_not_a_crash(folder: Path) -> None:
+    before = code_hash(folder)
+    (folder / "src" / "run.py").chmod(0)
+    assert code_hash(folder) != before
+    (folder / "src").chmod(0)
+    assert {file.kind for file in Walk.of(folder).files} == {"file", "unreadable"}
+    (folder / "src").chmod(0o755)
+
+
+def test_a_folder_that_is_not_there_is_an_os_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        code_hash(tmp_path / "nowhere")

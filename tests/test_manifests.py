@@ -1,0 +1,446 @@
+"""Manifests: three shapes become one form, and every fault is found at once."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
+
+from bus import manifests, resources, runes
+from bus.manifests import ManifestError
+from bus.model import Degradation, Permission, Phase
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from bus.model import Manifest
+
+FOUR_PHASES = (Phase.OPEN, Phase.ALIGN, Phase.CLEAR, Phase.SEAL)
+
+
+def shape_a(**changes: Any) -> dict[str, Any]:
+    return {
+        "name": "abraxas",
+        "version": "1.0.0",
+        "status": "active",
+        "phases": ["OPEN", "ASCEND"],
+        "capabilities": ["analysis", "exec"],
+        "entrypoint": "python3 'src/my run.py' --fast",
+        "timeout_ms": 2500,
+        "op_policy": {"hash": ["analysis"], "wc": ["analysis", "exec"]},
+        "runtime_type": "process",
+    } | changes
+
+
+def shape_b(**changes: Any) -> dict[str, Any]:
+    return {
+        "name": "psyfi",
+        "version": "0.1.0",
+        "description": "Simulates.",
+        "entrypoints": {
+            "http": {"base_url": "http://127.0.0.1:8787/api/"},
+            "proc": {"command": ["python", "-m", "cli"]},
+        },
+        "capabilities": {
+            "psyfi.simulate": {
+                "runner": "http",
+                "path": "/run",
+                "method": "POST",
+                "timeout_s": 60,
+                "default_profile": "BALANCED",
+                "degradation": {"max_fraction": 0.7, "disable_nonessential": True},
+            },
+            "ping": {"runner": "proc", "path": "ping"},
+            "bare": {"runner": "proc"},
+        },
+        "resources": {"prefers_gpu": True, "notes": "none"},
+        "policy": {"deterministic": True},
+    } | changes
+
+
+def native(**changes: Any) -> dict[str, Any]:
+    return {
+        "name": "tool",
+        "version": "2",
+        "phases": ["OPEN", "CLEAR", "OPEN"],
+        "permissions": ["exec"],
+        "entrypoints": {"proc": {"command": ["./tool"], "mode": "spawn", "stdin": "pipe"}},
+        "capabilities": {
+            "count": {
+                "runner": "proc",
+                "description": "Counts.",
+                "phases": ["CLEAR"],
+                "memory": "MEM[SOFT=10,HARD=20,VOL=LOW]",
+                "input_schema": {"properties": {"n": {"$ref": "#/$defs/n"}}, "$defs": {"n": {"type": "integer"}}},
+                "output_schema": {"type": "integer"},
+                "concurrency": 2,
+                "cost_cents": 0.5,
+                "idempotent": True,
+                "rights": {"read": ["data", "/etc/hosts"], "write": ["../out"], "network": [443, 8080]},
+            }
+        },
+        "env": ["LANG"],
+        "secrets": ["API_KEY"],
+    } | changes  # fmt: skip
+
+
+def put(root: Path, document: object, name: str | None = None) -> Path:
+    named = document.get("name") if isinstance(document, dict) else None
+    folder = root / (name or str(named))
+    folder.mkdir(exist_ok=True)
+    text = document if isinstance(document, bytes) else json.dumps(document).encode()
+    (folder / "manifest.json").write_bytes(text)
+    return folder
+
+
+def faults_of(root: Path, document: object, name: str | None = None) -> dict[str, str]:
+    """Each fault's path and its text."""
+    with pytest.raises(ManifestError) as caught:
+        manifests.read(put(root, document, name))
+    assert caught.value.code == "ERR_OVERLAY_BROKEN"
+    return {fault.path: str(fault) for fault in caught.value.faults}
+
+
+def read(root: Path, document: dict[str, Any]) -> Manifest:
+    return manifests.read(put(root, document))
+
+
+def test_the_shipped_schema_is_valid_and_tells_the_three_shapes_apart() -> None:
+    schema = resources.load_json("schemas/manifest.schema.json")
+    Draft202012Validator.check_schema(schema)
+    validator = Draft202012Validator(schema)
+    assert all(validator.is_valid(document) for document in (shape_a(), shape_b(), native()))
+    assert not validator.is_valid(shape_b(capabilities={"ping": {"runner": "proc", "memory": "MINIMAL", "pth": "x"}}))
+
+
+def test_every_key_in_the_schema_has_a_description() -> None:
+    definitions: Any = resources.load_json("schemas/manifest.schema.json")["$defs"]
+
+    def undescribed(schema: Any, path: str) -> list[str]:
+        found = []
+        for key, value in schema.get("properties", {}).items():
+            named = definitions[value["$ref"].split("/")[2]] if "$ref" in value else value
+            if "properties" not in value and "/properties/" not in value.get("$ref", "") and path.count("has_") == 0:
+                found += [] if "description" in value or "description" in named else [f"{path}.{key}"]
+            found += undescribed(value, f"{path}.{key}")
+        return found
+
+    shapes = ("shape_a", "shape_b", "native", "capability_b", "capability_native", "resources", "policy")
+    assert [missing for shape in shapes for missing in undescribed(definitions[shape], shape)] == []
+
+
+def test_shape_a_becomes_one_capability_called_run(tmp_path: Path) -> None:
+    manifest = read(tmp_path, shape_a())
+    run = manifest.capabilities["run"]
+    assert manifest.shape == "A"
+    assert list(manifest.capabilities) == ["run"]
+    assert run.argv == ("python3", "src/my run.py", "--fast")
+    assert (run.runner, run.timeout_s, run.phases) == ("proc", 2.5, (Phase.OPEN, Phase.ASCEND))
+    assert manifest.permissions == {Permission.ANALYSIS, Permission.EXEC}
+    assert manifest.op_policy == {"hash": ("analysis",), "wc": ("analysis", "exec")}
+    assert manifest.folder == (tmp_path / "abraxas").resolve()
+    assert len(manifest.manifest_hash) == 64
+
+
+def test_shape_a_has_defaults_for_what_it_leaves_out(tmp_path: Path) -> None:
+    folder = put(tmp_path, {"name": "small", "version": "1", "entrypoint": "./run"})
+    manifest = manifests.read(folder, default_timeout_s=7.0)
+    assert manifest.permissions == {Permission.ANALYSIS}
+    assert manifest.phases == FOUR_PHASES
+    assert manifest.capabilities["run"].timeout_s == 7.0
+    assert manifest.capabilities["run"].memory.name == "MINIMAL"
+    assert (manifest.op_policy, manifest.warnings) == (None, ())
+
+
+def test_keys_of_older_buses_are_tolerated_and_others_are_warnings(tmp_path: Path) -> None:
+    manifest = read(tmp_path, shape_a(schema_version=1, runes=["x"], py_exports={}, overlay="abraxas", tineout_ms=5))
+    assert len(manifest.warnings) == 1
+    assert "$.tineout_ms" in manifest.warnings[0]
+    assert "timeout_ms" in manifest.warnings[0]
+
+
+def test_shape_b_has_http_and_process_capabilities(tmp_path: Path) -> None:
+    manifest = read(tmp_path, shape_b())
+    simulate, ping, bare = manifest.capabilities.values()
+    assert list(manifest.capabilities) == ["simulate", "ping", "bare"]
+    assert (simulate.url, simulate.method, simulate.timeout_s) == ("http://127.0.0.1:8787/api/run", "POST", 60)
+    assert simulate.memory.name == "BALANCED"
+    assert simulate.degradation == Degradation(max_fraction=0.7, disable_nonessential=True)
+    assert ping.argv == ("python", "-m", "cli", "ping", "--stdin-json")
+    assert bare.argv == ("python", "-m", "cli", "--stdin-json")
+    assert manifest.permissions == {Permission.ANALYSIS}
+    assert (manifest.phases, manifest.shape) == (FOUR_PHASES, "B")
+    assert manifest.deterministic
+    assert manifest.resources == {"prefers_gpu": True, "notes": "none"}
+
+
+def test_the_native_shape_is_read_whole(tmp_path: Path) -> None:
+    manifest = read(tmp_path, native())
+    count = manifest.capabilities["count"]
+    folder = (tmp_path / "tool").resolve()
+    assert (manifest.shape, manifest.mode, manifest.stdin) == ("native", "spawn", "pipe")
+    assert manifest.phases == (Phase.OPEN, Phase.CLEAR)
+    assert manifest.permissions == {Permission.EXEC}
+    assert (manifest.env, manifest.secrets) == (("LANG",), ("API_KEY",))
+    assert (count.phases, count.concurrency, count.cost_cents, count.idempotent) == ((Phase.CLEAR,), 2, 0.5, True)
+    assert (count.memory.soft_mb, count.memory.hard_mb) == (10, 20)
+    assert count.read_paths == (f"{folder}/data", "/etc/hosts")
+    assert count.write_paths == (f"{folder.parent}/out",)
+    assert count.network == (443, 8080)
+    assert count.input_schema is not None
+    assert count.output_schema == {"type": "integer"}
+
+
+def test_an_unknown_nested_key_is_a_warning_in_b_and_a_fault_in_native(tmp_path: Path) -> None:
+    capability = {"runner": "proc", "pth": "x"}
+    manifest = read(tmp_path, shape_b(capabilities={"ping": capability}))
+    assert "$.capabilities.ping.pth" in manifest.warnings[0]
+    faults = faults_of(tmp_path, shape_b(phases=["OPEN"], capabilities={"ping": capability}))
+    assert list(faults) == ["$.capabilities.ping.pth"]
+    assert "'path'" in faults["$.capabilities.ping.pth"]
+
+
+def test_an_unknown_top_level_key_is_a_warning_in_every_shape(tmp_path: Path) -> None:
+    for document in (shape_a(extra=1), shape_b(extra=1), native(extra=1)):
+        assert ["$.extra" in warning for warning in read(tmp_path, document).warnings] == [True]
+
+
+def test_every_fault_is_listed_at_once(tmp_path: Path) -> None:
+    document = native(
+        name="other",
+        version=3,
+        phases=["OPEN", "NAP"],
+        entrypoints={"proc": {"command": [], "mode": "worker"}, "http": {"base_url": "ftp://x", "command": ["x"]}},
+        env=["NOT-A-NAME"],
+    )
+    document["capabilities"]["count"] |= {
+        "timeout_s": -1,
+        "memory": "HUGE",
+        "rights": {"read": ["~/x"]},
+        "concurency": 1,
+    }
+    document["capabilities"]["bad name"] = {"runner": "htpp"}
+    faults = faults_of(tmp_path, document, name="tool")
+    assert set(faults) == {
+        "$.name",
+        "$.version",
+        "$.phases[1]",
+        "$.entrypoints.proc.command",
+        "$.entrypoints.proc.mode",
+        "$.entrypoints.http.base_url",
+        "$.entrypoints.http.command",
+        "$.env[0]",
+        "$.capabilities.count.timeout_s",
+        "$.capabilities.count.memory",
+        "$.capabilities.count.rights.read[0]",
+        "$.capabilities.count.concurency",
+        "$.capabilities['bad name']",
+        "$.capabilities['bad name'].runner",
+    }
+    assert "not supported by this version" in faults["$.entrypoints.proc.mode"]
+    assert "not supported by this version" in faults["$.entrypoints.http.command"]
+    assert '"NAP"' in faults["$.phases[1]"]
+    assert '"SEAL"' in faults["$.phases[1]"]
+    assert "MINIMAL" in faults["$.capabilities.count.memory"]
+    assert "'http'" in faults["$.capabilities['bad name'].runner"]
+
+
+@pytest.mark.parametrize(
+    ("document", "path", "said"),
+    [
+        (shape_a(entrypoint="python3 'run.py"), "$.entrypoint", "quot"),
+        (shape_a(entrypoint="  "), "$.entrypoint", "program"),
+        (shape_a(entrypoint="run\0me"), "$.entrypoint", "NUL"),
+        (shape_a(phases=["OPEN", "open"]), "$.phases[1]", "OPEN"),
+        (shape_a(phases=[]), "$.phases", "minItems"),
+        (shape_a(capabilities=["analysis", "root"]), "$.capabilities[1]", "exec"),
+        (shape_a(op_policy={"hash": ["write"]}), "$.op_policy.hash[0]", "analysis"),
+        (shape_a(timeout_ms=0), "$.timeout_ms", "0"),
+        (shape_a(timeout_ms=True), "$.timeout_ms", "number"),
+        (shape_a(default_profile="MEM[SOFT=9,HARD=1,VOL=LOW]"), "$.default_profile", "HARD"),
+        ({"name": "x", "version": "1", "capabilities": ["analysis"]}, "$.entrypoint", "required"),
+        (shape_b(capabilities={}), "$.capabilities", "{}"),
+        (shape_b(capabilities={"a": {"path": "/x"}}), "$.capabilities.a.runner", "required"),
+        (shape_b(capabilities={"a": 5}), "$.capabilities.a", "object"),
+        (shape_b(capabilities={"a": {"runner": "http", "method": "post"}}), "$.capabilities.a.method", "POST"),
+        (shape_b(capabilities={"ping": {"runner": "proc"}, "psyfi.ping": {"runner": "proc"}}),
+         "$.capabilities['psyfi.ping']", "second"),
+        (shape_b(entrypoints={"http": {"base_url": "http://h"}}, capabilities={"a": {"runner": "proc"}}),
+         "$.entrypoints.proc", "'proc'"),
+        (shape_b(entrypoints={"proc": {"command": ["x"]}}, capabilities={"a": {"runner": "http"}}),
+         "$.entrypoints.http", "'http'"),
+        (shape_b(entrypoints={"proc": {"command": ["", "x"]}}, capabilities={"a": {"runner": "proc"}}),
+         "$.entrypoints.proc.command[0]", "program"),
+        (shape_b(resources={"memory_mb": 1e300}), "$.resources.memory_mb", "number"),
+        (shape_b(description="\ud800"), "$.description", "surrogate"),
+        (native(capabilities={"a": {"runner": "proc", "phases": ["SEAL"]}}), "$.capabilities.a.phases", "SEAL"),
+        (native(capabilities={"a": {"runner": "proc", "memory": "MINIMAL", "default_profile": "MINIMAL"}}),
+         "$.capabilities.a.default_profile", "memory"),
+        (native(capabilities={"a": {"runner": "proc", "concurrency": 0}}), "$.capabilities.a.concurrency", "0"),
+        (native(entrypoints={"proc": {"command": ["x"], "moed": "fork"}}), "$.entrypoints.proc.moed", "'mode'"),
+    ],
+)  # fmt: skip
+def test_a_fault_names_the_path_and_what_is_allowed(
+    tmp_path: Path, document: dict[str, Any], path: str, said: str
+) -> None:
+    faults = faults_of(tmp_path, document)
+    assert list(faults) == [path]
+    assert said in faults[path]
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["ftp://host", "host:80", "http://", "http://h:99999", "http://[x", "http://h/?a=1", "http://h/#a", "http://h o"],
+)
+def test_a_base_url_must_be_http_with_a_host_and_no_query(tmp_path: Path, url: str) -> None:
+    document = shape_b(entrypoints={"http": {"base_url": url}}, capabilities={"a": {"runner": "http"}})
+    assert list(faults_of(tmp_path, document)) == ["$.entrypoints.http.base_url"]
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "strng"},
+        {"properties": []},
+        {"pattern": "["},
+        {"pattern": "a{99999999999999999999}"},
+        {"$ref": "https://example.com/schema"},
+        {"$ref": "https://json-schema.org/draft/2020-12/schema"},
+        {"items": {"$ref": "#/$defs/missing"}},
+        {"allOf": [{"$dynamicRef": "http://[bad"}]},
+        {"$ref": "#/title", "title": "a text"},
+        {"$ref": "#/required/x", "required": ["a"]},
+    ],
+)
+def test_a_capability_schema_must_be_usable_without_fetching_anything(tmp_path: Path, schema: dict[str, Any]) -> None:
+    document = native(capabilities={"a": {"runner": "proc", "input_schema": schema}})
+    paths = list(faults_of(tmp_path, document))
+    assert paths
+    assert all(path.startswith("$.capabilities.a.input_schema") for path in paths)
+
+
+def test_a_word_that_only_looks_like_a_reference_is_no_fault(tmp_path: Path) -> None:
+    schema = {"properties": {"$ref": {"type": "string"}}, "enum": [{"$ref": "https://example.com"}]}
+    manifest = read(tmp_path, native(capabilities={"a": {"runner": "proc", "output_schema": schema}}))
+    assert manifest.capabilities["a"].output_schema == schema
+
+
+def test_another_runner_that_is_known_takes_the_entrypoint_there_is(tmp_path: Path) -> None:
+    folder = put(tmp_path, shape_b(entrypoints={"proc": {"command": ["x"]}}, capabilities={"a": {"runner": "box"}}))
+    manifest = manifests.read(folder, runners=["proc", "http", "box"])
+    assert (manifest.capabilities["a"].runner, manifest.capabilities["a"].argv) == ("box", ("x", "--stdin-json"))
+
+
+@pytest.mark.parametrize("name", ["Upper", "-x", "a b", "a" * 65, "ünï"])
+def test_a_name_must_match_the_pattern_even_if_the_folder_has_it_too(tmp_path: Path, name: str) -> None:
+    assert "$.name" in faults_of(tmp_path, shape_a(name=name))
+
+
+def test_a_link_is_named_by_itself_and_its_folder_is_resolved(tmp_path: Path) -> None:
+    put(tmp_path, shape_a(name="linked"), name="abraxas-1.0")
+    (tmp_path / "linked").symlink_to("abraxas-1.0")
+    manifest = manifests.read(tmp_path / "linked")
+    assert (manifest.name, manifest.folder.name) == ("linked", "abraxas-1.0")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"", "line 1"),
+        (b'{"name": "x", "ver', "line 1"),
+        (b"[]", "object"),
+        (b"null", "object"),
+        (b'{"name": "x", "name": "y"}', "twice"),
+        (b'{"name": NaN}', "NaN"),
+        (b"\xff\xfe{}", "UTF-8"),
+        (b'{"name": "' + b"x" * 1_000_001 + b'"}', "larger"),
+        (b"[" * 100_000, "nested"),
+    ],
+)
+def test_what_is_no_json_object_is_one_clear_fault(tmp_path: Path, text: bytes, said: str) -> None:
+    faults = faults_of(tmp_path, text, name="x")
+    assert said in " ".join(faults.values())
+
+
+def test_a_manifest_that_cannot_be_read_is_one_fault(tmp_path: Path) -> None:
+    folder = tmp_path / "x"
+    file = folder / "manifest.json"
+
+    def refused(said: str) -> None:
+        with pytest.raises(ManifestError, match=said) as caught:
+            manifests.read(folder)
+        assert [fault.path for fault in caught.value.faults] == ["manifest.json"]
+
+    refused("No such file")
+    folder.mkdir()
+    refused("No such file")
+    file.mkdir()
+    refused("directory")
+    file.rmdir()
+    os.mkfifo(file)
+    refused("no file")
+    file.unlink()
+    file.symlink_to("manifest.json")
+    refused("links")
+
+
+@pytest.mark.usefixtures("bound_by_modes")
+def test_a_manifest_without_permission_to_read_is_one_fault(tmp_path: Path) -> None:
+    folder = put(tmp_path, shape_a())
+    (folder / "manifest.json").chmod(0)
+    with pytest.raises(ManifestError, match="Permission denied"):
+        manifests.read(folder)
+
+
+def test_a_path_with_nul_is_a_fault_too(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match="null"):
+        manifests.read(tmp_path / "a\0b")
+
+
+_KEYS = st.sampled_from(
+    ["name", "version", "entrypoint", "capabilities", "entrypoints", "phases", "proc", "http", "command", "base_url",
+     "runner", "path", "rights", "read", "network", "memory", "input_schema", "$ref", "op_policy", "policy", "env",
+     "secrets", "permissions", "ping", "notes"]
+) | st.text(max_size=3)  # fmt: skip
+_LEAVES = (
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
+    | st.sampled_from(["proc", "http", "OPEN", "exec", "MINIMAL", "#/x", "http://h", "x"])
+)  # fmt: skip
+_JSON = st.recursive(
+    _LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(_KEYS, inner, max_size=6), max_leaves=25
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(document=_JSON, base=st.sampled_from([{}, shape_a(), shape_b(), native()]), key=_KEYS)
+def test_any_json_document_is_a_manifest_or_a_manifest_error(
+    tmp_path: Path, document: object, base: dict[str, Any], key: str
+) -> None:
+    said: list[ManifestError] = []
+    for value in (document, base | {key: document}, base | {"capabilities": {"ping": document, "x": {key: document}}}):
+        folder = put(tmp_path, json.dumps(value).encode(), name="x")
+        try:
+            assert manifests.read(folder).name == "x"
+        except ManifestError as error:
+            said.append(error)
+    assert all(error.faults and str(error).encode() for error in said)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.binary(max_size=60))
+def test_any_bytes_are_a_manifest_error(tmp_path: Path, text: bytes) -> None:
+    with pytest.raises(ManifestError):
+        manifests.read(put(tmp_path, text, name="x"))
+
+
+def test_rune_text_and_profile_names_are_both_profiles(tmp_path: Path) -> None:
+    document = shape_a(default_profile="MEM[SOFT=1,HARD=2,VOL=LOW];PRIORITY=9")
+    assert read(tmp_path, document).capabilities["run"].memory.priority == 9
+    assert read(tmp_path, shape_a(default_profile="PERFORMANCE")).capabilities["run"].memory == runes.resolve(
+        "PERFORMANCE"
+    )

@@ -1,0 +1,614 @@
+"""The registry: folders come, change and go, operators act, and nothing broken harms what is sound."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import multiprocessing
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from bus import codehash, overlays
+from bus.errors import DeniedError, NotFoundError, OperatorError, SettingError
+from bus.overlays import ManifestError, Registry, code_hash
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from bus.model import Manifest
+
+PATIENCE_S = 20.0
+"""How long a test waits for an event before it fails."""
+
+
+def put(folder: Path, **changes: Any) -> Path:
+    """An overlay's folder with one program."""
+    (folder / "src").mkdir(parents=True, exist_ok=True)
+    (folder / "src" / "run.py").write_text("print('{}')")
+    document = {"name": folder.name, "version": "1", "entrypoint": "python3 src/run.py"} | changes
+    (folder / "manifest.json").write_text(json.dumps(document))
+    return folder
+
+
+def put_service(folder: Path) -> Path:
+    """An overlay's folder with two capabilities over HTTP."""
+    capability = {"runner": "http", "path": "/ping", "method": "GET"}
+    document = {
+        "name": folder.name,
+        "version": "1",
+        "entrypoints": {"http": {"base_url": "http://user:secret@127.0.0.1:1"}},
+        "capabilities": {"ping": capability, "psyfi.run": capability},
+    }
+    folder.mkdir()
+    (folder / "manifest.json").write_text(json.dumps(document))
+    return folder
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    root = tmp_path / "overlays"
+    root.mkdir()
+    return root
+
+
+@pytest.fixture
+def registry(root: Path, tmp_path: Path) -> Registry:
+    return Registry(root, tmp_path / "state")
+
+
+def names(registry: Registry) -> list[str]:
+    return [entry.name for entry in registry.entries()]
+
+
+def statuses(registry: Registry) -> dict[str, str]:
+    return {entry.name: entry.status for entry in registry.entries()}
+
+
+# Finding overlays
+
+
+def test_overlays_are_listed_by_name_and_nothing_else_is(root: Path, registry: Registry) -> None:
+    for name in ("b", "a"):
+        put(root / name)
+    put(root / ".tmp-c")
+    (root / "__pycache__").mkdir()
+    (root / "README.md").write_text("not an overlay")
+    registry.load()
+    assert statuses(registry) == {"a": "active", "b": "active"}
+
+
+def test_a_root_that_does_not_exist_has_no_overlays(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "nowhere", tmp_path / "state")
+    registry.load()
+    assert registry.entries() == []
+    put(tmp_path / "nowhere" / "late")
+    assert names(registry) == ["late"]
+
+
+def test_one_broken_overlay_never_keeps_another_from_loading(root: Path, registry: Registry) -> None:
+    put(root / "sound")
+    put(root / "worse", phases=["NAP"], timeout_ms=-1)
+    put(root / "Bad Name")
+    (root / "empty").mkdir()
+    (root / "nowhere").symlink_to("no-such-folder")
+    (root / "loop").symlink_to("loop")
+    registry.load()
+    assert statuses(registry) == {
+        "Bad Name": "broken",
+        "empty": "broken",
+        "loop": "broken",
+        "nowhere": "broken",
+        "sound": "active",
+        "worse": "broken",
+    }
+    worse = registry.entry("worse").error
+    assert worse is not None
+    assert [fault.path for fault in worse.faults] == ["$.phases[0]", "$.timeout_ms"]
+    assert registry.resolve("sound").capability.name == "run"
+
+
+@pytest.mark.usefixtures("bound_by_modes")
+def test_an_unreadable_folder_is_broken_and_says_why(root: Path, registry: Registry) -> None:
+    put(root / "sound")
+    put(root / "closed").chmod(0)
+    try:
+        assert statuses(registry) == {"closed": "broken", "sound": "active"}
+        assert "Permission denied" in str(registry.entry("closed").error)
+    finally:
+        (root / "closed").chmod(0o755)
+
+
+def test_an_overlay_that_holds_too_much_is_broken_and_says_what_to_do(
+    root: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(root / "big")
+    monkeypatch.setattr(codehash, "MAX_FILES", 1)
+    assert ".aalignore" in str(registry.entry("big").error)
+
+
+def test_a_check_may_keep_an_overlay_out(root: Path, tmp_path: Path) -> None:
+    def check(manifest: Manifest, folder: Path) -> list[str]:
+        assert folder == (root / manifest.name).resolve()
+        return ["no license"] if not (folder / "LICENSE").exists() else []
+
+    registry = Registry(root, tmp_path / "state", check=check)
+    put(root / "a")
+    with pytest.raises(DeniedError, match="no license") as caught:
+        registry.resolve("a")
+    assert caught.value.code == "ERR_OVERLAY_BROKEN"
+    (root / "a" / "LICENSE").write_text("yours")
+    assert registry.resolve("a").manifest.name == "a"
+
+
+def test_the_default_timeout_is_that_of_the_registry(root: Path, tmp_path: Path) -> None:
+    put(root / "a")
+    registry = Registry(root, tmp_path / "state", default_timeout_s=3.5)
+    assert registry.resolve("a").capability.timeout_s == 3.5
+
+
+# Changes on disk
+
+
+def test_what_comes_changes_and_goes_is_seen_at_the_next_use(root: Path, registry: Registry) -> None:
+    registry.load()
+    with pytest.raises(NotFoundError):
+        registry.resolve("a")
+    put(root / "a")
+    assert registry.resolve("a").manifest.version == "1"
+    put(root / "a", version="2")
+    assert registry.resolve("a").manifest.version == "2"
+    shutil.rmtree(root / "a")
+    with pytest.raises(NotFoundError):
+        registry.resolve("a")
+    assert registry.entries() == []
+
+
+def test_a_half_copied_folder_is_broken_and_heals_by_itself(root: Path, registry: Registry) -> None:
+    (root / "a").mkdir()
+    assert statuses(registry) == {"a": "broken"}
+    whole = json.dumps({"name": "a", "version": "1", "entrypoint": "x"})
+    (root / "a" / "manifest.json").write_text(whole[:20])
+    with pytest.raises(DeniedError) as caught:
+        registry.resolve("a")
+    assert caught.value.code == "ERR_OVERLAY_BROKEN"
+    assert caught.value.faults
+    (root / "a" / "manifest.json").write_text(whole)
+    assert registry.resolve("a").capability.argv == ("x",)
+
+
+def test_an_overlay_behind_a_link_is_followed_when_the_link_moves(
+    root: Path, tmp_path: Path, registry: Registry
+) -> None:
+    for version in ("1", "2"):
+        put(tmp_path / f"release{version}" / "a", version=version)
+    (root / "a").symlink_to(tmp_path / "release1" / "a")
+    assert registry.resolve("a").manifest.version == "1"
+    (root / "a").unlink()
+    (root / "a").symlink_to(tmp_path / "release2" / "a")
+    resolved = registry.resolve("a")
+    assert (resolved.manifest.version, resolved.manifest.folder) == ("2", (tmp_path / "release2" / "a").resolve())
+    assert resolved.code_hash == code_hash(tmp_path / "release2" / "a")
+
+
+def test_a_release_of_hard_links_is_told_from_the_one_before(root: Path, tmp_path: Path, registry: Registry) -> None:
+    put(tmp_path / "release1" / "a")
+    shutil.copytree(tmp_path / "release1", tmp_path / "release2", copy_function=os.link)
+    (root / "a").symlink_to(tmp_path / "release1" / "a")
+    registry.resolve("a")
+    (root / "a").unlink()
+    (root / "a").symlink_to(tmp_path / "release2" / "a")
+    assert registry.resolve("a").manifest.folder == (tmp_path / "release2" / "a").resolve()
+
+
+def test_the_code_hash_of_a_call_is_that_of_the_moment(root: Path, registry: Registry) -> None:
+    put(root / "a")
+    before = registry.resolve("a").code_hash
+    assert before == code_hash(root / "a")
+    (root / "a" / "src" / "run.py").write_text("print('other')")
+    assert registry.resolve("a").code_hash == code_hash(root / "a") != before
+
+
+def test_links_that_lead_outside_are_shown(root: Path, tmp_path: Path, registry: Registry) -> None:
+    put(root / "a")
+    assert registry.resolve("a").links == ()
+    (root / "a" / "data").symlink_to(tmp_path)
+    assert registry.resolve("a").links == (f"data -> {tmp_path.resolve()}",)
+    fresh = Registry(root, tmp_path / "state")
+    assert fresh.entry("a").links == (f"data -> {tmp_path.resolve()}",)
+
+
+# Names
+
+
+def test_an_unknown_overlay_is_answered_with_names_that_come_near(root: Path, registry: Registry) -> None:
+    put(root / "abraxas")
+    with pytest.raises(NotFoundError, match="did you mean abraxas") as caught:
+        registry.entry("abraxsa")
+    assert caught.value.code == "ERR_UNKNOWN_OVERLAY"
+
+
+@pytest.mark.parametrize(
+    "name", ["../overlays/a", "a/", "/etc", "..", ".", "", "a\0", "A", "a\n", ".hidden", "a.b.", "ä"]
+)
+def test_a_name_that_cannot_be_is_unknown_and_never_touches_the_disk(
+    root: Path, registry: Registry, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(root / "a")
+    put(root / ".hidden")
+    monkeypatch.setattr(overlays, "_look", lambda _folder: pytest.fail("the disk was touched"))
+    with pytest.raises(NotFoundError) as caught:
+        registry.entry(name)
+    assert caught.value.code == "ERR_UNKNOWN_OVERLAY"
+    caught.value.detail.encode()
+
+
+def test_a_capability_is_found_by_either_of_its_names(root: Path, registry: Registry) -> None:
+    put_service(root / "psyfi")
+    for name, capability in [("psyfi", "ping"), ("psyfi", "psyfi.ping"), ("psyfi.ping", None)]:
+        assert registry.resolve(name, capability).capability.name == "ping"
+    assert registry.resolve("psyfi.run").capability.name == "run"
+
+
+@pytest.mark.parametrize("capability", [None, "", "pong", "other.ping", "psyfi."])
+def test_without_a_capability_that_is_there_all_are_listed(
+    root: Path, registry: Registry, capability: str | None
+) -> None:
+    put_service(root / "psyfi")
+    with pytest.raises(NotFoundError, match="ping, run") as caught:
+        registry.resolve("psyfi", capability)
+    assert caught.value.code == "ERR_UNKNOWN_CAPABILITY"
+
+
+def test_a_name_that_ends_in_a_dot_is_no_overlay(root: Path, registry: Registry) -> None:
+    put(root / "a")
+    with pytest.raises(NotFoundError) as caught:
+        registry.resolve("a.")
+    assert caught.value.code == "ERR_UNKNOWN_OVERLAY"
+
+
+# What operators do
+
+
+def test_a_disabled_overlay_is_refused_by_every_registry_until_it_is_enabled(
+    root: Path, tmp_path: Path, registry: Registry
+) -> None:
+    put(root / "a")
+    serving = Registry(root, tmp_path / "state")
+    assert serving.resolve("a").manifest.name == "a"
+    registry.disable("a")
+    with pytest.raises(DeniedError) as caught:
+        serving.resolve("a")
+    assert caught.value.code == "ERR_OVERLAY_DISABLED"
+    assert statuses(serving) == {"a": "disabled"}
+    registry.enable("a")
+    assert serving.resolve("a").manifest.name == "a"
+    assert statuses(serving) == {"a": "active"}
+
+
+def test_an_unknown_overlay_cannot_be_disabled_but_one_that_has_gone_can_be_enabled(
+    root: Path, registry: Registry
+) -> None:
+    put(root / "a")
+    for act in (registry.disable, registry.enable):
+        with pytest.raises(NotFoundError):
+            act("b")
+    registry.disable("a")
+    shutil.rmtree(root / "a")
+    registry.enable("a")
+    put(root / "a")
+    assert statuses(registry) == {"a": "active"}
+
+
+def disable_and_enable(root: Path, state: Path, name: str) -> None:
+    registry = Registry(root, state)
+    for _ in range(20):
+        registry.disable(name)
+        registry.enable(name)
+    registry.disable(name)
+
+
+def test_processes_that_disable_at_once_lose_nothing(root: Path, tmp_path: Path, registry: Registry) -> None:
+    some = ["a", "b", "c"]
+    for name in some:
+        put(root / name)
+    spawn = multiprocessing.get_context("spawn")
+    workers = [spawn.Process(target=disable_and_enable, args=(root, tmp_path / "state", name)) for name in some]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(PATIENCE_S)
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert statuses(registry) == dict.fromkeys(some, "disabled")
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b'{"disabled": [1]}', b'{"disabled": "a"}'])
+def test_a_list_of_disabled_overlays_that_makes_no_sense_stops_the_start(
+    root: Path, tmp_path: Path, registry: Registry, text: bytes
+) -> None:
+    put(root / "a")
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "overlays.json").write_bytes(text)
+    with pytest.raises(SettingError, match=r"overlays\.json"):
+        registry.load()
+    with pytest.raises(SettingError):
+        registry.enable("a")
+    assert (tmp_path / "state" / "overlays.json").read_bytes() == text
+
+
+def test_an_overlay_is_added_whole_with_its_links(root: Path, tmp_path: Path, registry: Registry) -> None:
+    source = put(tmp_path / "downloads" / "a")
+    (source / "link").symlink_to("src/run.py")
+    (source / "src" / "run.py").chmod(0o755)
+    entry = registry.add(source)
+    assert (entry.name, entry.status, entry.folder) == ("a", "active", root / "a")
+    assert (root / "a" / "link").readlink() == Path("src/run.py")
+    assert code_hash(root / "a") == code_hash(source)
+    assert [path.name for path in root.iterdir()] == ["a"]
+
+
+def test_adding_makes_the_root(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "new" / "overlays", tmp_path / "state")
+    assert registry.add(put(tmp_path / "a")).status == "active"
+
+
+def test_a_broken_overlay_is_not_added_and_every_fault_is_told(root: Path, tmp_path: Path, registry: Registry) -> None:
+    with pytest.raises(ManifestError) as caught:
+        registry.add(put(tmp_path / "a", version=1, phases=["NAP"]))
+    assert [fault.path for fault in caught.value.faults] == ["$.phases[0]", "$.version"]
+    with pytest.raises(ManifestError):
+        registry.add(tmp_path / "nowhere")
+    assert list(root.iterdir()) == []
+
+
+def test_a_name_that_is_taken_is_not_added(root: Path, tmp_path: Path, registry: Registry) -> None:
+    put(root / "a", version="first")
+    (root / "b").symlink_to("nowhere")
+    for name in ("a", "b"):
+        with pytest.raises(OperatorError) as caught:
+            registry.add(put(tmp_path / name))
+        assert caught.value.code == "ERR_EXISTS"
+    assert registry.resolve("a").manifest.version == "first"
+
+
+def test_a_copy_that_fails_leaves_nothing(root: Path, tmp_path: Path, registry: Registry) -> None:
+    source = put(tmp_path / "a")
+    os.mkfifo(source / "fifo")
+    with pytest.raises(OperatorError, match="fifo") as caught:
+        registry.add(source)
+    assert caught.value.code == "ERR_FILES"
+    assert list(root.iterdir()) == []
+
+
+def test_a_folder_that_holds_the_overlays_is_not_copied_into_them(tmp_path: Path) -> None:
+    source = put(tmp_path / "a")
+    registry = Registry(source / "overlays", tmp_path / "state")
+    with pytest.raises(OperatorError, match="within"):
+        registry.add(source)
+
+
+def test_a_removed_overlay_is_kept_and_is_no_longer_disabled(root: Path, tmp_path: Path, registry: Registry) -> None:
+    put(root / "a")
+    registry.disable("a")
+    moved = registry.remove("a")
+    assert moved.parent == tmp_path / "state" / "removed"
+    assert (moved / "src" / "run.py").exists()
+    assert registry.entries() == []
+    shutil.copytree(moved, root / "a")
+    assert statuses(registry) == {"a": "active"}
+    assert registry.remove("a") != moved
+    with pytest.raises(NotFoundError):
+        registry.remove("a")
+
+
+def test_of_a_linked_overlay_only_the_link_is_removed(root: Path, tmp_path: Path, registry: Registry) -> None:
+    target = put(tmp_path / "elsewhere" / "a")
+    (root / "a").symlink_to(target)
+    moved = registry.remove("a")
+    assert moved.is_symlink()
+    assert moved.readlink() == target
+    assert (target / "manifest.json").exists()
+
+
+@pytest.fixture
+def across(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state folder that looks as if it lay on another file system than the overlays."""
+    rename = os.rename
+
+    def refusing(source: Any, target: Any) -> None:
+        if Path(source).parent != Path(target).parent:
+            raise OSError(18, "Invalid cross-device link")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refusing)
+
+
+@pytest.mark.usefixtures("across")
+def test_removing_works_across_file_systems(root: Path, tmp_path: Path, registry: Registry) -> None:
+    before = code_hash(put(root / "a"))
+    assert code_hash(registry.remove("a")) == before
+    (root / "b").symlink_to(tmp_path)
+    assert registry.remove("b").readlink() == tmp_path
+    assert list(root.iterdir()) == []
+
+
+@pytest.mark.usefixtures("across")
+def test_a_removal_that_fails_half_way_leaves_the_overlay_where_it_was(
+    root: Path, registry: Registry, tmp_path: Path
+) -> None:
+    put(root / "a")
+    os.mkfifo(root / "a" / "fifo")
+    with pytest.raises(OperatorError):
+        registry.remove("a")
+    assert statuses(registry) == {"a": "active"}
+    assert list((tmp_path / "state" / "removed").iterdir()) == []
+
+
+def test_a_state_folder_that_cannot_be_is_an_operator_error(root: Path, tmp_path: Path) -> None:
+    put(root / "a")
+    (tmp_path / "file").write_text("")
+    with pytest.raises((OperatorError, SettingError)):
+        Registry(root, tmp_path / "file").disable("a")
+
+
+def test_a_list_that_cannot_be_written_stays_as_it_was(
+    root: Path, tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(root / "a")
+    put(root / "b")
+    registry.disable("a")
+
+    def full(_handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OperatorError, match="No space left"):
+        registry.disable("b")
+    assert json.loads((tmp_path / "state" / "overlays.json").read_text()) == {"disabled": ["a"]}
+    assert sorted(path.name for path in (tmp_path / "state").iterdir()) == ["overlays.json", "overlays.lock"]
+
+
+# What people and programs are shown
+
+
+def test_the_summary_of_shape_a_shows_permissions_as_capabilities(root: Path, registry: Registry) -> None:
+    put(root / "a", capabilities=["exec", "analysis"], status="experimental", extra=1)
+    summary = registry.entry("a").summary()
+    assert summary["capabilities"] == summary["permissions"] == ["analysis", "exec"]
+    assert (summary["name"], summary["version"], summary["status"]) == ("a", "1", "experimental")
+    assert summary["phases"] == ["OPEN", "ALIGN", "CLEAR", "SEAL"]
+    assert (summary["runners"], summary["folder"], summary["error"]) == (["proc"], "a", None)
+    assert "$.extra" in summary["warnings"][0]
+
+
+def test_a_broken_overlay_is_shown_with_every_fault(root: Path, registry: Registry) -> None:
+    put(root / "a", timeout_ms=-1, version=2)
+    shown = registry.entry("a").detail()
+    assert (shown["status"], shown["version"], shown["details"]) == ("broken", None, {})
+    assert [fault["path"] for fault in shown["faults"]] == ["$.timeout_ms", "$.version"]
+    assert "$.timeout_ms" in shown["error"]
+
+
+def test_details_are_json_and_hide_the_password_of_a_url(root: Path, registry: Registry) -> None:
+    put_service(root / "psyfi")
+    put(root / "a", op_policy={"hash": ["analysis"]})
+    shown = [json.loads(json.dumps(entry.detail())) for entry in registry.entries()]
+    assert [entry["name"] for entry in shown] == ["a", "psyfi"]
+    ping = shown[1]["details"]["ping"]
+    assert (ping["url"], ping["method"], ping["argv"]) == ("http://127.0.0.1:1/ping", "GET", [])
+    assert ping["memory"]["profile"] == "MINIMAL"
+    assert shown[0]["details"]["run"]["argv"] == ["python3", "src/run.py"]
+    assert shown[0]["op_policy"] == {"hash": ["analysis"]}
+
+
+# Watching
+
+
+@contextlib.asynccontextmanager
+async def watching(registry: Registry) -> AsyncIterator[asyncio.Queue[str]]:
+    """What a running `watch` tells of: a name, and how that overlay stands then."""
+    told: asyncio.Queue[str] = asyncio.Queue()
+
+    def tell(name: str) -> None:
+        found = {entry.name: entry for entry in registry.entries()}.get(name)
+        manifest = found.manifest if found else None
+        told.put_nowait(f"{name} {manifest.version if manifest else found.status if found else 'gone'}")
+
+    task = asyncio.create_task(registry.watch(tell))
+    await asyncio.sleep(0)
+    try:
+        yield told
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+async def tells(told: asyncio.Queue[str], news: str) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while await told.get() != news:
+            pass
+
+
+async def test_watch_tells_of_what_comes_changes_and_goes(root: Path, registry: Registry) -> None:
+    async with watching(registry) as told:
+        put(root / "a")
+        await tells(told, "a 1")
+        put(root / "a", version="2")
+        await tells(told, "a 2")
+        (root / "a" / "manifest.json").write_text("{")
+        await tells(told, "a broken")
+        shutil.rmtree(root / "a")
+        await tells(told, "a gone")
+
+
+async def test_watch_tells_of_code_that_changes_at_any_depth(root: Path, registry: Registry) -> None:
+    put(root / "a")
+    async with watching(registry) as told:
+        (root / "a" / "src" / "run.py").write_text("# edited")
+        await tells(told, "a 1")
+
+
+async def test_watch_follows_links_and_tells_when_they_move(root: Path, tmp_path: Path, registry: Registry) -> None:
+    for version in ("1", "2"):
+        put(tmp_path / version / "a", version=version)
+    (root / "a").symlink_to(tmp_path / "1" / "a")
+    async with watching(registry) as told:
+        (tmp_path / "1" / "a" / "src" / "run.py").write_text("# edited")
+        await tells(told, "a 1")
+        (root / "a").unlink()
+        (root / "a").symlink_to(tmp_path / "2" / "a")
+        await tells(told, "a 2")
+        put(tmp_path / "2" / "a", version="3")
+        await tells(told, "a 3")
+
+
+async def test_watch_waits_for_a_root_that_is_not_there_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overlays, "POLL_S", 0.02)
+    registry = Registry(tmp_path / "later" / "overlays", tmp_path / "state")
+    async with watching(registry) as told:
+        put(tmp_path / "later" / "overlays" / "a")
+        await tells(told, "a 1")
+
+
+async def test_watch_polls_where_no_events_come(
+    root: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_paths: object, **_options: object) -> object:
+        raise OSError(28, "No space left on device")  # what inotify says when its watches are used up
+
+    monkeypatch.setattr(overlays, "awatch", refuse)
+    monkeypatch.setattr(overlays, "POLL_S", 0.02)
+    async with watching(registry) as told:
+        put(root / "a")
+        await tells(told, "a 1")
+        put(root / "a", version="2")
+        await tells(told, "a 2")
+
+
+async def test_watch_goes_on_when_the_list_of_disabled_overlays_breaks(
+    root: Path, tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overlays, "POLL_S", 0.02)
+    (tmp_path / "state").mkdir()
+    async with watching(registry) as told:
+        (tmp_path / "state" / "overlays.json").write_text("{")
+        put(root / "a")
+        known = registry._states({})
+        assert known == {}
+        (tmp_path / "state" / "overlays.json").write_text('{"disabled": []}')
+        await tells(told, "a 1")
+
+
+async def test_excluded_folders_are_not_watched(root: Path, registry: Registry) -> None:
+    put(root / "a")
+    (root / "a" / ".venv" / "lib").mkdir(parents=True)
+    registry.load()
+    assert all(".venv" not in folder for folder in registry._watched())
+    assert overlays._owners(f"{root}/a/__pycache__", registry._watched()) == set()
+    assert overlays._owners(f"{root}/a/src/run.py", registry._watched()) == {"a"}
+    assert overlays._owners(f"{root}/new", registry._watched()) == {"new"}
