@@ -13,7 +13,7 @@ import os
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 from bus.errors import Fault, SettingError
 
@@ -26,10 +26,6 @@ FILE = "aal.toml"
 
 def _setting(default: Any, help: str, check: Callable[[Any], bool] = lambda _: True, allowed: str = "") -> Any:  # noqa: A002, ANN401
     return dataclasses.field(default=default, metadata={"help": help, "check": check, "allowed": allowed})
-
-
-def _choice(default: str, help: str, *choices: str) -> Any:  # noqa: A002, ANN401
-    return _setting(default, help, lambda value: value in choices, "one of " + ", ".join(choices))
 
 
 def _number(default: float, help: str, low: float, high: float) -> Any:  # noqa: A002, ANN401
@@ -53,15 +49,17 @@ class Settings:
     max_body_mb: float = _number(16, "largest request body, in MiB", 0.001, 1024)
     max_output_mb: float = _number(16, "largest output of an overlay, in MiB", 0.001, 1024)
     pass_env: str = _setting("", "names of further environment variables that overlays see, separated by commas")
-    fsync: str = _choice("batch", "when a ledger line is on the disk: each, each group, or as the kernel likes",
-                         "always", "batch", "never")  # fmt: skip
-    degrade: str = _choice("progressive", "degradation steps under stress: more as it rises, or all at once",
-                           "progressive", "all")  # fmt: skip
+    fsync: Literal["always", "batch", "never"] = _setting(
+        "batch", "when a ledger line is on the disk: each, each group, or as the kernel likes"
+    )
+    degrade: Literal["progressive", "all"] = _setting(
+        "progressive", "degradation steps under stress: more as it rises, or all at once"
+    )
     stress_period_s: float = _number(0.5, "seconds between two samples of the stress", 0.01, 60)
     dev_log_payload: bool = _setting(
         False, "store payloads and results in the ledger, which replay needs; read per call"
     )
-    log_level: str = _choice("info", "what the server's own log shows", "debug", "info", "warning", "error")
+    log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "what the server's own log shows")
 
     @property
     def ledger(self) -> Path:
@@ -74,6 +72,10 @@ class Settings:
     @property
     def max_output_bytes(self) -> int:
         return int(self.max_output_mb * 2**20)
+
+    @property
+    def pass_env_names(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in self.pass_env.split(",") if name.strip())
 
     @property
     def is_loopback(self) -> bool:
@@ -104,7 +106,7 @@ _TYPES = get_type_hints(Settings)
 def table() -> list[Row]:
     """Every setting with its default, in the order of the README's table."""
     return [
-        Row(f.name, PREFIX + f.name.upper(), f.default, f.metadata["help"], f.metadata["allowed"])
+        Row(f.name, PREFIX + f.name.upper(), f.default, f.metadata["help"], _allowed(f.name))
         for f in dataclasses.fields(Settings)
     ]
 
@@ -196,19 +198,28 @@ def _is_known(name: str, spelled: str, source: str, faults: list[Fault]) -> bool
 def _read(name: str, raw: Any, source: str, faults: list[Fault]) -> Any:  # noqa: ANN401
     """The typed value, or None after a fault was added."""
     field = next(f for f in dataclasses.fields(Settings) if f.name == name)
-    allowed: str = field.metadata["allowed"] or {bool: "true or false", Path: "a path"}.get(_TYPES[name], "a text")
     try:
         value = _convert(raw, _TYPES[name])
     except (ValueError, TypeError):
         value = None
     if value is None or not field.metadata["check"](value):
-        faults.append(Fault(f"{source}: {name}", repr(raw), allowed))
+        faults.append(Fault(f"{source}: {name}", repr(raw), _allowed(name)))
         return None
     return value
 
 
+def _allowed(name: str) -> str:
+    """What a setting may be, for people."""
+    if choices := get_args(_TYPES[name]):
+        return "one of " + ", ".join(choices)
+    field = next(f for f in dataclasses.fields(Settings) if f.name == name)
+    return field.metadata["allowed"] or {bool: "true or false", Path: "a path"}.get(_TYPES[name], "a text")
+
+
 def _convert(raw: Any, kind: type) -> Any:  # noqa: ANN401
     """`raw` as `kind`; a text is parsed, and a TOML value of another type is not bent into shape."""
+    if choices := get_args(kind):
+        return raw if raw in choices else None
     if kind is bool:
         text = str(raw).lower()
         return True if text in _TRUE else False if text in _FALSE else None

@@ -1,0 +1,82 @@
+"""Phases times permissions, as one table, and the one function that reads it. Pure; what is not allowed is denied."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from bus.errors import DeniedError
+from bus.model import Permission, Phase
+from runners.base import Rights
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from bus.model import Capability, Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseRule:
+    """What a phase asks of an overlay, and the rights that it gives a call. Scratch is writable in every phase."""
+
+    needs: Permission
+    write: bool
+    network: bool
+    exec: bool
+
+
+PHASES: Mapping[Phase, PhaseRule] = MappingProxyType(
+    {
+        Phase.OPEN: PhaseRule(Permission.ANALYSIS, write=True, network=True, exec=False),
+        Phase.ALIGN: PhaseRule(Permission.ANALYSIS, write=True, network=True, exec=False),
+        Phase.ASCEND: PhaseRule(Permission.EXEC, write=True, network=True, exec=True),
+        Phase.CLEAR: PhaseRule(Permission.ANALYSIS, write=False, network=False, exec=False),
+        Phase.SEAL: PhaseRule(Permission.ANALYSIS, write=True, network=False, exec=False),
+    }
+)
+
+
+def authorize(manifest: Manifest, capability: Capability, phase: Phase, payload: Mapping[str, Any]) -> Rights:
+    """The rights of one call. Raises `DeniedError`, whose detail names the permission or phase that is missing.
+
+    The permission is judged before the phase: an overlay that could never be called in ASCEND should say why.
+    """
+    rule = PHASES[phase]
+    _require(manifest, [rule.needs], f"phase {phase}")
+    if phase not in capability.phases:
+        served = ", ".join(capability.phases) or "none"
+        raise DeniedError(
+            "ERR_PHASE_DENIED", f"{manifest.name}.{capability.name} does not serve phase {phase}; it serves {served}"
+        )
+    if manifest.op_policy is not None and "op" in payload:
+        _authorize_op(manifest, manifest.op_policy, payload["op"])
+    return Rights(
+        write=rule.write,
+        network=rule.network and capability.network is not False,
+        exec=rule.exec,
+        read_paths=capability.read_paths,
+        write_paths=capability.write_paths if rule.write else (),
+    )
+
+
+def replay_needs_consent(manifest: Manifest, phase: Phase) -> bool:
+    """Whether to run a recorded call again could change something."""
+    rule = PHASES[phase]
+    return (rule.write or rule.exec) and not manifest.deterministic
+
+
+def _authorize_op(manifest: Manifest, op_policy: Mapping[str, tuple[str, ...]], op: object) -> None:
+    needs = op_policy.get(op) if isinstance(op, str) else None
+    if needs is None:
+        listed = ", ".join(sorted(op_policy)) or "none"
+        raise DeniedError("ERR_PERMISSION_DENIED", f"op {op!r} is not in the op_policy of {manifest.name}: {listed}")
+    _require(manifest, needs, f"op {op!r}")
+
+
+def _require(manifest: Manifest, needs: Iterable[str], what: str) -> None:
+    missing = [permission for permission in needs if permission not in manifest.permissions]
+    if missing:
+        held = ", ".join(sorted(manifest.permissions)) or "none"
+        wanted = ", ".join(f"'{permission}'" for permission in missing)
+        raise DeniedError("ERR_PERMISSION_DENIED", f"{what} needs permission {wanted}; {manifest.name} holds {held}")
