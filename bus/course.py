@@ -1,0 +1,220 @@
+"""The course of one call: what is known of it so far, and the record and the answer that are made from that."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+import orjson
+
+from bus.canonical import figure, sha256_hex
+from bus.errors import BusError, entry
+from bus.model import new_request_id, now_ms
+from runners.base import Outcome
+
+if TYPE_CHECKING:
+    from bus.ledger import LedgerError, Receipt
+    from bus.model import Invocation, Record, Told
+    from bus.overlays import Resolved
+
+SANDBOX: dict[str, Any] = {"mode": "off", "scope": "none", "enforced": []}
+"""What the kernel holds a call to."""
+_ERROR_LIMIT = 4096
+_NAME_LIMIT = 129
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a caller gets. `status` is the HTTP status; `body` has the form of `schemas/outcome.schema.json`.
+
+    `record` is the ledger's line, None where it could not be written.
+    """
+
+    status: int
+    body: dict[str, Any]
+    record: Record | None
+    retry_after_s: int | None = None
+
+    @property
+    def ok(self) -> bool:
+        return bool(self.body["ok"])
+
+    def json(self) -> bytes:
+        return orjson.dumps(self.body)
+
+
+@dataclass(slots=True)
+class Course:
+    """Filled in by the steps of `Bus.invoke`, in their order; what a call never came to stays None."""
+
+    request_id: str
+    timestamp_ms: int
+    received: float
+    overlay: str
+    capability: str | None
+    call: Invocation | None = None
+    resolved: Resolved | None = None
+    run_id: str | None = None
+    timeout_ms: int | None = None
+    queue_ms: float | None = None
+    told: Told | None = None
+    result_json: bytes | None = None
+    refusal: BusError | None = None
+
+    @classmethod
+    def of_call(cls, call: Invocation) -> Self:
+        return cls(call.request_id, call.timestamp_ms, call.received, call.overlay, call.capability, call)
+
+    @classmethod
+    def of_request(cls, overlay: str, capability: str | None) -> Self:
+        """Of a request that could not be read."""
+        shown = capability and capability[:_NAME_LIMIT]
+        return cls(new_request_id(), now_ms(), time.monotonic(), overlay[:_NAME_LIMIT], shown)
+
+    def refuse(self, refusal: BusError) -> Outcome:
+        """The refusal as an outcome; the answer will carry its faults and its hint."""
+        self.refusal = refusal
+        return Outcome(code=refusal.code, error=refusal.detail)
+
+    def record(self, outcome: Outcome, environment_hash: str, *, with_payload: bool) -> Record:
+        """The ledger's line, but for what the ledger itself gives it (seq, prev, hash)."""
+        call, manifest = self.call, self.resolved and self.resolved.manifest
+        capability = self.resolved and self.resolved.capability
+        record: Record = {
+            "type": self._type(),
+            "timestamp_ms": self.timestamp_ms,
+            "request_id": self.request_id,
+            "run_id": self.run_id,
+            "replay_of": call.replay_of.seq if call and call.replay_of else None,
+            "caller": call.caller if call else None,
+            "overlay": manifest.name if manifest else self.overlay[:_NAME_LIMIT],
+            "version": manifest.version if manifest else None,
+            "manifest_hash": manifest.manifest_hash if manifest else None,
+            "code_hash": self.resolved.code_hash if self.resolved else None,
+            "capability": capability.name if capability else self.capability,
+            "phase": call.phase.value if call else None,
+            "runner": capability.runner if capability else None,
+            "session": call.session if call else None,
+            "profile": call.profile if call else None,
+            "seed": call.seed if call else None,
+            "timeout_ms": self.timeout_ms,
+            "deterministic": manifest.deterministic if manifest else None,
+            "payload_hash": self.payload_hash,
+            "result_hash": self.result_hash,
+            "ok": outcome.ok,
+            "code": str(outcome.code),
+            "error": _cut(outcome.error),
+            "exit_code": outcome.exit_code,
+            "duration_ms": self._duration_ms(),
+            "queue_ms": self.queue_ms,
+            "cpu_ms": None if outcome.cpu_ms is None else figure(outcome.cpu_ms),
+            "cost_cents": self._cost_cents(outcome),
+            "memory": self._memory(outcome),
+            "sandbox": SANDBOX if self.told else None,
+            "prev_size": self.told.prev_size if self.told else None,
+            "environment_hash": environment_hash,
+        }
+        if with_payload and call:
+            record["payload"] = orjson.Fragment(call.payload_json)
+            record["result"] = None if self.result_json is None else orjson.Fragment(self.result_json)
+        return record
+
+    def answer(self, outcome: Outcome, record: Record, receipt: Receipt) -> Answer:
+        provenance = {
+            "seq": receipt.seq,
+            "hash": receipt.hash,
+            "tree_size": receipt.tree_size,
+            "run_id": self.run_id,
+            "environment_hash": record["environment_hash"],
+            "deterministic": record["deterministic"],
+            "seed": record["seed"],
+        }
+        return self._answer(outcome, record, provenance)
+
+    def unrecorded_answer(self, outcome: Outcome, error: LedgerError) -> Answer:
+        """The answer to a call whose line could not be written: a refusal as it is, else 500 with what came of it."""
+        if self.refusal:
+            return self._answer(outcome, None, None)
+        self.refusal = BusError(
+            "ERR_LEDGER",
+            f"the call ran and ended with {outcome.code}, and its ledger line could not be written: {error}",
+            hint="The outcome is in this answer only. Free the disk or mend the permissions of the log folder.",
+        )
+        told = dataclasses.replace(
+            outcome, code="ERR_LEDGER", error=self.refusal.detail, retryable=False, replied=False
+        )
+        return dataclasses.replace(self._answer(told, None, None), status=500)
+
+    @property
+    def payload_hash(self) -> str | None:
+        return sha256_hex(self.call.payload_json) if self.call else None
+
+    @property
+    def result_hash(self) -> str | None:
+        return None if self.result_json is None else sha256_hex(self.result_json)
+
+    def _answer(self, outcome: Outcome, record: Record | None, provenance: dict[str, Any] | None) -> Answer:
+        known = entry(outcome.code)
+        body = {
+            "ok": outcome.ok,
+            "overlay": self.overlay,
+            "capability": self.resolved.capability.name if self.resolved else self.capability,
+            "phase": self.call.phase.value if self.call else None,
+            "request_id": self.request_id,
+            "run_id": self.run_id,
+            "result": outcome.result,
+            "error": None if outcome.ok else outcome.error or known.message,
+            "code": str(outcome.code),
+            "category": None if outcome.ok else known.category,
+            "status": outcome.status,
+            "message": None if outcome.ok else known.message,
+            "detail": self._detail(outcome),
+            "hint": None if outcome.ok else known.hint,
+            "retryable": not outcome.ok and (known.retryable if outcome.retryable is None else outcome.retryable),
+            "timestamp_ms": self.timestamp_ms,
+            "duration_ms": record["duration_ms"] if record else self._duration_ms(),
+            "queue_ms": self.queue_ms,
+            "payload_hash": self.payload_hash,
+            "result_hash": self.result_hash,
+            "cost_cents": self._cost_cents(outcome),
+            "side_effects": list(outcome.side_effects),
+            "memory": self._memory(outcome),
+            "sandbox": SANDBOX if self.told else None,
+            "provenance": provenance,
+        }
+        if self.refusal:
+            body["hint"] = self.refusal.hint
+            if self.refusal.faults:
+                body["faults"] = [dataclasses.asdict(fault) for fault in self.refusal.faults]
+        status = 200 if outcome.ok or outcome.replied else known.status
+        return Answer(status, body, record, self.refusal.retry_after_s if self.refusal else None)
+
+    def _type(self) -> str:
+        if self.call and self.call.replay_of:
+            return "replay"
+        return "denied" if self.refusal else "invoke"
+
+    def _detail(self, outcome: Outcome) -> str | None:
+        """Of a refusal its own; of an overlay's failure the end of its log, where the reason mostly stands."""
+        if outcome.ok:
+            return None
+        return (not self.refusal and outcome.log.strip()) or outcome.error
+
+    def _memory(self, outcome: Outcome) -> dict[str, Any] | None:
+        """The memory block that the overlay was told, and what it really used."""
+        if self.told is None:
+            return None
+        return {**self.told.memory, "peak_mb": None if outcome.peak_mb is None else figure(outcome.peak_mb)}
+
+    def _cost_cents(self, outcome: Outcome) -> float:
+        declared = self.resolved.capability.cost_cents if self.resolved and self.told else 0.0
+        return figure(declared if outcome.cost_cents is None else outcome.cost_cents)
+
+    def _duration_ms(self) -> float:
+        return figure((time.monotonic() - self.received) * 1000)
+
+
+def _cut(text: str | None) -> str | None:
+    return text if text is None or len(text) <= _ERROR_LIMIT else text[: _ERROR_LIMIT - 1] + "…"
