@@ -10,7 +10,8 @@ The hash: SHA-256 over one record for each file, sorted by path. A record is fiv
 
 Left out, at any depth: `.venv`, `node_modules`, `__pycache__`, `.git`, and what `.aalignore` names. A line of it is a
 shell pattern (fnmatch: `*` crosses `/`); without a `/` it is held against the name of each file and folder, with one
-against the path from the folder on. `#` begins a comment, an ending `/` says folders only; there is no negation.
+against the path from the folder on. `#` begins a comment, an ending `/` says folders only; there is no negation. The
+manifest and `.aalignore` itself are never left out.
 
 Symbolic links are followed. The walk goes depth first, names sorted, and enters a folder once: a second way to it, as
 in a loop, is a `link`. More than `MAX_FILES` or `MAX_MB` is refused: an overlay's data belongs in `.aalignore`.
@@ -28,7 +29,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     Ignores = Callable[[str, bool], bool]
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 EXCLUDED = frozenset({".venv", "node_modules", "__pycache__", ".git", ".mypy_cache", ".pytest_cache", ".ruff_cache"})
 IGNORE_FILE = ".aalignore"
+ALWAYS = frozenset({"manifest.json", IGNORE_FILE})
+"""What no `.aalignore` leaves out: it says what the rest means."""
 MAX_FILES = 10_000
 MAX_MB = 1024
 
@@ -112,7 +115,7 @@ class Walk:
                 continue
             if entry.is_symlink():
                 self._add_link(entry, path, target, ignores)
-            elif not (ignores and ignores(path, entry.is_dir(follow_symlinks=False))):
+            elif path in ALWAYS or not (ignores and ignores(path, entry.is_dir(follow_symlinks=False))):
                 self._add(entry, path, target, ignores)
 
     def _add(self, entry: os.DirEntry[str], path: str, target: str, ignores: Ignores | None) -> None:
@@ -145,7 +148,7 @@ class Walk:
         self._list(listing, path + "/", target, ignores)
 
     def _add_link(self, entry: os.DirEntry[str], path: str, target: str, ignores: Ignores | None) -> None:
-        if ignores and ignores(path, entry.is_dir()):
+        if path not in ALWAYS and ignores and ignores(path, entry.is_dir()):
             return
         try:
             written = os.readlink(entry.path)  # noqa: PTH115  # as above
@@ -164,29 +167,56 @@ class Walk:
 
 
 class CodeHash:
-    """The code hash of one folder. While nothing changes, asking again costs a walk and reads no file."""
+    """The code hash of one folder. While nothing changes, asking again reads no file.
+
+    `is_unchanged` costs one `stat` for each file and folder and finds every change: of a file by its own stamp, of
+    what a folder lists, links included, by the folder's.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.hash = ""
+        self.links: tuple[str, ...] = ()
         self._digests: dict[Stamp, str] = {}
         self._files: list[File] | None = None
-        self._hash = ""
+        self._looked_at: list[tuple[str, Stamp]] = []
+
+    def is_unchanged(self) -> bool:
+        """Whether `hash` is sure to be still right. After a change just before the last look, only `get` can tell."""
+        try:
+            for path, stamp in self._looked_at:
+                if Stamp.of(os.stat(path)) != stamp:  # noqa: PTH116  # a string all along: this runs for every call
+                    return False
+        except OSError:
+            return False
+        return bool(self._looked_at)
 
     def get(self, walk: Walk | None = None) -> str:
         """64 hex digits. `walk` is one of this folder made just now, where there is one. Raises as `Walk.of` does."""
         now_ns = time.time_ns()
         walk = walk or Walk.of(self.folder)
+        self.links = tuple(walk.leading_out)
+        self._looked_at = self._look_at(walk, now_ns)
         if walk.files == self._files:
-            return self._hash
-        self._hash = self._combine(walk)
-        settled = all(file.stamp is None or file.stamp.is_settled(now_ns) for file in walk.files)
-        self._files = walk.files if settled else None
+            return self.hash
+        self.hash = self._combine(walk)
+        self._files = walk.files if _all_settled([(file.path, file.stamp) for file in walk.files], now_ns) else None
         self._digests = {
             file.stamp: digest
             for file in walk.files
             if file.stamp and file.stamp.is_settled(now_ns) and (digest := self._digests.get(file.stamp))
         }
-        return self._hash
+        return self.hash
+
+    def _look_at(self, walk: Walk, now_ns: int) -> list[tuple[str, Stamp]]:
+        """Every path of a walk that began at `now_ns`, with its stamp; empty where one may change unseen."""
+        folders = [str(self.folder), *walk.folders[1:]]
+        stamps = [(f"{walk.root}/{file.path}", file.stamp) for file in walk.files]
+        try:
+            stamps += [(path, Stamp.of(os.stat(path))) for path in folders]  # noqa: PTH116
+        except OSError:
+            return []
+        return [(path, stamp) for path, stamp in stamps if stamp] if _all_settled(stamps, now_ns) else []
 
     def _combine(self, walk: Walk) -> str:
         total = hashlib.sha256()
@@ -204,6 +234,10 @@ class CodeHash:
             return file.path, "unreadable", mode, file.target, ""
         self._digests[file.stamp] = digest
         return file.path, "file", mode, file.target, digest
+
+
+def _all_settled(stamps: Iterable[tuple[str, Stamp | None]], now_ns: int) -> bool:
+    return all(stamp is None or stamp.is_settled(now_ns) for _, stamp in stamps)
 
 
 def code_hash(folder: Path) -> str:

@@ -47,7 +47,9 @@ def read_line(path: Path, seq: int) -> Record:
         line = _seek_line(file, seq) if seq > 0 else b""
         if line.endswith(b"\n"):
             return check(line, seq)
-    raise NotFoundError("ERR_NOT_FOUND", f"the ledger has no line {seq}")
+    raise NotFoundError(
+        "ERR_NOT_FOUND", f"the ledger has no line {seq}", hint="aal provenance tail shows the last lines."
+    )
 
 
 def iter_lines(path: Path, start: int = 1) -> Iterator[Record]:

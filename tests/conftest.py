@@ -6,6 +6,7 @@ import ctypes
 import os
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 
 if TYPE_CHECKING:
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from bus.settings import Settings
+
+
+# No deadline: a slow machine is no fault. No database: the checkout may be read-only; a failure prints its blob.
+hypothesis.settings.register_profile("aal", deadline=None, database=None, print_blob=True)
+hypothesis.settings.load_profile("aal")
 
 
 @pytest.fixture(scope="session")

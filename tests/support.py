@@ -29,6 +29,7 @@ from runners.base import Job, Outcome
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+    from http.client import HTTPMessage
 
     from bus.hookspecs import RegisterRunner, RegisterStressSource
     from bus.model import Invocation, Record
@@ -192,7 +193,7 @@ class FixedStress:
 @dataclass(frozen=True)
 class Reply:
     status: int
-    headers: Mapping[str, str]
+    headers: HTTPMessage
     content: bytes
 
     def json(self) -> Any:
@@ -234,10 +235,16 @@ class Server:
             self._socket.close()
 
     @property
-    def rss_mb(self) -> float:
-        """Resident memory of the server's process, in MiB."""
+    def peak_mb(self) -> float:
+        """The most memory that the server's process has had resident, in MiB."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(status.partition("VmRSS:")[2].split()[0]) / 1024
+        return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+    def line_of(self, request_id: str) -> Record:
+        """The ledger's line of a request."""
+        found = [line for line in provenance.tail(self.settings.ledger, 50) if line.get("request_id") == request_id]
+        assert len(found) == 1
+        return found[0]
 
     @contextlib.contextmanager
     def connection(self) -> Iterator[HTTPConnection]:
@@ -251,7 +258,7 @@ class Server:
         with self.connection() as connection:
             connection.request(method, path, body, headers or {}, **options)
             response = connection.getresponse()
-            return Reply(response.status, dict(response.headers), response.read())
+            return Reply(response.status, response.headers, response.read())
 
     def get(self, path: str) -> Reply:
         return self.request("GET", path)

@@ -556,7 +556,7 @@ def test_a_removed_folder_is_made_again(path: Path) -> None:
             assert other.append_sync(call()).seq == 2
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+@pytest.mark.usefixtures("bound_by_modes")
 def test_a_folder_that_may_not_be_written_makes_the_ledger_unwell_and_says_so(path: Path) -> None:
     path.parent.mkdir(mode=0o555)
     with opened(path) as ledger:

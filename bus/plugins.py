@@ -1,0 +1,130 @@
+"""One plugin manager a Bus: loads the built-ins and whatever the entry-point group `aal` names, and calls the hooks.
+
+A gate (`aal_authorize`, `aal_check_overlay`) that fails denies. An observer (`aal_invocation_finished`) that fails is
+logged and dropped, and never keeps another from being called.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+from bus import hookspecs, stress
+from bus.errors import DeniedError
+from bus.hookspecs import hookimpl
+from bus.metrics import Metrics
+from runners.http import HttpRunner
+from runners.process import ProcessRunner
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from pathlib import Path
+
+    from pluggy import HookImpl
+    from starlette.routing import BaseRoute
+
+    from bus.dispatch import Bus
+    from bus.hookspecs import RegisterRunner, RegisterStressSource
+    from bus.model import Invocation, Manifest, Record
+    from bus.settings import Settings
+    from runners.base import Runner
+
+log = logging.getLogger(__name__)
+
+
+class BuiltIn:
+    """What every bus has: the two runners and the two sources of stress."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    @hookimpl
+    def aal_register_runners(self, register: RegisterRunner) -> None:
+        register(ProcessRunner(kill_grace_s=self._settings.kill_grace_s))
+        register(HttpRunner())
+
+    @hookimpl
+    def aal_stress_sources(self, register: RegisterStressSource) -> None:
+        register("memory", stress.memory_stress)
+        register("pressure", stress.pressure_stress)
+
+
+class Plugins:
+    """The hooks, each as a method with the semantics that `hookspecs.py` gives it."""
+
+    def __init__(self, settings: Settings, extra: Iterable[object] = ()) -> None:
+        self.manager = pluggy.PluginManager(hookspecs.PROJECT)
+        self.manager.add_hookspecs(hookspecs)
+        for plugin in (BuiltIn(settings), Metrics(), *extra):
+            self.manager.register(plugin)
+        self.manager.load_setuptools_entrypoints(hookspecs.PROJECT)
+        self.manager.check_pending()
+        self._gates = self._implementations("aal_authorize")
+        self._observers = self._implementations("aal_invocation_finished")
+
+    def runners(self) -> dict[str, Runner]:
+        """Every runner by name. Built-ins come first, so that a plugin's runner can take a name over."""
+        found: dict[str, Runner] = {}
+
+        def register(runner: Runner) -> None:
+            found[runner.name] = runner
+
+        for impl in self._implementations("aal_register_runners"):
+            _call(impl, register=register)
+        return found
+
+    def stress_sources(self) -> dict[str, Callable[[], float | None]]:
+        found: dict[str, Callable[[], float | None]] = {}
+
+        def register(name: str, read: Callable[[], float | None]) -> None:
+            found[name] = read
+
+        for impl in self._implementations("aal_stress_sources"):
+            _call(impl, register=register)
+        return found
+
+    def check_overlay(self, manifest: Manifest, folder: Path) -> list[str]:
+        """Every plugin's faults; a plugin that fails is a fault."""
+        faults: list[str] = []
+        for impl in self._implementations("aal_check_overlay"):
+            try:
+                faults += _call(impl, manifest=manifest, folder=folder) or ()
+            except Exception as error:
+                log.exception("plugin %s failed to check overlay %s", impl.plugin_name, manifest.name)
+                faults.append(f"plugin {impl.plugin_name} failed: {error}")
+        return faults
+
+    def authorize(self, invocation: Invocation, manifest: Manifest) -> None:
+        """Raise what a plugin refuses with; any exception of a plugin but `DeniedError` is ERR_VETOED."""
+        for impl in self._gates:
+            try:
+                _call(impl, invocation=invocation, manifest=manifest)
+            except DeniedError:
+                raise
+            except Exception as error:
+                log.exception("plugin %s failed to authorize", impl.plugin_name)
+                raise DeniedError("ERR_VETOED", f"plugin {impl.plugin_name} failed: {error}") from error
+
+    def finished(self, record: Record) -> None:
+        for impl in self._observers:
+            try:
+                _call(impl, record=record)
+            except Exception:
+                log.exception("plugin %s failed on a finished invocation", impl.plugin_name)
+
+    def routes(self, bus: Bus) -> list[BaseRoute]:
+        found: list[BaseRoute] = []
+        for impl in self._implementations("aal_routes"):
+            _call(impl, register=found.extend, bus=bus)
+        return found
+
+    def _implementations(self, hook: str) -> list[HookImpl]:
+        """In the order of registration; pluggy's own calls go the other way round and stop at the first exception."""
+        implementations: list[HookImpl] = getattr(self.manager.hook, hook).get_hookimpls()
+        return implementations
+
+
+def _call(impl: HookImpl, **arguments: Any) -> Any:  # noqa: ANN401
+    return impl.function(**{name: arguments[name] for name in impl.argnames})

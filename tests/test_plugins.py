@@ -1,0 +1,281 @@
+"""The plugin API: every hook is called with just its arguments, and what an exception in it does."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from pluggy import PluginValidationError
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+from starlette.testclient import TestClient
+
+from bus import hookspecs
+from bus.app import create_app
+from bus.dispatch import Bus
+from bus.errors import DeniedError
+from bus.hookspecs import hookimpl
+from bus.model import Invocation, Manifest
+from bus.plugins import Plugins
+from runners.base import Outcome, Runner
+from tests.support import (
+    FixedStress,
+    InProcessRunner,
+    a_call,
+    add_native,
+    add_overlay,
+    calls,
+    running_bus,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from starlette.requests import Request
+
+    from bus.hookspecs import RegisterRoutes, RegisterRunner, RegisterStressSource
+    from bus.model import Record
+    from bus.settings import Settings
+
+HOOKS = [name for name in vars(hookspecs) if name.startswith("aal_")]
+
+
+def arguments_of(hook: str) -> list[str]:
+    return list(inspect.signature(getattr(hookspecs, hook)).parameters)
+
+
+def test_the_hooks_and_their_arguments_are_these() -> None:
+    assert {hook: arguments_of(hook) for hook in HOOKS} == {
+        "aal_register_runners": ["register"],
+        "aal_check_overlay": ["manifest", "folder"],
+        "aal_authorize": ["invocation", "manifest"],
+        "aal_stress_sources": ["register"],
+        "aal_invocation_finished": ["record"],
+        "aal_routes": ["register", "bus"],
+    }
+
+
+def test_every_hook_is_implemented_in_a_test_of_this_file() -> None:
+    tree = ast.parse(Path(__file__).read_text())
+    implemented = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    assert set(HOOKS) <= implemented
+
+
+# --- Each hook ---------------------------------------------------------------------------------------------------
+
+
+async def test_a_plugins_runner_is_used_under_a_name_of_its_own(settings: Settings) -> None:
+    class Registers:
+        @hookimpl
+        def aal_register_runners(self, register: RegisterRunner) -> None:
+            register(runner)
+
+    runner = InProcessRunner(lambda job: Outcome(result=f"{job.overlay} in process"), name="inside")
+    add_native(settings.overlays, "one", {"run": {"runner": "inside"}})
+    async with running_bus(settings, Registers()) as bus:
+        answer = await bus.invoke(a_call("one"))
+    assert answer.body["result"] == "one in process"
+    assert calls(settings)[0]["runner"] == "inside"
+    assert runner.closed
+
+
+def test_a_later_runner_of_the_same_name_takes_the_place_of_a_built_in(settings: Settings) -> None:
+    runner = InProcessRunner(name="proc")
+    runners: dict[str, Runner] = Plugins(settings, [runner]).runners()
+    assert runners["proc"] is runner
+    assert set(runners) == {"proc", "http"}
+
+
+async def test_an_overlay_is_checked_by_plugins_when_it_is_loaded(settings: Settings) -> None:
+    seen: list[tuple[Manifest, Path]] = []
+
+    class Checks:
+        @hookimpl
+        def aal_check_overlay(self, manifest: Manifest, folder: Path) -> Iterable[str]:
+            seen.append((manifest, folder))
+            return ["first fault", "second fault"] if manifest.name == "bad" else ()
+
+    good = add_overlay(settings.overlays, "good")
+    add_overlay(settings.overlays, "bad")
+    async with running_bus(settings, Checks()) as bus:
+        assert (await bus.invoke(a_call("good"))).ok
+        refused = await bus.invoke(a_call("bad"))
+    assert {manifest.name for manifest, _ in seen} == {"good", "bad"}
+    assert all(isinstance(manifest, Manifest) for manifest, _ in seen)
+    assert good in {folder for _, folder in seen}
+    assert refused.body["code"] == "ERR_OVERLAY_BROKEN"
+    assert "first fault" in str(refused.body["faults"])
+    assert "second fault" in str(refused.body["faults"])
+
+
+async def test_a_plugin_that_fails_to_check_an_overlay_keeps_it_out(settings: Settings) -> None:
+    class Fails:
+        @hookimpl
+        def aal_check_overlay(self, manifest: Manifest) -> Iterable[str]:
+            raise ZeroDivisionError(manifest.name)
+
+    add_overlay(settings.overlays, "echo")
+    async with running_bus(settings, Fails()) as bus:
+        assert (await bus.invoke(a_call("echo"))).body["code"] == "ERR_OVERLAY_BROKEN"
+
+
+async def test_a_gate_is_asked_after_the_bus_itself_has_agreed(settings: Settings) -> None:
+    seen: list[tuple[Any, Any]] = []
+
+    class Gate:
+        @hookimpl
+        def aal_authorize(self, invocation: Invocation, manifest: Manifest) -> None:
+            seen.append((invocation, manifest))
+
+    add_overlay(settings.overlays, "echo")
+    call = a_call("echo")
+    async with running_bus(settings, InProcessRunner(), Gate()) as bus:
+        assert (await bus.invoke(call)).ok
+        assert not (await bus.invoke(a_call("echo", phase="ASCEND"))).ok
+    ((invocation, manifest),) = seen
+    assert invocation is call
+    assert isinstance(manifest, Manifest)
+    assert manifest.name == "echo"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (DeniedError("ERR_PERMISSION_DENIED", "the plugin's words"), "ERR_PERMISSION_DENIED"),
+        (DeniedError("ERR_VETOED", "the plugin's words"), "ERR_VETOED"),
+        (ZeroDivisionError("the plugin's words"), "ERR_VETOED"),
+    ],
+)
+async def test_whatever_a_gate_raises_denies(settings: Settings, error: Exception, code: str) -> None:
+    class Gate:
+        @hookimpl
+        def aal_authorize(self) -> None:
+            raise error
+
+    add_overlay(settings.overlays, "echo")
+    runner = InProcessRunner()
+    async with running_bus(settings, runner, Gate()) as bus:
+        answer = await bus.invoke(a_call("echo"))
+    assert (answer.status, answer.body["code"]) == (403, code)
+    assert "the plugin's words" in answer.body["detail"]
+    assert runner.jobs == []
+    assert calls(settings)[0]["type"] == "denied"
+
+
+async def test_the_stress_of_the_bus_is_the_largest_of_its_sources(settings: Settings) -> None:
+    class Source:
+        @hookimpl
+        def aal_stress_sources(self, register: RegisterStressSource) -> None:
+            register("gpu", lambda: 0.625)
+
+    async with running_bus(settings, FixedStress(0.1), Source()) as bus:
+        assert bus.stress.value == 0.625
+        assert bus.stress.report()["sources"] == {"memory": 0.1, "pressure": None, "gpu": 0.625}
+
+
+def test_a_bus_measures_memory_and_pressure_by_itself(settings: Settings) -> None:
+    assert set(Plugins(settings).stress_sources()) == {"memory", "pressure"}
+
+
+async def test_an_observer_sees_each_record_as_it_stands_in_the_ledger(settings: Settings) -> None:
+    seen: list[Record] = []
+
+    class Observer:
+        @hookimpl
+        def aal_invocation_finished(self, record: Record) -> None:
+            seen.append(record)
+
+    add_overlay(settings.overlays, "echo")
+    async with running_bus(settings, InProcessRunner(), Observer()) as bus:
+        await bus.invoke(a_call("echo"))
+        await bus.invoke(a_call("nobody"))
+    written = calls(settings)
+    assert [record["code"] for record in seen] == ["OK", "ERR_UNKNOWN_OVERLAY"]
+    for record, line in zip(seen, written, strict=True):
+        assert (record["seq"], record["hash"]) == (line["seq"], line["hash"])
+        assert {name: line[name] for name in line if name not in {"v", "prev", "payload", "result"}}.items() <= (
+            record.items()
+        )
+
+
+async def test_an_observer_that_fails_is_dropped_and_the_others_are_still_called(
+    settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: list[str] = []
+
+    class Fails:
+        @hookimpl
+        def aal_invocation_finished(self, record: Record) -> None:
+            raise ZeroDivisionError(record["code"])
+
+    class Observer:
+        @hookimpl
+        def aal_invocation_finished(self, record: Record) -> None:
+            seen.append(record["code"])
+
+    add_overlay(settings.overlays, "echo")
+    async with running_bus(settings, InProcessRunner(), Observer(), Fails(), Observer()) as bus:
+        assert (await bus.invoke(a_call("echo"))).ok
+    assert seen == ["OK", "OK"]
+    assert "ZeroDivisionError: OK" in caplog.text
+
+
+def test_a_plugin_adds_routes_after_those_of_the_bus(settings: Settings) -> None:
+    seen: list[Bus] = []
+
+    def greet(_: Request) -> PlainTextResponse:
+        return PlainTextResponse("hello")
+
+    class Adds:
+        @hookimpl
+        def aal_routes(self, register: RegisterRoutes, bus: Bus) -> None:
+            seen.append(bus)
+            register([Route("/greeting", greet), Route("/health", greet)])
+
+    bus = Bus(settings, plugins=[Adds()])
+    client = TestClient(create_app(bus=bus))
+    assert client.get("/greeting").text == "hello"
+    assert client.get("/health").json() == {"status": "ok"}
+    assert seen == [bus]
+
+
+# --- Loading -----------------------------------------------------------------------------------------------------
+
+
+def test_a_hook_that_does_not_exist_stops_the_start(settings: Settings) -> None:
+    class Misspelt:
+        @hookimpl
+        def aal_invocation_finish(self, record: Record) -> None:
+            """Never called."""
+
+    with pytest.raises(PluginValidationError, match="aal_invocation_finish"):
+        Plugins(settings, [Misspelt()])
+
+
+def test_an_argument_that_a_hook_does_not_have_stops_the_start(settings: Settings) -> None:
+    class Misspelt:
+        @hookimpl
+        def aal_invocation_finished(self, records: Record) -> None:
+            """Never called."""
+
+    with pytest.raises(PluginValidationError, match="records"):
+        Plugins(settings, [Misspelt()])
+
+
+@pytest.mark.parametrize("hook", ["aal_register_runners", "aal_stress_sources"])
+def test_a_plugin_that_fails_to_register_stops_the_start(settings: Settings, hook: str) -> None:
+    def fail(register: object) -> None:
+        raise ZeroDivisionError(str(register))
+
+    plugin = type("Fails", (), {hook: staticmethod(hookimpl(fail))})()
+    with pytest.raises(ZeroDivisionError):
+        Bus(settings, plugins=[plugin])
+
+
+def test_each_bus_has_a_manager_of_its_own(settings: Settings) -> None:
+    runner = InProcessRunner(name="inside")
+    assert "inside" in Plugins(settings, [runner]).runners()
+    assert "inside" not in Plugins(settings).runners()
