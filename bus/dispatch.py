@@ -1,0 +1,277 @@
+"""The bus itself. `Bus.invoke` is the story of one call, from the request to the line in the ledger.
+
+A refusal on the way is a `BusError`, and whatever a started overlay does is an `Outcome`; `invoke` makes both into a
+ledger line and an `Answer`, and the answer leaves only after its line is in the file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+import time
+from typing import TYPE_CHECKING, Any, Self
+
+import orjson
+
+from bus import envelopes, policy, runes, schemas
+from bus.canonical import figure
+from bus.course import Course
+from bus.errors import BusError, OverloadError
+from bus.ledger import Ledger, LedgerError
+from bus.model import Told, now_ms
+from bus.overlays import Registry
+from bus.plugins import Plugins
+from bus.records import collect_environment, environment_hash
+from bus.scheduler import Scheduler, memory_block
+from bus.settings import stores_payload
+from bus.stress import StressMonitor
+from runners.base import Code, HttpTarget, Job, Outcome, ProcessTarget
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from jsonschema import Draft202012Validator
+
+    from bus.course import Answer
+    from bus.model import Capability, Invocation, Manifest
+    from bus.overlays import Resolved
+    from bus.runes import MemoryProfile
+    from bus.settings import Settings
+    from runners.base import Rights
+
+log = logging.getLogger(__name__)
+
+BIG_BYTES = 256 * 1024
+"""JSON above this is walked in a thread, so that other calls go on."""
+LEDGER_RETRY_S = 5
+LAST_LINES_S = 5.0
+"""How long closing waits for the lines of calls that were ended."""
+_ENV_ALLOWED = ("HOME", "LANG", "LC_ALL", "LC_CTYPE", "LOGNAME", "PATH", "TMPDIR", "TZ", "USER")
+
+
+class Bus:
+    """Owns the registry, the scheduler, the ledger, the plugins and their runners. One event loop, one Bus."""
+
+    def __init__(self, settings: Settings, *, plugins: Iterable[object] = ()) -> None:
+        self.settings = settings
+        self.plugins = Plugins(settings, plugins)
+        self.runners = self.plugins.runners()
+        self.registry = Registry(
+            settings.overlays,
+            settings.state,
+            check=self.plugins.check_overlay,
+            default_timeout_s=settings.timeout_s,
+            runners=self.runners.keys(),
+        )
+        self.stress = StressMonitor(self.plugins.stress_sources())
+        self.scheduler = Scheduler(
+            slots=settings.slots, queue_limit=settings.queue_limit, stress=lambda: self.stress.value
+        )
+        self.environment = collect_environment(settings.overlays.parent)
+        self.environment_hash = environment_hash(self.environment)
+        self.ledger = Ledger(settings.ledger, fsync=settings.fsync, environment=self.environment)
+        self._envs: dict[str, tuple[Manifest, Mapping[str, str]]] = {}
+        self._validators: dict[tuple[str, str, str], Draft202012Validator] = {}
+        self._started = False
+        self._tasks: list[asyncio.Task[None]] = []
+        self._finishing: set[asyncio.Task[Answer]] = set()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def start(self, *, watch: bool = True) -> None:
+        """Open the ledger, load the overlays, begin to sample and to watch. Does nothing the second time."""
+        if self._started:
+            return
+        self._started = True
+        self.ledger.open()
+        self.registry.load()
+        self.stress.prime()
+        if watch:
+            self._tasks = [
+                asyncio.create_task(self.registry.watch(), name="watch overlays"),
+                asyncio.create_task(self.stress.run(self.settings.stress_period_s), name="sample stress"),
+            ]
+
+    async def close(self) -> None:
+        """Refuse what comes, let what runs finish within `drain_s`, end the rest, and write the last lines."""
+        self.scheduler.close()
+        if not await self.scheduler.drain(self.settings.drain_s):
+            log.warning("ending %d calls that did not finish in %s s", self.scheduler.running, self.settings.drain_s)
+        await asyncio.gather(*(runner.close() for runner in self.runners.values()))
+        await self.scheduler.drain(LAST_LINES_S)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._finishing, return_exceptions=True)
+        await asyncio.to_thread(self.ledger.close)
+        self._started = False
+
+    async def not_ready(self) -> str | None:
+        """Why no call could be made now, or None where one could."""
+        await self.start()
+        if self.scheduler.closed:
+            return "the bus is shutting down"
+        if not await asyncio.to_thread(self.ledger.probe):
+            return f"the ledger cannot be written: {self.ledger.reason}"
+        return None
+
+    async def invoke(self, call: Invocation) -> Answer:
+        """Make one call. Raises nothing but `asyncio.CancelledError`, and that leaves its line too."""
+        course = Course.of_call(call)
+        try:
+            resolved = course.resolved = self.registry.resolve(call.overlay, call.capability)
+            course.run_id = envelopes.run_id(resolved.manifest, resolved.capability, call)
+            rights = policy.authorize(resolved.manifest, resolved.capability, call.phase, call.payload)
+            self.plugins.authorize(call, resolved.manifest)
+            self._check_input(resolved, call)
+            self._require_ledger()
+            outcome = await self._admit_and_run(course, call, resolved, rights)
+        except BusError as refusal:
+            outcome = course.refuse(refusal)
+        except asyncio.CancelledError:
+            await self._finish_alone(course, Outcome(code=Code.CANCELLED, error="the caller went away"))
+            raise
+        except Exception as error:
+            log.exception("call %s failed inside the bus", call.request_id)
+            outcome = course.refuse(BusError("ERR_INTERNAL", f"{type(error).__name__} in the bus"))
+        return await self._finish(course, outcome)
+
+    async def refuse(self, error: BusError, overlay: str, capability: str | None = None) -> Answer:
+        """Answer a request that could not be read as an invocation, and write it down."""
+        course = Course.of_request(overlay, capability)
+        return await self._finish(course, course.refuse(error))
+
+    def _check_input(self, resolved: Resolved, call: Invocation) -> None:
+        if resolved.capability.input_schema is not None:
+            validator = self._validator(resolved, "input", resolved.capability.input_schema)
+            envelopes.check_input(resolved.capability, validator, call.payload)
+
+    def _require_ledger(self) -> None:
+        """What cannot be written down does not start. The refusal's own line is the next try to write."""
+        if not self.ledger.healthy:
+            reason = self.ledger.reason or "the ledger is not open"
+            raise OverloadError("ERR_LEDGER", reason, retry_after_s=LEDGER_RETRY_S)
+
+    async def _admit_and_run(self, course: Course, call: Invocation, resolved: Resolved, rights: Rights) -> Outcome:
+        """Wait for room, then run. Waiting counts against the deadline, which a caller may only bring nearer."""
+        manifest, capability = resolved.manifest, resolved.capability
+        profile = runes.resolve(call.profile) if call.profile else capability.memory
+        course.timeout_ms = min(int(capability.timeout_s * 1000), call.timeout_ms or sys.maxsize)
+        deadline = call.received + course.timeout_ms / 1000
+        async with self.scheduler.admit(
+            f"{manifest.name}.{capability.name}", profile.priority, deadline, capability.concurrency
+        ) as grant:
+            course.queue_ms = figure(grant.queued_s * 1000)
+            told = course.told = self._tell(call, capability, profile, str(course.run_id))
+            outcome = await self.runners[capability.runner].run(self._job(call, resolved, told, rights, deadline))
+            return await self._judge(course, resolved, outcome)  # within the slot: closing waits for slots
+
+    def _tell(self, call: Invocation, capability: Capability, profile: MemoryProfile, run_id: str) -> Told:
+        """What the overlay is told; a replay tells it what it was told the first time, so that it degrades alike."""
+        if call.replay_of:
+            return call.replay_of.told
+        memory = memory_block(
+            profile,
+            self.stress.value,
+            all_steps=self.settings.degrade == "all",
+            degradation=capability.degradation,
+            total_mb=self.stress.total_mb,
+        )
+        return Told(call.request_id, run_id, call.timestamp_ms, self.ledger.size, self.environment_hash, memory)
+
+    def _job(self, call: Invocation, resolved: Resolved, told: Told, rights: Rights, deadline: float) -> Job:
+        manifest, capability = resolved.manifest, resolved.capability
+        deadline_ms = now_ms() + int((deadline - time.monotonic()) * 1000)
+        return Job(
+            request_id=call.request_id,
+            overlay=manifest.name,
+            capability=capability.name,
+            phase=call.phase,
+            folder=manifest.folder,
+            target=self._target(manifest, capability, call),
+            envelope=envelopes.overlay_request(call, manifest, capability, told, deadline_ms=deadline_ms),
+            rights=rights,
+            deadline=deadline,
+            hard_mb=told.memory["hard_mb"],
+            max_output_bytes=self.settings.max_output_bytes,
+        )
+
+    def _target(self, manifest: Manifest, capability: Capability, call: Invocation) -> ProcessTarget | HttpTarget:
+        if capability.argv:
+            return ProcessTarget(capability.argv, self._child_env(manifest), manifest.stdin)
+        repeatable = capability.idempotent or manifest.deterministic
+        query = _query(call.payload) if capability.method == "GET" else {}
+        return HttpTarget(capability.url, capability.method, query, repeatable)
+
+    def _child_env(self, manifest: Manifest) -> Mapping[str, str]:
+        """What a program of this overlay sees, made once for each reading of its manifest."""
+        made_for, env = self._envs.get(manifest.name, (None, {}))
+        if made_for is not manifest:
+            env = child_env(manifest, self.settings)
+            self._envs[manifest.name] = (manifest, env)
+        return env
+
+    async def _judge(self, course: Course, resolved: Resolved, outcome: Outcome) -> Outcome:
+        """Open the reply, and hold the result to the canonical form and to the capability's output schema."""
+        schema = resolved.capability.output_schema
+        validator = None if schema is None else self._validator(resolved, "output", schema)
+        outcome = envelopes.open_reply(outcome)
+        if outcome.output_bytes > BIG_BYTES:
+            outcome, course.result_json = await asyncio.to_thread(envelopes.check_result, validator, outcome)
+        else:
+            outcome, course.result_json = envelopes.check_result(validator, outcome)
+        return outcome
+
+    async def _finish(self, course: Course, outcome: Outcome) -> Answer:
+        """Write the line, tell the plugins, and only then answer."""
+        record = course.record(outcome, self.environment_hash, with_payload=stores_payload(self.settings))
+        try:
+            receipt = await self.ledger.append(record)
+        except LedgerError as error:
+            return course.unrecorded_answer(outcome, error)
+        record |= {"seq": receipt.seq, "hash": receipt.hash}
+        self.plugins.finished(record)
+        return course.answer(outcome, record, receipt)
+
+    async def _finish_alone(self, course: Course, outcome: Outcome) -> None:
+        """Finish a call whose caller has gone; a second cancellation does not keep its line from being written."""
+        task = asyncio.create_task(self._finish(course, outcome), name=f"finish {course.request_id}")
+        self._finishing.add(task)
+        task.add_done_callback(self._finishing.discard)
+        await asyncio.shield(task)
+
+    def _validator(self, resolved: Resolved, side: str, schema: Mapping[str, Any]) -> Draft202012Validator:
+        key = (resolved.manifest.manifest_hash, resolved.capability.name, side)
+        found = self._validators.get(key)
+        if found is None:
+            found = self._validators[key] = schemas.compiled(schema)
+        return found
+
+
+def child_env(manifest: Manifest, settings: Settings) -> dict[str, str]:
+    """An allow-list, never the bus's own environment; makes the overlay's state folder.
+
+    Python's hashes are fixed, so that a replay can match. A `.venv` of the overlay's own comes first on the PATH.
+    """
+    passed = (*_ENV_ALLOWED, *settings.pass_env_names, *manifest.env)
+    env = {name: os.environ[name] for name in passed if name in os.environ and not name.startswith("AAL_")}
+    env["PATH"] = f"{manifest.folder / '.venv' / 'bin'}:{env.get('PATH', os.defpath)}"
+    state = settings.state / "state" / manifest.name
+    state.mkdir(parents=True, exist_ok=True)
+    return env | {"PYTHONHASHSEED": "0", "OVERLAY_STATE": str(state)}
+
+
+def _query(payload: Mapping[str, Any]) -> dict[str, str]:
+    """The scalars of a payload, as the query of a GET."""
+    return {
+        name: value if isinstance(value, str) else orjson.dumps(value).decode()
+        for name, value in payload.items()
+        if isinstance(value, str | int | float | bool)
+    }

@@ -1,0 +1,68 @@
+"""A Bus for code without an event loop: `aal invoke`, `aal replay`, scripts and notebooks. No socket is opened."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, Self
+
+import uvloop
+
+from bus import replay
+from bus import settings as bus_settings
+from bus.dispatch import Bus
+from bus.envelopes import make_invocation
+from bus.model import Phase
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from bus.course import Answer
+    from bus.overlays import Registry
+    from bus.settings import Settings
+
+
+class LocalBus:
+    """A Bus on an event loop of its own. Use it in a `with` block and from one thread."""
+
+    def __init__(self, settings: Settings | None = None, *, plugins: Iterable[object] = ()) -> None:
+        self.settings = settings or bus_settings.load()
+        self._plugins = plugins
+        self._runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
+
+    def __enter__(self) -> Self:
+        self._bus = Bus(self.settings, plugins=self._plugins)
+        self._runner.run(self._bus.start(watch=False))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._runner.run(self._bus.close())
+        finally:
+            self._runner.close()
+
+    @property
+    def registry(self) -> Registry:
+        return self._bus.registry
+
+    def invoke(self, request: Mapping[str, Any], overlay: str, capability: str | None = None) -> Answer:
+        """One call, from a request as in `schemas/invocation.schema.json`. Raises `RequestError` for its form."""
+        return self._runner.run(self._bus.invoke(make_invocation(dict(request), overlay, capability)))
+
+    def call(
+        self,
+        capability: str,
+        payload: Mapping[str, Any],
+        *,
+        phase: str = Phase.OPEN,
+        profile: str | None = None,
+        seed: str | int | None = None,
+        timeout_ms: int | None = None,
+    ) -> dict[str, Any]:
+        """Call `overlay` or `overlay.capability` and give the answer's body, as `POST /invoke` would."""
+        overlay, _, name = capability.partition(".")
+        request = {"phase": phase, "data": payload, "profile": profile, "seed": seed, "timeout_ms": timeout_ms}
+        return self.invoke(request, overlay, name or None).body
+
+    def replay(self, seq: int, *, live: bool = False) -> replay.Replay:
+        """Run line `seq` of the ledger again; see `bus.replay.replay`."""
+        return self._runner.run(replay.replay(self._bus, seq, live=live))
