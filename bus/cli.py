@@ -1,0 +1,317 @@
+"""The command `aal`. Every command is a thin door to a module that does the work.
+
+Exit codes: 0 ok, 1 the call or check failed, 2 usage, 3 not replayable, 4 the ledger is broken.
+"""
+
+# ruff: noqa: PLC0415  # what is slow to import is imported by the command that needs it: `aal --help` stays quick
+
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bus import cli_ledger, cli_overlays, resources, templates
+from bus.console import (
+    AsJson,
+    Commands,
+    Exit,
+    Workplace,
+    complain,
+    make_app,
+    mark,
+    out,
+    print_json,
+    print_pretty,
+    print_table,
+    say,
+    workplace,
+)
+from bus.errors import OperatorError
+from bus.model import Phase
+from bus.settings import FILE, explain, table
+from runners.base import JsonError, parse_json
+
+if TYPE_CHECKING:
+    from bus.course import Answer
+    from bus.dispatch import Bus
+    from bus.stress import StressMonitor
+
+EXAMPLE = "abraxas"
+"""The overlay that a new folder begins with."""
+
+_ABOUT = """The overlay bus: call overlays, see what was called, run it again.
+
+Exit codes: 0 ok, 1 the call or check failed, 2 usage, 3 not replayable, 4 the ledger is broken.
+"""
+
+app = make_app(_ABOUT, cls=Commands)
+app.add_typer(cli_overlays.app, name="overlays")
+app.add_typer(cli_ledger.app, name="provenance")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The entry point of `aal`. Ends by `SystemExit`."""
+    app(args=arguments, prog_name="aal")
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        say(f"aal-core {resources.version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _before(
+    ctx: typer.Context,
+    folder: Annotated[Path, typer.Option("-C", "--folder", metavar="DIR", help="Work in this folder.")] = Path(),
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True)] = False,
+) -> None:
+    if not folder.is_dir():
+        raise typer.BadParameter(f"there is no folder {folder}", param_hint="-C")
+    ctx.obj = Workplace(folder.absolute())
+
+
+# --- aal serve ---------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def serve(
+    ctx: typer.Context,
+    *,
+    host: Annotated[str | None, typer.Option(help="Address; loopback only.")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = None,
+    overlays: Annotated[Path | None, typer.Option(help="Folder of the overlays.")] = None,
+    logs: Annotated[Path | None, typer.Option(help="Folder of the ledger.")] = None,
+    state: Annotated[Path | None, typer.Option(help="Folder of the bus's own state.")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+) -> None:
+    """Serve the overlays over HTTP, until SIGINT or SIGTERM.
+
+    Example: aal serve --port 8000
+    """
+    from bus import serve as server
+
+    given = {"host": host, "port": port, "overlays": overlays, "logs": logs, "state": state, "log_level": log_level}
+    server.serve(workplace(ctx).settings(**given), _announce)
+
+
+def _announce(address: str, bus: "Bus") -> None:
+    """One line when calls can come. Why an overlay is broken stands in the log."""
+    entries = bus.registry.entries()
+    broken = ", ".join(entry.name for entry in entries if entry.error)
+    told = f" (broken: {broken})" if broken else ""
+    say(f"AAL-Core {resources.version()} listens on {address} with {_count(len(entries), 'overlay')}{told}")
+    sys.stdout.flush()
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+# --- aal invoke --------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def invoke(
+    ctx: typer.Context,
+    *,
+    target: Annotated[str, typer.Argument(metavar="OVERLAY[.CAPABILITY]", help="What to call.")],
+    members: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Data. JSON where it is JSON, else text; KEY=@FILE is a file's text."),
+    ] = None,
+    phase: Annotated[Phase, typer.Option(help="What the call is for.", case_sensitive=False)] = Phase.OPEN,
+    data: Annotated[
+        str | None, typer.Option(metavar="JSON|@FILE|-", help="Data as one JSON object; - is stdin.")
+    ] = None,
+    profile: Annotated[str | None, typer.Option(help="A memory profile's name, or a rune.")] = None,
+    seed: Annotated[str | None, typer.Option(help="A whole number or a text.")] = None,
+    timeout_ms: Annotated[int | None, typer.Option(min=1, help="Lowers the overlay's own timeout.")] = None,
+    record: Annotated[bool, typer.Option("--record", help="Then print the line that the call left.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make one call, without a server. Exit 1 where it fails.
+
+    Example: aal invoke abraxas prompt=@README.md intent=test --phase CLEAR
+    """
+    from bus.local import LocalBus
+    from bus.provenance import read_line
+
+    request: dict[str, Any] = {"phase": phase.value, "data": _payload(data, members or ())}
+    options = {"profile": profile, "seed": _seed(seed), "timeout_ms": timeout_ms}
+    request |= {name: value for name, value in options.items() if value is not None}
+    overlay, _, capability = target.partition(".")
+    settings = workplace(ctx).settings()
+    with LocalBus(settings) as bus:
+        answer = bus.invoke(request, overlay, capability or None)
+    if as_json:
+        print_json(answer.body)
+    else:
+        _print_answer(answer)
+    if record and answer.record:
+        cli_ledger.print_line(read_line(settings.ledger, answer.record["seq"]))
+    if not answer.ok:
+        raise typer.Exit(Exit.FAILED)
+
+
+def _payload(data: str | None, members: Sequence[str]) -> dict[str, Any]:
+    """The call's data: that of `--data`, with each KEY=VALUE put over it. Raises `typer.BadParameter`."""
+    payload = _document(data) if data is not None else {}
+    for member in members:
+        key, mark_, value = member.partition("=")
+        if not mark_ or not key:
+            raise typer.BadParameter(f"{member!r} is not KEY=VALUE", param_hint="KEY=VALUE")
+        payload[key] = _read_text(value[1:]) if value.startswith("@") else _value(value)
+    return payload
+
+
+def _document(data: str) -> dict[str, Any]:
+    if data == "-":
+        text = sys.stdin.buffer.read()
+    else:
+        text = (_read_text(data[1:]) if data.startswith("@") else data).encode("utf-8", "surrogateescape")
+    try:
+        document = parse_json(text)
+    except JsonError as error:
+        raise typer.BadParameter(f"not JSON: {error}", param_hint="--data") from None
+    if not isinstance(document, dict):
+        raise typer.BadParameter("not a JSON object", param_hint="--data")
+    return document
+
+
+def _read_text(name: str) -> str:
+    try:
+        return Path(name).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"cannot read {name!r}: {error}", param_hint="@FILE") from None
+
+
+def _value(text: str) -> Any:  # noqa: ANN401
+    """The JSON value that a text is, or the text."""
+    try:
+        return parse_json(text.encode("utf-8", "surrogateescape"))
+    except JsonError:
+        return text
+
+
+def _seed(text: str | None) -> str | int | None:
+    return int(text) if text and text.lstrip("-").isdecimal() else text
+
+
+def _print_answer(answer: "Answer") -> None:
+    """The result, a failure's code, detail and hint on stderr, and how the call went."""
+    body = answer.body
+    if body["result"] is not None or body["ok"]:
+        print_pretty(body["result"])
+    if not body["ok"]:
+        complain(body["code"], body["error"], body["hint"])
+    called = ".".join(filter(None, (body["overlay"], body["capability"])))
+    line = body["provenance"]
+    left = f"line {line['seq']} {line['hash']}" if line else "no ledger line"
+    say(f"{called} {body['phase']} {body['code']} {body['duration_ms']} ms, {left}", "dim")
+
+
+app.command()(cli_ledger.replay)
+
+
+# --- aal stress, config ------------------------------------------------------------------------------------------
+
+
+@app.command()
+def stress(ctx: typer.Context, as_json: AsJson = False) -> None:
+    """How short memory is, from 0 to 1, and where that comes from.
+
+    Example: aal stress
+    """
+    report = _monitor(ctx).report()
+    if as_json:
+        print_json(report)
+        return
+    say(f"stress {report['stress']} {report['band']}")
+    print_table(("source", "stress"), report["sources"].items())
+    print_table(("machine", "MiB"), ((name.removesuffix("_mb"), size) for name, size in report["machine"].items()))
+
+
+def _monitor(ctx: typer.Context) -> "StressMonitor":
+    """A monitor of the sources that a server would have, with its first samples."""
+    from bus.plugins import Plugins
+    from bus.stress import StressMonitor
+
+    monitor = StressMonitor(Plugins(workplace(ctx).settings()).stress_sources())
+    monitor.prime()
+    return monitor
+
+
+@app.command()
+def config(ctx: typer.Context, as_json: AsJson = False) -> None:
+    """Every setting: its value, where that comes from, its default, what it is.
+
+    Example: AAL_SLOTS=8 aal config
+    """
+    _, rows = explain(workplace(ctx).folder)
+    if not as_json:
+        print_table(
+            ("setting", "value", "source", "default", "about"),
+            ((row.name, row.value, row.source, row.default, row.help) for row in rows),
+        )
+        return
+    columns = ("name", "env", "value", "source", "default", "help", "allowed")
+    print_json({"settings": [{name: _plain(getattr(row, name)) for name in columns} for row in rows]})
+
+
+def _plain(value: object) -> object:
+    return str(value) if isinstance(value, Path) else value
+
+
+# --- aal doctor, init --------------------------------------------------------------------------------------------
+
+
+@app.command()
+def doctor(ctx: typer.Context, as_json: AsJson = False) -> None:
+    """What this machine and this folder offer, by trying. Exit 1 where something keeps calls from working.
+
+    Example: aal doctor
+    """
+    from dataclasses import asdict
+
+    from bus import doctor as surgery
+
+    settings = workplace(ctx).settings()
+    findings = list(surgery.examine(settings, cli_overlays.open_registry(settings)))
+    is_well = all(finding.mark != "fail" for finding in findings)
+    if as_json:
+        print_json({"ok": is_well, "findings": [asdict(finding) for finding in findings]})
+    else:
+        rows = ((mark(f.mark), f.name, f"{f.found}; {f.hint}" if f.hint else f.found) for f in findings)
+        print_table(("", "", ""), rows)
+    if not is_well:
+        raise typer.Exit(Exit.FAILED)
+
+
+@app.command()
+def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Made where it is not there.")]) -> None:
+    """Lay out a working folder: an example overlay, aal.toml, .gitignore. What is there already stays.
+
+    Example: aal init my-bus
+    """
+    overlays = folder / "overlays"
+    try:
+        if overlays.is_dir() and any(overlays.iterdir()):
+            raise OperatorError("ERR_EXISTS", f"{overlays} is not empty", hint="aal overlays add PATH adds to it.")
+        shutil.copytree(
+            resources.path(f"overlays/{EXAMPLE}"), overlays / EXAMPLE, ignore=shutil.ignore_patterns("__pycache__")
+        )
+        files = {FILE: templates.settings_file(table()), ".gitignore": templates.GITIGNORE}
+        templates.write(folder, {name: text for name, text in files.items() if not (folder / name).exists()})
+    except OSError as error:
+        raise OperatorError("ERR_FILES", f"cannot lay out {folder}: {error}") from None
+    say(f"made {folder} with the overlay {EXAMPLE}", "green")
+    for command in (f"cd {folder}", f"aal invoke {EXAMPLE} prompt='Hello, bus.'", "aal serve"):
+        out().print(f"  {command}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

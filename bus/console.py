@@ -1,0 +1,190 @@
+"""What every command shares: the working folder, the exit codes, and how things are shown to people and programs.
+
+Programs get JSON on stdout (`--json`), people tables and colours, and colours only on a terminal. Errors go to stderr:
+code, detail and hint, or with `--json` the body that the HTTP side would answer.
+"""
+
+import enum
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
+
+from bus import settings as bus_settings
+from bus.errors import BusError, OperatorError, ReplayError, RequestError, SettingError
+from bus.settings import Settings
+
+_WIDE = 10_000
+"""Columns of what is no terminal, so that nothing is folded or cut in a pipe."""
+
+Mark = Literal["ok", "warn", "fail"]
+_STYLE: dict[Mark, str] = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+
+
+class Exit(enum.IntEnum):
+    """The exit codes of every command."""
+
+    OK = 0
+    FAILED = 1
+    USAGE = 2
+    NOT_REPLAYABLE = 3
+    LEDGER_BROKEN = 4
+
+
+@dataclass(slots=True)
+class Workplace:
+    """What the options before the command say, and whether this command speaks JSON."""
+
+    folder: Path = field(default_factory=Path.cwd)
+    as_json: bool = False
+
+    def settings(self, **overrides: Any) -> Settings:  # noqa: ANN401
+        """The folder's settings. Raises `SettingError`."""
+        return bus_settings.load(self.folder, overrides=overrides)
+
+
+def workplace(ctx: typer.Context) -> Workplace:
+    """The workplace of a running command."""
+    place: Workplace = ctx.find_root().ensure_object(Workplace)
+    return place
+
+
+def _speak_json(ctx: typer.Context, value: bool) -> bool:
+    workplace(ctx).as_json = value
+    return value
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.", callback=_speak_json)]
+
+
+class Commands(TyperGroup):
+    """A group whose commands may raise `BusError` or `OSError`: it is told on stderr, and becomes the exit code."""
+
+    def invoke(self, ctx: Any) -> Any:  # noqa: ANN401
+        try:
+            return super().invoke(ctx)
+        except BusError as error:
+            refusal = error
+        except BrokenPipeError:  # the reader of our output has seen enough; typer ends quietly
+            raise
+        except OSError as error:
+            refusal = OperatorError("ERR_FILES", str(error))
+        tell(refusal, as_json=workplace(ctx).as_json)
+        raise typer.Exit(exit_code(refusal))
+
+
+def make_app(about: str, **options: Any) -> typer.Typer:  # noqa: ANN401
+    """A group of commands. Its help is plain text, and typer's own tracebacks are off."""
+    return typer.Typer(
+        help=about,
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        **options,
+    )
+
+
+def exit_code(error: BusError) -> Exit:
+    """The exit code that a refusal ends a command with."""
+    if error.code == "ERR_LEDGER_BROKEN":
+        return Exit.LEDGER_BROKEN
+    if isinstance(error, ReplayError):
+        return Exit.NOT_REPLAYABLE
+    return Exit.USAGE if isinstance(error, SettingError | RequestError) else Exit.FAILED
+
+
+def out() -> Console:
+    """The console on stdout as it is now."""
+    return _console(stderr=False)
+
+
+def err() -> Console:
+    """The console on stderr as it is now."""
+    return _console(stderr=True)
+
+
+def _console(*, stderr: bool) -> Console:
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, width=None if stream.isatty() else _WIDE)
+
+
+def say(text: str, style: str | None = None) -> None:
+    """One line for people, on stdout."""
+    out().print(printable(text), style=style, soft_wrap=True)
+
+
+def tell(error: BusError, *, as_json: bool) -> None:
+    """An error on stderr: its body for programs, else its code, detail, hint and further faults."""
+    if as_json:
+        sys.stderr.write(dump(error.body()) + "\n")
+        return
+    complain(error.code, error.detail, error.hint)
+    for fault in map(str, error.faults):
+        if fault not in error.detail:
+            err().print(printable(f"  {fault}"), soft_wrap=True)
+
+
+def complain(code: str, detail: str, hint: str | None) -> None:
+    """A failure on stderr."""
+    err().print(Text.assemble((code, "bold red"), ": ", printable(detail)), soft_wrap=True)
+    if hint:
+        err().print(printable(f"hint: {hint}"), style="dim", soft_wrap=True)
+
+
+def dump(value: object) -> str:
+    """JSON in one line. A lone surrogate, as of an argument that is not UTF-8, becomes its escape."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def print_json(value: object) -> None:
+    """One JSON document on stdout, in one line, for programs."""
+    sys.stdout.write(dump(value) + "\n")
+
+
+def print_pretty(value: object) -> None:
+    """Indented JSON for people, coloured on a terminal."""
+    out().print_json(json.dumps(value, ensure_ascii=False), ensure_ascii=False)
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A table without lines, and without a header where every column is nameless.
+
+    A cell that is `rich.text.Text` keeps its style.
+    """
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False, show_header=any(columns))
+    for position, column in enumerate(columns, 1):
+        table.add_column(column, overflow="fold", no_wrap=position < len(columns))
+    for row in rows:
+        table.add_row(*(cell if isinstance(cell, Text) else printable(_cell(cell)) for cell in row))
+    console = out()
+    if console.is_terminal:
+        console.print(table)
+        return
+    with console.capture() as capture:
+        console.print(table)
+    sys.stdout.writelines(line.rstrip() + "\n" for line in capture.get().splitlines())
+
+
+def mark(kind: Mark, text: str | None = None) -> Text:
+    """A word in the colour of its kind."""
+    return Text(text or kind, style=_STYLE[kind])
+
+
+def printable(text: str) -> str:
+    """Text that an overlay may have written, safe for a terminal: control characters are spelled out."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def _cell(value: object) -> str:
+    return "" if value is None else str(value)

@@ -1,0 +1,146 @@
+"""`aal doctor`: what this machine and this folder offer a bus, by trying. Nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from bus import provenance, stress
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from bus.model import Manifest
+    from bus.overlays import Entry, Registry
+    from bus.settings import Settings
+
+MIN_PYTHON = (3, 11)
+VERIFY_BYTES = 64 * 2**20
+"""A ledger above this is not verified here, since that would take more than a few seconds."""
+
+_TIGHT_MB = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at. `fail`: calls cannot be made, or not all. `hint` is what to do."""
+
+    name: str
+    mark: Literal["ok", "warn", "fail"]
+    found: str
+    hint: str = ""
+
+
+def examine(settings: Settings, registry: Registry) -> Iterator[Finding]:
+    """Every finding, in the order in which a person would look."""
+    yield python()
+    yield kernel()
+    yield pressure()
+    yield memory()
+    for name, folder in (("logs", settings.logs), ("state", settings.state)):
+        yield writable(name, folder)
+    yield ledger(settings.ledger)
+    entries = registry.entries()
+    yield overlays_folder(settings.overlays, entries)
+    for entry in entries:
+        yield overlay(entry)
+
+
+def python() -> Finding:
+    found = f"{platform.python_implementation()} {platform.python_version()}"
+    if sys.version_info < MIN_PYTHON:
+        return Finding("python", "fail", found, "Use Python 3.11 or newer.")
+    return Finding("python", "ok", found)
+
+
+def kernel() -> Finding:
+    found = f"{platform.system()} {platform.release()} {platform.machine()}"
+    if platform.system() != "Linux":
+        return Finding("kernel", "fail", found, "The bus runs on Linux.")
+    return Finding("kernel", "ok", found)
+
+
+def pressure() -> Finding:
+    if stress.pressure_stress() is None:
+        return Finding("pressure", "warn", "the kernel reports no memory pressure (PSI)", "Boot with psi=1.")
+    return Finding("pressure", "ok", "the kernel reports memory pressure (PSI)")
+
+
+def memory() -> Finding:
+    machine = stress.read_machine()
+    limit = "no cgroup limit" if machine.limit_mb is None else f"cgroup limit {machine.limit_mb} MiB"
+    found = f"{machine.used_mb} of {machine.total_mb} MiB used, {limit}"
+    if machine.usable_mb < _TIGHT_MB:
+        return Finding("memory", "warn", found, f"Give the bus {_TIGHT_MB} MiB or more.")
+    return Finding("memory", "ok", found)
+
+
+def writable(name: str, folder: Path) -> Finding:
+    """Whether the folder can be written, or made where it is not there yet."""
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            return Finding(name, "ok", f"{folder} can be written")
+    except OSError as error:
+        hint = f"Mend its permissions, or set AAL_{name.upper()}."
+        return Finding(name, "fail", f"{folder} cannot be written: {error.strerror}", hint)
+
+
+def ledger(path: Path) -> Finding:
+    try:
+        size = path.stat().st_size
+        if size > VERIFY_BYTES:
+            return Finding("ledger", "ok", f"{size >> 20} MiB, not verified here", "aal provenance verify")
+        report = provenance.verify(path)
+    except FileNotFoundError:
+        return Finding("ledger", "ok", "none yet; the first call begins it")
+    except OSError as error:
+        return Finding("ledger", "fail", f"{path} cannot be read: {error.strerror}", "Mend its permissions.")
+    if report.fault == "torn":
+        hint = "The next start cuts it off and keeps it beside the log."
+        return Finding("ledger", "warn", f"line {report.first_bad}: {report.reason}", hint)
+    if not report.ok:
+        hint = "Keep a copy, find out who changed it, and begin a new one."
+        return Finding("ledger", "fail", f"line {report.first_bad}: {report.reason}", hint)
+    return Finding("ledger", "ok", f"{report.lines} lines, all good")
+
+
+def overlays_folder(folder: Path, entries: list[Entry]) -> Finding:
+    if not folder.is_dir():
+        return Finding("overlays", "warn", f"there is no folder {folder}", "aal overlays new NAME makes one.")
+    return Finding("overlays", "ok" if entries else "warn", f"{len(entries)} in {folder}")
+
+
+def overlay(entry: Entry) -> Finding:
+    """Whether its manifest is sound, and its programs are there."""
+    name = f"overlay {entry.name}"
+    if entry.manifest is None:
+        reason = entry.error.detail if entry.error else "its manifest cannot be read"
+        return Finding(name, "fail", reason, f"aal overlays check {entry.name}")
+    if not entry.enabled:
+        return Finding(name, "ok", "disabled")
+    if missing := sorted(missing_programs(entry.manifest)):
+        hint = "Install what is missing, or mend the manifest."
+        return Finding(name, "fail", f"no program {', '.join(missing)} on the PATH", hint)
+    if entry.manifest.warnings:
+        return Finding(name, "warn", "; ".join(entry.manifest.warnings), f"aal overlays check {entry.name}")
+    return Finding(name, "ok", entry.manifest.version)
+
+
+def missing_programs(manifest: Manifest) -> set[str]:
+    """Programs of its capabilities that a call would not find. A `.venv` in its folder stands first on the PATH."""
+    path = os.pathsep.join((str(manifest.folder / ".venv" / "bin"), os.environ.get("PATH", os.defpath)))
+    programs = {capability.argv[0] for capability in manifest.capabilities.values() if capability.argv}
+    return {program for program in programs if not _is_found(program, manifest.folder, path)}
+
+
+def _is_found(program: str, folder: Path, path: str) -> bool:
+    if "/" in program:
+        return os.access(folder / program, os.X_OK) and not (folder / program).is_dir()
+    return shutil.which(program, path=path) is not None

@@ -1,0 +1,159 @@
+"""`aal serve`: one server a working folder. It holds the folder's lock and a listening socket before anything starts.
+
+Both are taken first, so that a second server or a taken port is refused at once and leaves the ledger alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import math
+import os
+import signal
+import socket
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TextIO
+
+import uvicorn
+
+from bus.app import create_app
+from bus.dispatch import Bus
+from bus.errors import BusError, OperatorError, SettingError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from bus.settings import Settings
+
+LOCK = "serve.lock"
+BACKLOG = 2048
+_PID_CHARACTERS = 32
+_LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+def serve(settings: Settings, ready: Callable[[str, Bus], None]) -> None:
+    """Serve until SIGINT or SIGTERM, then drain. `ready` is called once with the address and the Bus.
+
+    Raises `SettingError` for an address that is not loopback, `OperatorError` for a folder or a port in use, and
+    `BusError` (ERR_INTERNAL) where the application did not start.
+    """
+    _require_loopback(settings)
+    with folder_lock(settings.state), _listen(settings.host, settings.port) as listener:
+        _log_to_stderr(settings.log_level)
+        bus = Bus(settings)
+        server = _Server(_config(settings, bus), lambda: ready(_address(listener), bus))
+        with contextlib.suppress(SystemExit):  # uvicorn's word for a lifespan that failed; its log says why
+            server.run(sockets=[listener])
+        if not server.started:
+            raise BusError("ERR_INTERNAL", "the server did not start")
+
+
+@contextmanager
+def folder_lock(state: Path) -> Iterator[None]:
+    """Hold the lock that only one server of a folder can have. The kernel frees it however the process ends.
+
+    Raises `OperatorError` that names the process which has it.
+    """
+    path = state / LOCK
+    try:
+        state.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise OperatorError("ERR_FILES", f"cannot lock {path}: {error.strerror}") from None
+    with os.fdopen(handle, "r+") as file:
+        _take(file, state)
+        yield
+
+
+def _take(file: TextIO, state: Path) -> None:
+    """Lock the file, and leave this process's number in it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = file.read(_PID_CHARACTERS).strip() or "unknown"
+        raise OperatorError("ERR_IN_USE", f"process {holder} serves {state.parent}") from None
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+
+
+def _require_loopback(settings: Settings) -> None:
+    if not settings.is_loopback:
+        raise SettingError(
+            "ERR_SETTING",
+            f"host: {settings.host!r} is not a loopback address, and callers have no tokens yet",
+            hint="Serve on 127.0.0.1, and put a proxy that knows its callers in front.",
+        )
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one. Raises `OperatorError` (ERR_ADDRESS)."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise _taken(host, port, error) from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise _taken(host, port, error) from None
+    return listener
+
+
+def _taken(host: str, port: int, error: OSError) -> OperatorError:
+    return OperatorError("ERR_ADDRESS", f"cannot listen on {host}, port {port}: {error.strerror}")
+
+
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _log_to_stderr(level: str) -> None:
+    logging.basicConfig(level=level.upper(), format=_LOG_FORMAT)
+    if level != "debug":
+        logging.getLogger("uvicorn").setLevel(logging.WARNING)
+
+
+def _config(settings: Settings, bus: Bus) -> uvicorn.Config:
+    return uvicorn.Config(
+        create_app(bus=bus),
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=settings.log_level == "debug",
+        server_header=False,
+        backlog=BACKLOG,
+        timeout_graceful_shutdown=math.ceil(settings.drain_s),
+    )
+
+
+class _Server(uvicorn.Server):
+    """Says when it listens, and takes a signal as a wish: the process ends with 0 once it has drained."""
+
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._ready()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As uvicorn's, which raises the signal once more at the end, so that the process would die of it."""
+        wishes = (signal.SIGINT, signal.SIGTERM)
+        before = {wish: signal.signal(wish, self.handle_exit) for wish in wishes}
+        try:
+            yield
+        finally:
+            for wish, handler in before.items():
+                signal.signal(wish, handler)

@@ -1,0 +1,742 @@
+"""The command `aal`: in process where it can be, as a process where signals, sockets and streams matter."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pytest
+import typer.main
+from typer.testing import CliRunner
+
+from bus import cli, doctor, provenance, templates
+from bus.canonical import canonical
+from bus.console import Exit, printable
+from bus.settings import explain, load, table
+from tests.support import PATIENCE_S, REPO, add_overlay, add_script
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+FIXED = """echo '{"ok": true, "result": {"answer": 42}}'"""
+LEDGER = "logs/provenance.jsonl"
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in os.environ:
+        if name.startswith("AAL_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("AAL_DEV_LOG_PAYLOAD", "1")
+    monkeypatch.setenv("AAL_KILL_GRACE_S", "0.2")
+
+
+@pytest.fixture
+def aal(tmp_path: Path) -> Callable[..., Ran]:
+    """Runs `aal -C <tmp_path> ...` in this process."""
+
+    def run(*arguments: str, stdin: str | None = None) -> Ran:
+        result = CliRunner().invoke(cli.app, ["-C", str(tmp_path), *arguments], input=stdin)
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return Ran(result.exit_code, result.stdout, result.stderr)
+
+    return run
+
+
+@pytest.fixture
+def overlays(tmp_path: Path) -> Path:
+    """A folder with `echo`, which answers with its envelope, and `fixed`, whose answer never changes."""
+    root = tmp_path / "overlays"
+    add_overlay(root)
+    add_script(root, "fixed", FIXED, policy={"deterministic": True})
+    return root
+
+
+# --- The command itself ------------------------------------------------------------------------------------------
+
+
+def commands() -> Iterator[tuple[str, Any]]:
+    group: Any = typer.main.get_command(cli.app)
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from ((f"{name} {below}", inner) for below, inner in command.commands.items())
+        else:
+            yield name, command
+
+
+@pytest.mark.parametrize(("name", "command"), [*commands()], ids=lambda value: value if isinstance(value, str) else "")
+def test_every_command_explains_itself_with_an_example(name: str, command: Any) -> None:
+    assert f"aal {name}" in command.help.partition("Example: ")[2]
+
+
+def test_help_stays_quick_since_nothing_heavy_is_imported_for_it() -> None:
+    heavy = {"aiohttp", "starlette", "uvicorn", "uvloop", "jsonschema", "lark", "watchfiles", "prometheus_client"}
+    program = f"import sys, bus.cli; print(sorted({heavy!r} & set(sys.modules)))"
+    assert subprocess.check_output([sys.executable, "-c", program], cwd=REPO, text=True).strip() == "[]"
+
+
+def test_version_names_the_distribution(aal: Callable[..., Ran]) -> None:
+    assert aal("--version").out.startswith("aal-core ")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["dance"],
+        ["invoke"],
+        ["invoke", "echo", "--phase", "SHUT"],
+        ["invoke", "echo", "a"],
+        ["invoke", "echo", "=a"],
+        ["invoke", "echo", "a=@/no/such/file"],
+        ["invoke", "echo", "--data", "{"],
+        ["invoke", "echo", "--data", "[]"],
+        ["invoke", "echo", "--timeout-ms", "0"],
+        ["invoke", "echo", "--profile", ""],
+        ["replay"],
+        ["replay", "0"],
+        ["replay", "9-3"],
+        ["replay", "1-"],
+        ["replay", "1", "--all"],
+        ["replay", "--last", "0"],
+        ["provenance", "tail", "-n", "0"],
+        ["overlays", "new", "Not A Name"],
+        ["serve", "--port", "65536"],
+        ["serve", "--log-level", "loud"],
+        ["serve", "--host", "0.0.0.0"],
+        ["-C", "/no/such/folder", "config"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_exits_with_2_and_says_why(aal: Callable[..., Ran], overlays: Path, arguments: list[str]) -> None:
+    ran = aal(*arguments)
+    assert (ran.code, ran.out) == (Exit.USAGE, "")
+    assert ran.err
+    assert not overlays.with_name("logs").exists() or not provenance.tail(overlays.parent / LEDGER, 1)
+
+
+def test_a_bad_setting_stops_every_command_with_2(aal: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AAL_SLOTS", "many")
+    monkeypatch.setenv("AAL_PROT", "1")
+    ran = aal("overlays", "list")
+    assert ran.code == Exit.USAGE
+    assert "slots: found 'many'" in ran.err
+    assert "AAL_PORT" in ran.err
+
+
+def test_an_error_for_people_has_code_detail_and_hint(aal: Callable[..., Ran], overlays: Path) -> None:
+    ran = aal("overlays", "show", "ecco")
+    assert ran.code == Exit.FAILED
+    first, second = ran.err.splitlines()
+    assert first == "ERR_UNKNOWN_OVERLAY: no overlay 'ecco'; did you mean echo?"
+    assert second.startswith("hint: ")
+
+
+def test_an_error_for_programs_is_the_body_that_http_answers(aal: Callable[..., Ran], overlays: Path) -> None:
+    ran = aal("overlays", "show", "ecco", "--json")
+    body = json.loads(ran.err)
+    assert (ran.code, ran.out) == (Exit.FAILED, "")
+    assert (body["ok"], body["code"], body["category"]) == (False, "ERR_UNKNOWN_OVERLAY", "VALIDATION")
+
+
+def test_control_characters_reach_a_terminal_only_spelled_out() -> None:
+    assert printable("a\x1b[31m\x07\u202e\ud800 ü\n") == "a\\x1b[31m\\x07\\u202e\\ud800 ü\n"
+
+
+def test_files_that_cannot_be_read_are_an_error_without_a_traceback(aal: Callable[..., Ran], tmp_path: Path) -> None:
+    (tmp_path / LEDGER).mkdir(parents=True)
+    for command in (["provenance", "verify"], ["provenance", "tail"], ["replay", "--all"]):
+        ran = aal(*command)
+        assert (ran.code, ran.err.startswith("ERR_FILES: ")) == (Exit.FAILED, True)
+
+
+# --- aal invoke --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("a=text", "text"),
+        ("a=", ""),
+        ("a=b=c", "b=c"),
+        ("a=12", 12),
+        ("a=1.5", 1.5),
+        ("a=true", True),
+        ("a=null", None),
+        ('a="12"', "12"),
+        ('a={"b": [1]}', {"b": [1]}),
+        ("a={b}", "{b}"),
+        ("a=NaN", "NaN"),
+        ("a=zwei Wörter", "zwei Wörter"),
+    ],
+)
+def test_a_value_is_json_where_it_is_json_and_text_where_not(
+    aal: Callable[..., Ran], overlays: Path, argument: str, value: object
+) -> None:
+    ran = aal("invoke", "echo", argument, "--json")
+    assert ran.code == Exit.OK
+    assert ran.json["result"]["payload"] == {"a": value}
+
+
+def test_data_comes_from_an_argument_a_file_or_stdin_and_members_win(
+    aal: Callable[..., Ran], overlays: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "data.json"
+    file.write_text('{"a": 1, "b": 2}')
+
+    def payload(*arguments: str, **options: str) -> object:
+        return aal("invoke", "echo", *arguments, "--json", **options).json["result"]["payload"]
+
+    assert payload("--data", '{"a": 1}', "c=3") == {"a": 1, "c": 3}
+    assert payload("--data", f"@{file}", "b=x") == {"a": 1, "b": "x"}
+    assert payload("--data", "-", stdin='{"a": "ü"}') == {"a": "ü"}
+    assert payload(f"text=@{file}") == {"text": '{"a": 1, "b": 2}'}
+
+
+def test_options_reach_the_call(aal: Callable[..., Ran], overlays: Path) -> None:
+    options = ["--phase", "clear", "--profile", "BALANCED", "--seed", "7", "--timeout-ms", "5000"]
+    body = aal("invoke", "echo.run", *options, "--json").json
+    assert (body["phase"], body["capability"]) == ("CLEAR", "run")
+    assert (body["result"]["seed"], body["result"]["memory"]["profile"]) == (7, "BALANCED")
+    assert body["result"]["deadline_ms"] - body["timestamp_ms"] <= 5000
+
+
+def test_people_see_the_result_and_a_line_on_how_it_went(aal: Callable[..., Ran], overlays: Path) -> None:
+    ran = aal("invoke", "fixed")
+    result, _, line = ran.out.rstrip("\n").rpartition("\n")
+    assert json.loads(result) == {"answer": 42}
+    assert line.startswith("fixed.run OPEN OK ")
+    assert ", line 1 " in line
+    assert "\x1b" not in ran.out
+
+
+def test_record_prints_the_line_as_it_stands_in_the_file(
+    aal: Callable[..., Ran], overlays: Path, tmp_path: Path
+) -> None:
+    printed = aal("invoke", "fixed", "text=Grüße", "--json", "--record").out.splitlines()
+    assert json.loads(printed[0])["provenance"]["seq"] == 1
+    assert printed[1] == (tmp_path / LEDGER).read_text().splitlines()[0]
+
+
+def test_a_failed_call_exits_with_1_and_tells_why_on_stderr(aal: Callable[..., Ran], overlays: Path) -> None:
+    add_script(overlays, "fails", """printf '{"ok": false, "error": "no \\\\u001b[31m tea", "code": "ERR_TEA"}'""")
+    ran = aal("invoke", "fails")
+    assert ran.code == Exit.FAILED
+    assert "ERR_TEA: no \\x1b[31m tea" in ran.err
+    assert ran.out.startswith("fails.run OPEN ERR_TEA ")
+
+
+def test_a_call_of_no_overlay_fails_and_leaves_its_line(aal: Callable[..., Ran], tmp_path: Path) -> None:
+    ran = aal("invoke", "nobody", "--json")
+    assert (ran.code, ran.json["code"]) == (Exit.FAILED, "ERR_UNKNOWN_OVERLAY")
+    assert provenance.read_line(tmp_path / LEDGER, 1)["overlay"] == "nobody"
+
+
+# --- aal overlays ------------------------------------------------------------------------------------------------
+
+
+def test_list_shows_broken_and_disabled_overlays_too(aal: Callable[..., Ran], overlays: Path) -> None:
+    (overlays / "half").mkdir()
+    assert aal("overlays", "disable", "fixed").code == Exit.OK
+    listed = {overlay["name"]: overlay["status"] for overlay in aal("overlays", "list", "--json").json["overlays"]}
+    assert listed == {"echo": "active", "fixed": "disabled", "half": "broken"}
+    rows = aal("overlays", "list").out.splitlines()
+    assert [row.split()[0] for row in rows] == ["name", "echo", "fixed", "half"]
+    assert "manifest.json" in rows[3]
+
+
+def test_show_has_everything_about_each_capability(aal: Callable[..., Ran], overlays: Path) -> None:
+    shown = aal("overlays", "show", "fixed", "--json").json
+    assert shown["details"]["run"]["argv"] == ["sh", "run.sh"]
+    assert json.loads(aal("overlays", "show", "fixed").out) == shown
+
+
+def test_check_prints_every_fault_and_warning(aal: Callable[..., Ran], overlays: Path, tmp_path: Path) -> None:
+    assert aal("overlays", "check", "echo", "fixed").code == Exit.OK
+    add_overlay(overlays, "odd", colour="red")
+    bad = add_overlay(tmp_path / "elsewhere", "bad", phases=["SHUT"], timeout_ms=-1)
+    assert aal("overlays", "check", "odd").code == Exit.OK
+    assert "warning  $.colour" in aal("overlays", "check", "odd").out
+    ran = aal("overlays", "check", "echo", str(bad))
+    assert ran.code == Exit.FAILED
+    assert ran.out.splitlines()[:2] == ["ok echo", "fail bad"]
+    assert "$.phases[0]" in ran.out
+    assert "$.timeout_ms" in ran.out
+    verdict = aal("overlays", "check", str(bad), "--json").json["overlays"][0]
+    assert (verdict["ok"], len(verdict["faults"])) == (False, 2)
+
+
+def test_check_refuses_a_folder_that_no_overlay_can_have(aal: Callable[..., Ran], tmp_path: Path) -> None:
+    add_overlay(tmp_path, "UPPER")
+    ran = aal("overlays", "check", f"{tmp_path}/UPPER")
+    assert (ran.code, "'UPPER'" in ran.out) == (Exit.FAILED, True)
+    assert "there is no folder" in aal("overlays", "check", f"{tmp_path}/none").err
+    assert "no overlay 'none'" in aal("overlays", "check", "none").err
+
+
+def test_disable_enable_and_remove_persist(aal: Callable[..., Ran], overlays: Path, tmp_path: Path) -> None:
+    aal("overlays", "disable", "fixed")
+    assert aal("invoke", "fixed", "--json").json["code"] == "ERR_OVERLAY_DISABLED"
+    aal("overlays", "enable", "fixed")
+    assert aal("invoke", "fixed").code == Exit.OK
+    assert aal("overlays", "remove", "fixed").code == Exit.OK
+    assert not (overlays / "fixed").exists()
+    assert list((tmp_path / ".aal/removed").glob("fixed-*/manifest.json"))
+
+
+def test_add_copies_a_sound_overlay_in_and_refuses_another(
+    aal: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = add_script(tmp_path / "elsewhere", "fixed", FIXED)
+    monkeypatch.chdir(source)
+    assert aal("overlays", "add", ".").code == Exit.OK
+    assert aal("invoke", "fixed").code == Exit.OK
+    assert "ERR_EXISTS" in aal("overlays", "add", str(source)).err
+    (source / "manifest.json").write_text("{")
+    assert "ERR_OVERLAY_BROKEN" in aal("overlays", "add", str(source)).err
+
+
+def test_new_overlays_pass_the_tests_that_they_come_with(aal: Callable[..., Ran], tmp_path: Path) -> None:
+    names = {"my-9-tool": "proc", "0service": "http"}
+    for name, runner in names.items():
+        assert aal("overlays", "new", name, "--runner", runner).code == Exit.OK
+    assert aal("overlays", "check").out.splitlines() == ["ok 0service", "ok my-9-tool"]
+    folders = [str(tmp_path / "overlays" / name) for name in names]
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", *folders]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (ran.returncode, "4 passed" in ran.stdout) == (0, True), ran.stdout
+    alone = [sys.executable, "tests/test_my_9_tool.py"]
+    assert subprocess.run(alone, cwd=folders[0], capture_output=True, check=False).returncode == 0
+
+
+def test_a_new_program_is_callable_through_the_bus(aal: Callable[..., Ran]) -> None:
+    aal("overlays", "new", "counter")
+    assert aal("invoke", "counter", "text=two words", "--json").json["result"] == {"words": 2, "characters": 9}
+    assert aal("invoke", "counter.count", "text=2", "--json").json["code"] == "ERR_INPUT_SCHEMA"
+    assert "ERR_EXISTS" in aal("overlays", "new", "counter").err
+
+
+def test_a_new_service_is_callable_through_the_bus(aal: Callable[..., Ran], tmp_path: Path) -> None:
+    port = free_port()
+    aal("overlays", "new", "counter", "--runner", "http", "--port", str(port))
+    command = [sys.executable, str(tmp_path / "overlays/counter/service.py")]
+    with process(command) as service:
+        assert first_line(service) == f"counter listens on http://127.0.0.1:{port}"
+        assert aal("invoke", "counter", "text=two words", "--json").json["result"] == {"words": 2, "characters": 9}
+
+
+def test_new_writes_elsewhere_if_told(aal: Callable[..., Ran], tmp_path: Path) -> None:
+    assert aal("overlays", "new", "counter", "--dir", str(tmp_path / "drafts")).code == Exit.OK
+    assert (tmp_path / "drafts/counter/src/run.py").exists()
+    assert not (tmp_path / "overlays").exists()
+
+
+@pytest.mark.parametrize("name", ["a", "7", "a_-b", "0-0"])
+@pytest.mark.parametrize("kind", ["proc", "http"])
+def test_the_programs_of_a_new_overlay_are_valid_under_any_name(name: str, kind: templates.Kind) -> None:
+    files = templates.overlay_files(name, kind, 8101)
+    programs = {path: text for path, text in files.items() if path.endswith(".py")}
+    assert len(programs) == 2
+    for path, text in programs.items():
+        assert compile(text, path, "exec")
+
+
+# --- aal provenance ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ledger(aal: Callable[..., Ran], overlays: Path, tmp_path: Path) -> Path:
+    """Lines: 1 `fixed`, 2 the environment, 3 a refused call, 4 `echo`."""
+    aal("invoke", "fixed")
+    aal("invoke", "fixed", "--phase", "ASCEND")
+    aal("invoke", "echo")
+    return tmp_path / LEDGER
+
+
+def test_tail_filters_and_gives_programs_the_lines_themselves(aal: Callable[..., Ran], ledger: Path) -> None:
+    written = ledger.read_text().splitlines()
+    assert aal("provenance", "tail", "--json").out.splitlines() == written
+    assert aal("provenance", "tail", "-n", "1", "--json").out.splitlines() == written[-1:]
+    assert aal("provenance", "tail", "--overlay", "fixed", "--ok", "--json").out.splitlines() == written[:1]
+    assert aal("provenance", "tail", "--failed", "--json").out.splitlines() == [written[2]]
+
+
+def test_tail_shows_people_one_row_a_line(aal: Callable[..., Ran], ledger: Path) -> None:
+    rows = aal("provenance", "tail").out.splitlines()
+    assert [row.split()[0] for row in rows] == ["seq", "1", "2", "3", "4"]
+    assert "ERR_PERMISSION_DENIED" in rows[3]
+
+
+def test_tail_of_no_ledger_is_empty(aal: Callable[..., Ran]) -> None:
+    assert aal("provenance", "tail", "--json") == (Exit.OK, "", "")
+
+
+def test_show_gives_one_line(aal: Callable[..., Ran], ledger: Path) -> None:
+    assert aal("provenance", "show", "1", "--json").out == ledger.read_text().splitlines(keepends=True)[0]
+    assert json.loads(aal("provenance", "show", "3").out)["code"] == "ERR_PERMISSION_DENIED"
+    assert "no line 5" in aal("provenance", "show", "5").err
+
+
+def test_verify_gives_lines_and_head(aal: Callable[..., Ran], ledger: Path) -> None:
+    head = provenance.read_line(ledger, 4)["hash"]
+    assert aal("provenance", "verify").out == f"ok 4 lines, head {head}\n"
+    report = aal("provenance", "verify", "--json").json
+    assert (report["ok"], report["lines"], report["head_hash"]) == (True, 4, head)
+
+
+def change_line(ledger: Path, seq: int) -> None:
+    written = ledger.read_bytes().splitlines(keepends=True)
+    written[seq - 1] = written[seq - 1].replace(b'"phase":"', b'"phase":"X')
+    ledger.write_bytes(b"".join(written))
+
+
+def test_verify_exits_with_4_at_the_first_bad_line(aal: Callable[..., Ran], ledger: Path) -> None:
+    change_line(ledger, 3)
+    ran = aal("provenance", "verify")
+    assert (ran.code, ran.out) == (Exit.LEDGER_BROKEN, "")
+    assert "ERR_LEDGER_BROKEN: line 3: " in ran.err
+    ran = aal("provenance", "verify", "--json")
+    assert (ran.code, ran.json["first_bad"], ran.json["fault"]) == (Exit.LEDGER_BROKEN, 3, "hash")
+    assert aal("provenance", "show", "3").code == Exit.LEDGER_BROKEN
+
+
+# --- aal replay --------------------------------------------------------------------------------------------------
+
+
+def test_replay_of_one_line_prints_it_its_outcome_and_the_verdict(aal: Callable[..., Ran], ledger: Path) -> None:
+    ran = aal("replay", "1")
+    assert ran.code == Exit.OK
+    assert ran.out.splitlines()[:4] == ["Replaying event from line 1", "overlay: fixed", "phase: OPEN", "{"]
+    assert ran.out.splitlines()[-1] == "verdict: MATCH"
+    outcome = ran.out[ran.out.index("{") : ran.out.rindex("}") + 1]
+    body = json.loads(outcome)
+    assert body["result"] == {"answer": 42}
+    assert outcome == json.dumps(body, indent=2, sort_keys=True)
+
+
+def test_replay_tells_what_drifted_and_exits_with_1(aal: Callable[..., Ran], ledger: Path, overlays: Path) -> None:
+    (overlays / "fixed/run.sh").write_text(FIXED.replace("42", "43"))
+    ran = aal("replay", "1")
+    assert (ran.code, ran.out.splitlines()[-1]) == (Exit.FAILED, "verdict: DRIFT (result, code)")
+
+
+def test_replay_notes_what_else_changed_beside_a_match(aal: Callable[..., Ran], ledger: Path, overlays: Path) -> None:
+    (overlays / "fixed/run.sh").write_text(f"{FIXED} # the same\n")
+    ran = aal("replay", "1")
+    assert (ran.code, ran.out.splitlines()[-2]) == (Exit.OK, "verdict: MATCH")
+    assert ran.out.splitlines()[-1].startswith("note: ")
+    assert ran.out.splitlines()[-1].endswith(": code")
+
+
+def test_replay_for_programs_is_one_document(aal: Callable[..., Ran], ledger: Path) -> None:
+    body = aal("replay", "1", "--json").json
+    assert (body["seq"], body["verdict"], body["outcome"]["result"]) == (1, "MATCH", {"answer": 42})
+    assert [line["type"] for line in provenance.tail(ledger, 1)] == ["replay"]
+
+
+@pytest.mark.parametrize(("seq", "why"), [("2", "environment"), ("3", "denied"), ("4", "may write or exec")])
+def test_a_line_that_cannot_be_replayed_exits_with_3(aal: Callable[..., Ran], ledger: Path, seq: str, why: str) -> None:
+    ran = aal("replay", seq)
+    assert (ran.code, why in ran.err) == (Exit.NOT_REPLAYABLE, True)
+    assert len(provenance.tail(ledger, 100)) == 4
+
+
+def test_a_line_without_its_payload_exits_with_3(
+    aal: Callable[..., Ran], overlays: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AAL_DEV_LOG_PAYLOAD")
+    aal("invoke", "fixed")
+    ran = aal("replay", "1")
+    assert (ran.code, "AAL_DEV_LOG_PAYLOAD" in ran.err) == (Exit.NOT_REPLAYABLE, True)
+
+
+def test_what_could_change_something_is_replayed_live_only(aal: Callable[..., Ran], ledger: Path) -> None:
+    ran = aal("replay", "4", "--live")
+    assert (ran.code, ran.out.splitlines()[-1]) == (Exit.FAILED, "verdict: DRIFT (result)")
+
+
+def test_replay_of_no_such_line_exits_with_2(aal: Callable[..., Ran], ledger: Path) -> None:
+    for lines in (["9"], ["1-9"], ["1", "9"]):
+        ran = aal("replay", *lines)
+        assert (ran.code, "no line" in ran.err) == (Exit.USAGE, True)
+
+
+def test_replay_of_a_broken_line_exits_with_4(aal: Callable[..., Ran], ledger: Path) -> None:
+    change_line(ledger, 1)
+    assert aal("replay", "1").code == Exit.LEDGER_BROKEN
+    assert aal("replay", "--all").code == Exit.LEDGER_BROKEN
+
+
+def verdicts(ran: Ran) -> dict[int, str]:
+    return {row["seq"]: row["verdict"] for row in ran.json["replays"]}
+
+
+def test_several_lines_give_a_row_each_and_skip_what_cannot_be(aal: Callable[..., Ran], ledger: Path) -> None:
+    ran = aal("replay", "1-4", "--json")
+    assert (ran.code, verdicts(ran)) == (Exit.OK, {1: "MATCH", 2: "SKIPPED", 3: "SKIPPED", 4: "SKIPPED"})
+    assert ran.json["totals"] == {"match": 1, "drift": 0, "failed": 0, "skipped": 3}
+    ran = aal("replay", "1", "3")
+    assert [row.split()[0] for row in ran.out.splitlines()[:3]] == ["seq", "1", "3"]
+    assert ran.out.splitlines()[-1] == "1 match, 0 drift, 0 failed, 1 skipped"
+
+
+def test_all_takes_every_call_and_never_the_replays(aal: Callable[..., Ran], ledger: Path) -> None:
+    assert aal("replay", "1").code == Exit.OK
+    assert verdicts(aal("replay", "--all", "--json")) == {1: "MATCH", 4: "SKIPPED"}
+    assert verdicts(aal("replay", "--all", "--overlay", "fixed", "--json")) == {1: "MATCH"}
+    assert verdicts(aal("replay", "--all", "--live", "--json")) == {1: "MATCH", 4: "DRIFT"}
+
+
+def test_last_takes_the_last_calls_that_can_be_replayed(
+    aal: Callable[..., Ran], ledger: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aal("invoke", "fixed", "n=2")
+    monkeypatch.setenv("AAL_DEV_LOG_PAYLOAD", "0")
+    for _ in range(3):
+        aal("invoke", "fixed")
+    assert verdicts(aal("replay", "--last", "1", "--json")) == {5: "MATCH"}
+    assert verdicts(aal("replay", "--last", "9", "--overlay", "fixed", "--json")) == {1: "MATCH", 5: "MATCH"}
+
+
+def test_a_call_of_an_overlay_that_has_gone_fails_beside_the_others(
+    aal: Callable[..., Ran], ledger: Path, overlays: Path
+) -> None:
+    shutil.rmtree(overlays / "fixed")
+    ran = aal("replay", "1", "4", "--live", "--json")
+    assert (ran.code, verdicts(ran)[1]) == (Exit.FAILED, "FAILED")
+    assert "ERR_UNKNOWN_OVERLAY" in ran.json["replays"][0]["reason"]
+
+
+def test_nothing_to_replay_exits_with_3(aal: Callable[..., Ran]) -> None:
+    assert aal("replay", "--all").code == Exit.NOT_REPLAYABLE
+    assert aal("replay", "--last", "2").code == Exit.NOT_REPLAYABLE
+
+
+def test_the_script_replays_as_the_command_does(ledger: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(REPO / "TOOLS/replay.py"), "1"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout.splitlines()[0]) == (Exit.OK, "Replaying event from line 1"), ran.stderr
+    assert ran.stdout.splitlines()[-1] == "verdict: MATCH"
+
+
+def run_lone_script(root: Path) -> subprocess.CompletedProcess[str]:
+    """The script in a checkout without the bus, under a Python without any package."""
+    script = root / "TOOLS/replay.py"
+    script.parent.mkdir(exist_ok=True)
+    shutil.copy(REPO / "TOOLS/replay.py", script)
+    command = [sys.executable, "-I", "-S", str(script), "7"]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_script_without_its_dependencies_hands_over_to_the_checkouts_own_python(tmp_path: Path) -> None:
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "handed over: $*"\n')
+    python.chmod(0o755)
+    assert run_lone_script(tmp_path).stdout == f"handed over: {tmp_path}/TOOLS/replay.py 7\n"
+
+
+def test_the_script_without_its_dependencies_says_what_is_missing(tmp_path: Path) -> None:
+    ran = run_lone_script(tmp_path)
+    assert ran.returncode == Exit.FAILED
+    assert "No module named 'bus'" in ran.stderr
+    assert "pip install" in ran.stderr
+
+
+# --- aal stress, config, doctor, init ----------------------------------------------------------------------------
+
+
+def test_stress_is_a_figure_with_its_sources(aal: Callable[..., Ran]) -> None:
+    report = aal("stress", "--json").json
+    assert 0 <= report["stress"] <= 1
+    assert set(report["sources"]) == {"memory", "pressure"}
+    assert aal("stress").out.startswith("stress ")
+
+
+def test_config_names_the_source_of_each_value(
+    aal: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "aal.toml").write_text("slots = 3\n")
+    monkeypatch.setenv("AAL_PORT", "0")
+    told = {row["name"]: (row["value"], row["source"]) for row in aal("config", "--json").json["settings"]}
+    assert set(told) == {row.name for row in table()}
+    assert (told["slots"], told["port"]) == ((3, "aal.toml"), (0, "environment"))
+    assert told["overlays"] == (str(tmp_path / "overlays"), "default")
+    assert len(aal("config").out.splitlines()) == len(told) + 1
+
+
+def test_doctor_is_content_with_a_sound_folder(aal: Callable[..., Ran], ledger: Path) -> None:
+    ran = aal("doctor", "--json")
+    marks = {finding["name"]: finding["mark"] for finding in ran.json["findings"]}
+    assert (ran.code, ran.json["ok"]) == (Exit.OK, True)
+    assert marks["ledger"] == marks["overlay fixed"] == marks["logs"] == "ok"
+    assert aal("doctor").out.startswith("ok")
+
+
+def test_doctor_fails_for_broken_overlays_missing_programs_and_a_broken_ledger(
+    aal: Callable[..., Ran], ledger: Path, overlays: Path
+) -> None:
+    (overlays / "half").mkdir()
+    add_overlay(overlays, "lacks", "no-such-program-here now")
+    add_overlay(overlays, "lacks-too", "./none.sh")
+    change_line(ledger, 1)
+    ran = aal("doctor", "--json")
+    failed = {f["name"]: f["found"] for f in ran.json["findings"] if f["mark"] == "fail"}
+    assert ran.code == Exit.FAILED
+    assert set(failed) == {"ledger", "overlay half", "overlay lacks", "overlay lacks-too"}
+    assert "no-such-program-here" in failed["overlay lacks"]
+    aal("overlays", "disable", "lacks")
+    names = {f["name"] for f in aal("doctor", "--json").json["findings"] if f["mark"] == "fail"}
+    assert "overlay lacks" not in names
+
+
+def test_doctor_finds_the_programs_of_an_overlays_own_environment(aal: Callable[..., Ran], tmp_path: Path) -> None:
+    folder = add_overlay(tmp_path / "overlays", "own", "own-python run.py")
+    program = folder / ".venv/bin/own-python"
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    assert aal("doctor").code == Exit.OK
+
+
+def test_doctor_finds_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    in_the_way = tmp_path / "logs"
+    in_the_way.write_text("a file")
+    assert doctor.writable("logs", in_the_way / "below").mark == "fail"
+    assert doctor.writable("logs", tmp_path / "new/folder").mark == "ok"
+    assert not (tmp_path / "new").exists()
+
+
+def test_doctor_leaves_nothing_behind(aal: Callable[..., Ran], tmp_path: Path) -> None:
+    aal("doctor")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_init_lays_out_a_folder_that_works(aal: Callable[..., Ran], tmp_path: Path) -> None:
+    folder = tmp_path / "new/bus"
+    ran = aal("init", str(folder))
+    assert (ran.code, "aal serve" in ran.out) == (Exit.OK, True)
+    assert {path.name for path in folder.iterdir()} == {"overlays", "aal.toml", ".gitignore"}
+    body = aal("-C", str(folder), "invoke", "abraxas", "prompt=hello", "--json").json
+    assert (body["ok"], body["result"]["counts"]["words"]) == (True, 1)
+
+
+def test_init_writes_every_setting_as_a_comment_that_holds_the_default(tmp_path: Path) -> None:
+    text = templates.settings_file(table())
+    assert tomllib.loads(text) == {}
+    settings = [line.removeprefix("# ") for line in text.splitlines() if " = " in line]
+    (tmp_path / "aal.toml").write_text("\n".join(settings))
+    loaded, rows = explain(tmp_path, env={})
+    assert loaded == load(tmp_path / "elsewhere", env={}, overrides=paths_in(tmp_path))
+    assert {row.source for row in rows} == {"aal.toml"}
+
+
+def paths_in(folder: Path) -> dict[str, Path]:
+    return {row.name: folder / row.default for row in table() if isinstance(row.default, Path)}
+
+
+def test_init_keeps_what_is_there(aal: Callable[..., Ran], tmp_path: Path) -> None:
+    (tmp_path / "aal.toml").write_text("slots = 3\n")
+    assert aal("init", str(tmp_path)).code == Exit.OK
+    assert (tmp_path / "aal.toml").read_text() == "slots = 3\n"
+    ran = aal("init", str(tmp_path))
+    assert (ran.code, "ERR_EXISTS" in ran.err) == (Exit.FAILED, True)
+
+
+# --- aal serve ---------------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+@contextlib.contextmanager
+def process(command: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """A process that is ended, and whose pipes are closed."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPO) as running:
+        try:
+            yield running
+        finally:
+            running.kill()
+
+
+def first_line(running: subprocess.Popen[str]) -> str:
+    """What the process says when it is ready; its errors, if it says nothing."""
+    assert running.stdout
+    assert running.stderr
+    return running.stdout.readline().rstrip("\n") or running.stderr.read()
+
+
+def served(folder: Path, *options: str) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
+    return process([sys.executable, "-m", "bus.cli", "-C", str(folder), "serve", *options])
+
+
+def test_serve_answers_until_it_is_told_to_end_and_then_exits_with_0(overlays: Path, tmp_path: Path) -> None:
+    (overlays / "half").mkdir()
+    with served(tmp_path, "--port", "0") as server:
+        said = first_line(server)
+        address = said.partition("http://")[2].split()[0]
+        assert said.endswith("with 3 overlays (broken: half)")
+        connection = http.client.HTTPConnection(address, timeout=PATIENCE_S)
+        with contextlib.closing(connection):
+            connection.request(
+                "POST", "/invoke/fixed", '{"phase": "OPEN", "data": {}}', {"Content-Type": "application/json"}
+            )
+            answer = json.loads(connection.getresponse().read())
+        assert (answer["result"], answer["provenance"]["seq"]) == ({"answer": 42}, 1)
+        server.send_signal(signal.SIGTERM)
+        out, err = server.communicate(timeout=PATIENCE_S)
+    assert (server.returncode, out) == (0, "")
+    assert "Traceback" not in err
+    assert provenance.verify(tmp_path / LEDGER).ok
+
+
+def test_a_folder_has_one_server(aal: Callable[..., Ran], overlays: Path, tmp_path: Path) -> None:
+    with served(tmp_path, "--port", "0") as server:
+        assert "listens on" in first_line(server)
+        ran = aal("serve", "--port", "0")
+        assert (ran.code, ran.out) == (Exit.FAILED, "")
+        assert f"ERR_IN_USE: process {server.pid} serves {tmp_path}" in ran.err
+        assert aal("invoke", "fixed").code == Exit.OK
+        server.send_signal(signal.SIGINT)
+        assert server.wait(PATIENCE_S) == 0
+
+
+def test_serve_on_a_port_that_is_taken_exits_with_1(aal: Callable[..., Ran], tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        ran = aal("serve", "--port", str(taken.getsockname()[1]))
+    assert (ran.code, "ERR_ADDRESS" in ran.err) == (Exit.FAILED, True)
+    assert not (tmp_path / LEDGER).exists()
+
+
+def test_serve_beyond_loopback_is_refused_with_what_to_do(aal: Callable[..., Ran]) -> None:
+    ran = aal("serve", "--host", "0.0.0.0")
+    assert ran.code == Exit.USAGE
+    assert "tokens" in ran.err
+    assert "hint: " in ran.err
+
+
+def test_a_line_for_programs_is_canonical(aal: Callable[..., Ran], ledger: Path) -> None:
+    line = aal("provenance", "show", "1", "--json").out.rstrip("\n")
+    assert canonical(json.loads(line)).decode() == line
