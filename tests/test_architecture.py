@@ -1,0 +1,156 @@
+"""The house rules that a reader relies on: who imports whom, how long a function gets, and tests that can fail."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.support import REPO
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+# From low to high. A module imports only what stands on a lower floor; runners.base stands below all.
+FLOORS = [
+    ["resources"],
+    ["errors"],
+    ["stress", "runes", "canonical"],
+    ["model"],
+    ["settings", "hookspecs", "schemas"],
+    ["codehash", "manifest_form", "metrics", "overlay_entry", "records"],
+    ["manifests", "overlay_files", "provenance"],
+    ["overlays", "policy", "scheduler", "ledger", "plugins"],
+    ["envelopes"],
+    ["course"],
+    ["dispatch"],
+    ["app", "replay"],
+    ["local"],
+    ["console", "templates", "doctor", "serve"],
+    ["cli_overlays", "cli_ledger"],
+    ["cli"],
+]
+FLOOR = {f"bus.{name}": floor for floor, names in enumerate(FLOORS, 1) for name in names} | {"bus": 6}
+MODULES = sorted((REPO / "bus").rglob("*.py"))
+RUNNERS = sorted((REPO / "runners").rglob("*.py"))
+LONGEST_FUNCTION = 60
+PACKAGES = {"bus", "runners"}
+
+
+def name_of(file: Path) -> str:
+    return ".".join(file.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(file: Path, *, of_types: bool = False) -> set[str]:
+    """The modules of ours that a file imports when it runs, wherever in it; with `of_types` those for types as well."""
+    nodes = list(statements(ast.parse(file.read_text()), of_types=of_types))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    from_ = {
+        full if is_module(full := f"{node.module}.{alias.name}") else str(node.module)
+        for node in nodes
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    return {name for name in plain | from_ if name.partition(".")[0] in PACKAGES}
+
+
+def statements(node: ast.AST, *, of_types: bool) -> Iterator[ast.AST]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING" and not of_types:
+            continue
+        yield child
+        yield from statements(child, of_types=of_types)
+
+
+def is_module(name: str) -> bool:
+    path = REPO.joinpath(*name.split("."))
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+
+
+def test_every_module_has_its_floor() -> None:
+    assert {name_of(file) for file in MODULES} - set(FLOOR) == set()
+
+
+@pytest.mark.parametrize("file", MODULES, ids=name_of)
+def test_a_module_of_the_bus_imports_only_what_stands_below_it(file: Path) -> None:
+    own = FLOOR[name_of(file)]
+    above = {name for name in imports(file) if name.startswith("bus") and FLOOR[name] >= own and name != "bus"}
+    assert above == set()
+
+
+@pytest.mark.parametrize("file", RUNNERS, ids=name_of)
+def test_runners_know_nothing_of_the_bus_not_even_for_types(file: Path) -> None:
+    found = imports(file, of_types=True)
+    assert {name for name in found if not name.startswith("runners")} == set()
+    assert found <= {"runners.base"}
+
+
+def test_the_ground_floor_imports_nothing_of_ours() -> None:
+    assert imports(REPO / "runners/base.py", of_types=True) == set()
+
+
+@pytest.mark.parametrize("file", [*MODULES, *RUNNERS], ids=name_of)
+def test_the_programs_are_imported_from_the_top_floor_only(file: Path) -> None:
+    """Of the runners the bus knows the ground floor, and the plugins that register them know them."""
+    allowed = {"runners", "runners.base"} | (
+        {"runners.process", "runners.http"} if name_of(file) == "bus.plugins" else set()
+    )
+    assert {name for name in imports(file) if name.startswith("runners")} <= allowed
+
+
+@pytest.mark.parametrize(
+    "file", sorted((REPO / "overlays").rglob("*.py")), ids=lambda file: str(file.relative_to(REPO))
+)
+def test_overlays_stand_on_the_standard_library_alone(file: Path) -> None:
+    nodes = list(ast.walk(ast.parse(file.read_text())))
+    roots = {alias.name.partition(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    roots |= {
+        str(node.module).partition(".")[0] for node in nodes if isinstance(node, ast.ImportFrom) and not node.level
+    }
+    siblings = {path.stem for path in file.parent.glob("*.py")}
+    assert roots - sys.stdlib_module_names - siblings == set()
+
+
+def test_nothing_imports_in_a_circle() -> None:
+    graph = {name_of(file): imports(file) for file in [*MODULES, *RUNNERS]}
+    while leaves := [name for name, needs in graph.items() if not needs & graph.keys() - {name}]:
+        for leaf in leaves:
+            del graph[leaf]
+    assert graph == {}
+
+
+def functions(file: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+@pytest.mark.parametrize("file", [*MODULES, *RUNNERS], ids=name_of)
+def test_no_function_is_too_long_to_read(file: Path) -> None:
+    lengths = {function.name: (function.end_lineno or 0) - function.lineno + 1 for function in functions(file)}
+    assert {name: length for name, length in lengths.items() if length > LONGEST_FUNCTION} == {}
+
+
+@pytest.mark.parametrize("file", sorted((REPO / "tests").glob("test_*.py")), ids=lambda file: file.name)
+def test_every_test_can_fail(file: Path) -> None:
+    """A test asserts, expects an exception, or calls something that does: then it has at least one call."""
+    tests = [function for function in functions(file) if function.name.startswith("test_")]
+    assert tests, "a test file without a test"
+    for test in tests:
+        asserted = [node.test for node in ast.walk(test) if isinstance(node, ast.Assert)]
+        assert not any(isinstance(condition, ast.Constant) for condition in asserted), test.name
+        assert asserted or any(isinstance(node, ast.Call) for node in ast.walk(test)), test.name
+
+
+@pytest.mark.parametrize("file", sorted((REPO / "tests").glob("test_*.py")), ids=lambda file: file.name)
+def test_no_test_hides_another_of_the_same_name(file: Path) -> None:
+    names = [function.name for function in functions(file) if function.name.startswith("test_")]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("file", [*MODULES, *RUNNERS], ids=name_of)
+def test_a_module_opens_with_its_job(file: Path) -> None:
+    assert ast.get_docstring(ast.parse(file.read_text()))
