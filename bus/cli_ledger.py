@@ -208,7 +208,7 @@ def replay(
     except NotFoundError as error:
         tell(error, as_json=as_json)
         raise typer.Exit(Exit.USAGE) from None
-    asks_for_one = last == 1 or (len(ranges) == 1 and len(ranges[0]) == 1)
+    asks_for_one = (last == 1 and not as_json) or (len(ranges) == 1 and len(ranges[0]) == 1)
     is_single = asks_for_one and bool(records)
     with LocalBus(settings) as bus:
         code = _replay_one(bus, records[0], live, as_json) if is_single else _replay_many(bus, records, live, as_json)

@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING
 import hypothesis
 import pytest
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 from tests.support import settings_in
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from bus.settings import Settings
