@@ -55,23 +55,38 @@ class Course:
     overlay: str
     capability: str | None
     call: Invocation | None = None
+    payload_hash: str | None = None
     resolved: Resolved | None = None
     run_id: str | None = None
     timeout_ms: int | None = None
     queue_ms: float | None = None
     told: Told | None = None
     result_json: bytes | None = None
+    result_hash: str | None = None
     refusal: BusError | None = None
 
     @classmethod
     def of_call(cls, call: Invocation) -> Self:
-        return cls(call.request_id, call.timestamp_ms, call.received, call.overlay, call.capability, call)
+        return cls(
+            call.request_id,
+            call.timestamp_ms,
+            call.received,
+            call.overlay,
+            call.capability,
+            call,
+            payload_hash=sha256_hex(call.payload_json),
+        )
 
     @classmethod
     def of_request(cls, overlay: str, capability: str | None) -> Self:
         """Of a request that could not be read."""
         shown = capability and capability[:_NAME_LIMIT]
         return cls(new_request_id(), now_ms(), time.monotonic(), overlay[:_NAME_LIMIT], shown)
+
+    def keep_result(self, result_json: bytes | None) -> None:
+        """The canonical bytes of what the overlay answered, None where it answered nothing that has them."""
+        self.result_json = result_json
+        self.result_hash = None if result_json is None else sha256_hex(result_json)
 
     def refuse(self, refusal: BusError) -> Outcome:
         """The refusal as an outcome; the answer will carry its faults and its hint."""
@@ -146,14 +161,6 @@ class Course:
             outcome, code="ERR_LEDGER", error=self.refusal.detail, retryable=False, replied=False
         )
         return dataclasses.replace(self._answer(told, None, None), status=500)
-
-    @property
-    def payload_hash(self) -> str | None:
-        return sha256_hex(self.call.payload_json) if self.call else None
-
-    @property
-    def result_hash(self) -> str | None:
-        return None if self.result_json is None else sha256_hex(self.result_json)
 
     def _answer(self, outcome: Outcome, record: Record | None, provenance: dict[str, Any] | None) -> Answer:
         known = entry(outcome.code)

@@ -111,7 +111,6 @@ class Bus:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*self._finishing, return_exceptions=True)
         await asyncio.to_thread(self.ledger.close)
-        self._started = False
 
     async def not_ready(self) -> str | None:
         """Why no call could be made now, or None where one could."""
@@ -224,9 +223,10 @@ class Bus:
         validator = None if schema is None else self._validator(resolved, "output", schema)
         outcome = envelopes.open_reply(outcome)
         if outcome.output_bytes > BIG_BYTES:
-            outcome, course.result_json = await asyncio.to_thread(envelopes.check_result, validator, outcome)
+            outcome, result_json = await asyncio.to_thread(envelopes.check_result, validator, outcome)
         else:
-            outcome, course.result_json = envelopes.check_result(validator, outcome)
+            outcome, result_json = envelopes.check_result(validator, outcome)
+        course.keep_result(result_json)
         return outcome
 
     async def _finish(self, course: Course, outcome: Outcome) -> Answer:
