@@ -18,7 +18,7 @@ import orjson
 from bus import envelopes, policy, runes, schemas
 from bus.canonical import figure
 from bus.course import Course
-from bus.errors import BusError, OverloadError
+from bus.errors import BusError, OperatorError, OverloadError
 from bus.ledger import Ledger, LedgerError
 from bus.model import Told, now_ms
 from bus.overlays import Registry
@@ -256,7 +256,7 @@ class Bus:
 
 
 def child_env(manifest: Manifest, settings: Settings) -> dict[str, str]:
-    """An allow-list, never the bus's own environment; makes the overlay's state folder.
+    """An allow-list, never the bus's own environment; makes the overlay's state folder, or raises `OperatorError`.
 
     Python's hashes are fixed, so that a replay can match. A `.venv` of the overlay's own comes first on the PATH.
     """
@@ -264,7 +264,10 @@ def child_env(manifest: Manifest, settings: Settings) -> dict[str, str]:
     env = {name: os.environ[name] for name in passed if name in os.environ and not name.startswith("AAL_")}
     env["PATH"] = f"{manifest.folder / '.venv' / 'bin'}:{env.get('PATH', os.defpath)}"
     state = settings.state / "state" / manifest.name
-    state.mkdir(parents=True, exist_ok=True)
+    try:
+        state.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OperatorError("ERR_FILES", f"cannot make the folder {state}: {error.strerror}") from error
     return env | {"PYTHONHASHSEED": "0", "OVERLAY_STATE": str(state)}
 
 

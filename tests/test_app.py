@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -284,7 +285,23 @@ def server_behind_link(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
         yield server
 
 
-@pytest.fixture(params=["server", "server_behind_link"])
+@pytest.fixture(scope="module")
+def server_behind_mount(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server whose overlays are a bind mount of another folder."""
+    folder = tmp_path_factory.mktemp("mounted")
+    (folder / "source").mkdir()
+    (folder / "overlays").mkdir()
+    mount = ["mount", "--bind", str(folder / "source"), str(folder / "overlays")]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no right to mount a folder here")
+    try:
+        with Server(folder, overlays=folder / "overlays") as server:
+            yield server
+    finally:
+        subprocess.run(["umount", str(folder / "overlays")], check=True)
+
+
+@pytest.fixture(params=["server", "server_behind_link", "server_behind_mount"])
 def any_server(request: pytest.FixtureRequest) -> Server:
     server: Server = request.getfixturevalue(request.param)
     return server

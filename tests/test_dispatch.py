@@ -545,6 +545,17 @@ async def test_an_overlay_sees_an_allow_list_of_the_environment(
     assert seen["cwd"] == str(folder)
 
 
+async def test_a_state_folder_that_cannot_be_made_refuses_the_call_and_says_which(settings: Settings) -> None:
+    add_overlay(settings.overlays, "echo")
+    async with running_bus(settings) as bus:
+        settings.state.mkdir(exist_ok=True)
+        (settings.state / "state").write_text("in the way")
+        answer = await bus.invoke(a_call("echo"))
+    assert (answer.status, answer.body["code"]) == (500, "ERR_FILES")
+    assert str(settings.state / "state" / "echo") in answer.body["detail"]
+    assert [line["code"] for line in calls(settings)] == ["ERR_FILES"]
+
+
 async def test_a_capability_runs_no_more_calls_at_once_than_it_says(settings: Settings) -> None:
     add_native(settings.overlays, "one", {"run": {"runner": "proc", "concurrency": 1}})
     add_overlay(settings.overlays, "echo")
