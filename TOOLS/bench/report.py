@@ -120,12 +120,14 @@ def median_ratio(values: Sequence[float | None], against: Sequence[float | None]
 
 
 def verdicts(ratios: Sequence[Ratio]) -> list[str]:
-    """What the bus adds to the CPU cost of each program, over the bare loop that starts the same program."""
+    """What the bus adds to the CPU cost of each program, over the plain endpoint and the bare loop that start it."""
     return [
         f"{ratio.target}: the bus adds {(ratio.cpu_ms - 1) * 100:+.1f} % CPU per call to {ratio.against} "
         f"at {ratio.connections} connections (limit {LIMIT_PERCENT} %)"
         for ratio in ratios
-        if ratio.connections == LIMIT_CONNECTIONS and ratio.against.startswith("loop-") and ratio.cpu_ms is not None
+        if ratio.connections == LIMIT_CONNECTIONS
+        and ratio.against.startswith(("plain-", "loop-"))
+        and ratio.cpu_ms is not None
     ]
 
 
