@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING, Any
 import orjson
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.routing import Route
 
 from bus import envelopes, provenance, resources
 from bus import settings as bus_settings
-from bus.dispatch import BIG_BYTES, Bus
+from bus.dispatch import Bus
 from bus.errors import BusError, NotFoundError, RequestError
+from bus.schemas import show
+from runners.base import LARGE_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Coroutine, Mapping
@@ -36,8 +39,11 @@ log = logging.getLogger(__name__)
 WATCH_AFTER_S = 0.02
 """How long a call runs before the bus listens for its client's leaving, in seconds."""
 
-_GONE = "the client has gone"
+_CLIENT_GONE = 499
+"""The status of an answer that nobody will read; nginx's number for it."""
+
 _LIMIT_DEFAULT, _LIMIT_MOST = 100, 10_000
+_DIGITS_MOST = 16
 
 
 class JsonResponse(Response):
@@ -82,15 +88,13 @@ class Api:
             Route("/invoke/{name}", self.invoke, methods=["POST"]),
             Route("/invoke/{name}/{capability}", self.invoke, methods=["POST"]),
             Route("/provenance", self.provenance),
-            Route("/provenance/{seq:int}", self.record),
+            Route("/provenance/{seq}", self.record),
             Route("/stress", self.stress),
         ]
 
-    async def root(self, _: Request) -> Response:
-        paths = [route.path for route in self.routes() if isinstance(route, Route)]
-        return JsonResponse(
-            {"service": "aal-core", "version": resources.version(), "status": "ok", "paths": [*paths, "/metrics"]}
-        )
+    async def root(self, request: Request) -> Response:
+        paths = [route.path for route in request.app.routes if isinstance(route, Route)]
+        return JsonResponse({"service": "aal-core", "version": resources.version(), "status": "ok", "paths": paths})
 
     async def health(self, _: Request) -> Response:
         """The process answers; `/ready` says whether it can work."""
@@ -113,37 +117,36 @@ class Api:
     async def invoke(self, request: Request) -> Response:
         """One call. The capability may stand in the path, behind a dot in the name, or in the body."""
         await self._bus.start()
-        name, _, dotted = request.path_params["name"].partition(".")
-        capability = request.path_params.get("capability") or dotted or None
+        name, capability = request.path_params["name"], request.path_params.get("capability")
         try:
             body = await self._body(request)
             read = envelopes.read_invocation
-            if len(body) > BIG_BYTES:
+            if len(body) > LARGE_BYTES:
                 call = await asyncio.to_thread(read, body, name, capability)
             else:
                 call = read(body, name, capability)
         except RequestError as error:
             return _respond(await self._bus.refuse(error, name, capability))
+        except ClientDisconnect:  # in the middle of its request, so no call was made
+            return Response(status_code=_CLIENT_GONE)
         answer = await _unless_disconnected(request, self._bus.invoke(call))
-        return Response(status_code=499) if answer is None else _respond(answer)
+        return Response(status_code=_CLIENT_GONE) if answer is None else _respond(answer)
 
     async def provenance(self, request: Request) -> Response:
         """The last records, oldest first: `?limit=&overlay=&ok=&since=` (milliseconds since the epoch)."""
         query = _Query(request.query_params)
-        events = await asyncio.to_thread(
-            provenance.tail,
-            self._bus.settings.ledger,
-            query.integer("limit", _LIMIT_DEFAULT, 1, _LIMIT_MOST),
-            overlay=query.text("overlay"),
-            ok=query.boolean("ok"),
-            since_ms=query.integer("since", None, 0, 2**53),
-        )
+        limit, since_ms = query.integer("limit", _LIMIT_DEFAULT, 1, _LIMIT_MOST), query.integer("since", None, 0, 2**53)
+        overlay, ok = query.text("overlay"), query.boolean("ok")
         query.refuse_unknown()
+        ledger = self._bus.settings.ledger
+        events = await asyncio.to_thread(provenance.tail, ledger, limit, overlay=overlay, ok=ok, since_ms=since_ms)
         return JsonResponse({"events": events, "count": len(events)})
 
     async def record(self, request: Request) -> Response:
-        read = provenance.read_line
-        return JsonResponse(await asyncio.to_thread(read, self._bus.settings.ledger, request.path_params["seq"]))
+        seq = request.path_params["seq"]
+        if not _is_number(seq):
+            raise NotFoundError("ERR_NOT_FOUND", f"the ledger has no line {show(seq)}")
+        return JsonResponse(await asyncio.to_thread(provenance.read_line, self._bus.settings.ledger, int(seq)))
 
     async def stress(self, _: Request) -> Response:
         await self._bus.start()
@@ -201,8 +204,8 @@ class _Query:
         raw = self.text(name)
         if raw is None:
             return default
-        if not (raw.isdecimal() and low <= int(raw) <= high):
-            raise RequestError("ERR_BAD_REQUEST", f"{name}={raw!r}, allowed: a whole number, {low} to {high}")
+        if not (_is_number(raw) and low <= int(raw) <= high):
+            raise RequestError("ERR_BAD_QUERY", f"{name}={show(raw)}, allowed: a whole number, {low} to {high}")
         return int(raw)
 
     def boolean(self, name: str) -> bool | None:
@@ -210,12 +213,12 @@ class _Query:
         if raw is None:
             return None
         if raw.lower() not in {"true", "false", "1", "0"}:
-            raise RequestError("ERR_BAD_REQUEST", f"{name}={raw!r}, allowed: true or false")
+            raise RequestError("ERR_BAD_QUERY", f"{name}={show(raw)}, allowed: true or false")
         return raw.lower() in {"true", "1"}
 
     def refuse_unknown(self) -> None:
         if unknown := [name for name in self._params if name not in self._known]:
-            raise RequestError("ERR_BAD_REQUEST", f"unknown: {', '.join(unknown)}; known: {', '.join(self._known)}")
+            raise RequestError("ERR_BAD_QUERY", f"unknown: {show(unknown)}; known: {', '.join(self._known)}")
 
 
 async def _unless_disconnected(request: Request, call: Coroutine[Any, Any, Answer]) -> Answer | None:
@@ -229,6 +232,11 @@ async def _unless_disconnected(request: Request, call: Coroutine[Any, Any, Answe
         raise
     finally:
         watch.end()
+
+
+def _is_number(text: str) -> bool:
+    """Whether `int` reads it, and quickly."""
+    return text.isascii() and text.isdecimal() and len(text) <= _DIGITS_MOST
 
 
 class _ClientWatch:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Self
 import orjson
 
 from bus.canonical import figure, sha256_hex
-from bus.errors import BusError, entry
+from bus.errors import CATALOGUE, BusError, entry
 from bus.model import new_request_id, now_ms
-from runners.base import Outcome
+from runners.base import Code, Outcome
 
 if TYPE_CHECKING:
     from bus.ledger import LedgerError, Receipt
@@ -71,8 +71,8 @@ class Course:
             call.request_id,
             call.timestamp_ms,
             call.received,
-            call.overlay,
-            call.capability,
+            call.overlay[:_NAME_LIMIT],
+            call.capability and call.capability[:_NAME_LIMIT],
             call,
             payload_hash=sha256_hex(call.payload_json),
         )
@@ -104,7 +104,7 @@ class Course:
             "run_id": self.run_id,
             "replay_of": call.replay_of.seq if call and call.replay_of else None,
             "caller": call.caller if call else None,
-            "overlay": manifest.name if manifest else self.overlay[:_NAME_LIMIT],
+            "overlay": manifest.name if manifest else self.overlay,
             "version": manifest.version if manifest else None,
             "manifest_hash": manifest.manifest_hash if manifest else None,
             "code_hash": self.resolved.code_hash if self.resolved else None,
@@ -120,7 +120,7 @@ class Course:
             "result_hash": self.result_hash,
             "ok": outcome.ok,
             "code": str(outcome.code),
-            "error": _cut(outcome.error),
+            "error": _cut(_text(outcome.error)),
             "exit_code": outcome.exit_code,
             "duration_ms": self._duration_ms(),
             "queue_ms": self.queue_ms,
@@ -163,7 +163,7 @@ class Course:
         return dataclasses.replace(self._answer(told, None, None), status=500)
 
     def _answer(self, outcome: Outcome, record: Record | None, provenance: dict[str, Any] | None) -> Answer:
-        known = entry(outcome.code)
+        known = CATALOGUE[Code.FAILED] if outcome.replied else entry(outcome.code)
         body = {
             "ok": outcome.ok,
             "overlay": self.overlay,
@@ -172,12 +172,12 @@ class Course:
             "request_id": self.request_id,
             "run_id": self.run_id,
             "result": outcome.result,
-            "error": None if outcome.ok else outcome.error or known.message,
+            "error": None if outcome.ok else _text(outcome.error) or known.message,
             "code": str(outcome.code),
             "category": None if outcome.ok else known.category,
             "status": outcome.status,
             "message": None if outcome.ok else known.message,
-            "detail": self._detail(outcome),
+            "detail": _text(self._detail(outcome)),
             "hint": None if outcome.ok else known.hint,
             "retryable": not outcome.ok and (known.retryable if outcome.retryable is None else outcome.retryable),
             "timestamp_ms": self.timestamp_ms,
@@ -194,14 +194,14 @@ class Course:
         if self.refusal:
             body["hint"] = self.refusal.hint
             if self.refusal.faults:
-                body["faults"] = [dataclasses.asdict(fault) for fault in self.refusal.faults]
+                body["faults"] = self.refusal.body()["faults"]
         status = 200 if outcome.ok or outcome.replied else known.status
         return Answer(status, body, record, self.refusal.retry_after_s if self.refusal else None)
 
     def _type(self) -> str:
         if self.call and self.call.replay_of:
             return "replay"
-        return "denied" if self.refusal else "invoke"
+        return "denied" if self.refusal and not self.told else "invoke"
 
     def _detail(self, outcome: Outcome) -> str | None:
         """Of a refusal its own; of an overlay's failure the end of its log, where the reason mostly stands."""
@@ -221,6 +221,11 @@ class Course:
 
     def _duration_ms(self) -> float:
         return figure((time.monotonic() - self.received) * 1000)
+
+
+def _text(text: str | None) -> str | None:
+    """Text that can be written as UTF-8: what programs and services say may hold lone surrogates."""
+    return text and text.encode("utf-8", "backslashreplace").decode()
 
 
 def _cut(text: str | None) -> str | None:

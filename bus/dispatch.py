@@ -7,6 +7,7 @@ ledger line and an `Answer`, and the answer leaves only after its line is in the
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import os
 import sys
@@ -19,7 +20,7 @@ from bus import envelopes, policy, runes, schemas
 from bus.canonical import figure
 from bus.course import Course
 from bus.errors import BusError, OperatorError, OverloadError
-from bus.ledger import Ledger, LedgerError
+from bus.ledger import RETRY_S, Ledger, LedgerError
 from bus.model import Told, now_ms
 from bus.overlays import Registry
 from bus.plugins import Plugins
@@ -27,7 +28,7 @@ from bus.records import collect_environment, environment_hash
 from bus.scheduler import Scheduler, memory_block
 from bus.settings import stores_payload
 from bus.stress import StressMonitor
-from runners.base import Code, HttpTarget, Job, Outcome, ProcessTarget
+from runners.base import LARGE_BYTES, Code, HttpTarget, Job, Outcome, ProcessTarget
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -43,9 +44,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-BIG_BYTES = 256 * 1024
-"""JSON above this is walked in a thread, so that other calls go on."""
-LEDGER_RETRY_S = 5
+VALIDATORS_KEPT = 1024
 LAST_LINES_S = 5.0
 """How long closing waits for the lines of calls that were ended."""
 _ENV_ALLOWED = ("HOME", "LANG", "LC_ALL", "LC_CTYPE", "LOGNAME", "PATH", "TMPDIR", "TZ", "USER")
@@ -86,31 +85,46 @@ class Bus:
         await self.close()
 
     async def start(self, *, watch: bool = True) -> None:
-        """Open the ledger, load the overlays, begin to sample and to watch. Does nothing the second time."""
+        """Load the overlays, open the ledger, begin to sample and to watch. Does nothing the second time.
+
+        Raises `SettingError` where the list of disabled overlays cannot be read.
+        """
         if self._started:
             return
-        self._started = True
-        self.ledger.open()
         self.registry.load()
+        self.ledger.open()
         self.stress.prime()
         if watch:
             self._tasks = [
                 asyncio.create_task(self.registry.watch(), name="watch overlays"),
                 asyncio.create_task(self.stress.run(self.settings.stress_period_s), name="sample stress"),
             ]
+        self._started = True
 
-    async def close(self) -> None:
-        """Refuse what comes, let what runs finish within `drain_s`, end the rest, and write the last lines."""
+    async def drain(self) -> None:
+        """Refuse what comes, let what runs finish within `drain_s`, end the rest. Refusals still leave their lines."""
         self.scheduler.close()
         if not await self.scheduler.drain(self.settings.drain_s):
             log.warning("ending %d calls that did not finish in %s s", self.scheduler.running, self.settings.drain_s)
-        await asyncio.gather(*(runner.close() for runner in self.runners.values()))
+        await self.end_calls()
+
+    async def end_calls(self) -> None:
+        """End every call that runs, now; each is answered and leaves its line."""
+        self.scheduler.close()
+        ended = await asyncio.gather(*(runner.close() for runner in self.runners.values()), return_exceptions=True)
+        for error in filter(None, ended):
+            log.error("a runner could not be closed", exc_info=error)
         await self.scheduler.drain(LAST_LINES_S)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.gather(*self._finishing, return_exceptions=True)
-        await asyncio.to_thread(self.ledger.close)
+
+    async def close(self) -> None:
+        """Drain, and write the last lines. A Bus is not started again."""
+        try:
+            await self.drain()
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, *self._finishing, return_exceptions=True)
+            await asyncio.to_thread(self.ledger.close)
 
     async def not_ready(self) -> str | None:
         """Why no call could be made now, or None where one could."""
@@ -118,7 +132,7 @@ class Bus:
         if self.scheduler.closed:
             return "the bus is shutting down"
         if not await asyncio.to_thread(self.ledger.probe):
-            return f"the ledger cannot be written: {self.ledger.reason}"
+            return self.ledger.reason
         return None
 
     async def invoke(self, call: Invocation) -> Answer:
@@ -127,15 +141,15 @@ class Bus:
         try:
             resolved = course.resolved = self.registry.resolve(call.overlay, call.capability)
             course.run_id = envelopes.run_id(resolved.manifest, resolved.capability, call)
-            rights = policy.authorize(resolved.manifest, resolved.capability, call.phase, call.payload)
+            rights = policy.authorize(resolved.manifest, resolved.capability, call.phase, call.payload, call.caller)
             self.plugins.authorize(call, resolved.manifest)
-            self._check_input(resolved, call)
+            await self._check_input(resolved, call)
             self._require_ledger()
             outcome = await self._admit_and_run(course, call, resolved, rights)
         except BusError as refusal:
             outcome = course.refuse(refusal)
         except asyncio.CancelledError:
-            await self._finish_alone(course, Outcome(code=Code.CANCELLED, error="the caller went away"))
+            await self._finish_alone(course, self._cut_off(Outcome(Code.CANCELLED, error="the caller went away")))
             raise
         except Exception as error:
             log.exception("call %s failed inside the bus", call.request_id)
@@ -147,22 +161,26 @@ class Bus:
         course = Course.of_request(overlay, capability)
         return await self._finish(course, course.refuse(error))
 
-    def _check_input(self, resolved: Resolved, call: Invocation) -> None:
-        if resolved.capability.input_schema is not None:
-            validator = self._validator(resolved, "input", resolved.capability.input_schema)
+    async def _check_input(self, resolved: Resolved, call: Invocation) -> None:
+        if resolved.capability.input_schema is None:
+            return
+        validator = self._validator(resolved, "input", resolved.capability.input_schema)
+        if len(call.payload_json) > LARGE_BYTES:
+            await asyncio.to_thread(envelopes.check_input, resolved.capability, validator, call.payload)
+        else:
             envelopes.check_input(resolved.capability, validator, call.payload)
 
     def _require_ledger(self) -> None:
         """What cannot be written down does not start. The refusal's own line is the next try to write."""
         if not self.ledger.healthy:
             reason = self.ledger.reason or "the ledger is not open"
-            raise OverloadError("ERR_LEDGER", reason, retry_after_s=LEDGER_RETRY_S)
+            raise OverloadError("ERR_LEDGER", reason, retry_after_s=RETRY_S)
 
     async def _admit_and_run(self, course: Course, call: Invocation, resolved: Resolved, rights: Rights) -> Outcome:
         """Wait for room, then run. Waiting counts against the deadline, which a caller may only bring nearer."""
         manifest, capability = resolved.manifest, resolved.capability
         profile = runes.resolve(call.profile) if call.profile else capability.memory
-        course.timeout_ms = min(int(capability.timeout_s * 1000), call.timeout_ms or sys.maxsize)
+        course.timeout_ms = min(max(1, round(capability.timeout_s * 1000)), call.timeout_ms or sys.maxsize)
         deadline = call.received + course.timeout_ms / 1000
         async with self.scheduler.admit(
             f"{manifest.name}.{capability.name}", profile.priority, deadline, capability.concurrency
@@ -189,7 +207,7 @@ class Bus:
         manifest, capability = resolved.manifest, resolved.capability
         deadline_ms = now_ms() + int((deadline - time.monotonic()) * 1000)
         return Job(
-            request_id=call.request_id,
+            request_id=told.request_id,
             overlay=manifest.name,
             capability=capability.name,
             phase=call.phase,
@@ -212,7 +230,7 @@ class Bus:
     def _child_env(self, manifest: Manifest) -> Mapping[str, str]:
         """What a program of this overlay sees, made once for each reading of its manifest."""
         made_for, env = self._envs.get(manifest.name, (None, {}))
-        if made_for is not manifest:
+        if made_for is not manifest or not os.path.isdir(env["OVERLAY_STATE"]):  # noqa: PTH112  # for every call
             env = child_env(manifest, self.settings)
             self._envs[manifest.name] = (manifest, env)
         return env
@@ -221,13 +239,19 @@ class Bus:
         """Open the reply, and hold the result to the canonical form and to the capability's output schema."""
         schema = resolved.capability.output_schema
         validator = None if schema is None else self._validator(resolved, "output", schema)
-        outcome = envelopes.open_reply(outcome)
-        if outcome.output_bytes > BIG_BYTES:
+        outcome = envelopes.open_reply(self._cut_off(outcome))
+        if outcome.output_bytes > LARGE_BYTES:
             outcome, result_json = await asyncio.to_thread(envelopes.check_result, validator, outcome)
         else:
             outcome, result_json = envelopes.check_result(validator, outcome)
         course.keep_result(result_json)
         return outcome
+
+    def _cut_off(self, outcome: Outcome) -> Outcome:
+        """A call that was ended because the bus shuts down is told so; its caller may still be there."""
+        if outcome.code != Code.CANCELLED or not self.scheduler.closed:
+            return outcome
+        return dataclasses.replace(outcome, code="ERR_SHUTTING_DOWN", error="the bus shut down before the call ended")
 
     async def _finish(self, course: Course, outcome: Outcome) -> Answer:
         """Write the line, tell the plugins, and only then answer."""
@@ -236,6 +260,10 @@ class Bus:
             receipt = await self.ledger.append(record)
         except LedgerError as error:
             return course.unrecorded_answer(outcome, error)
+        except ValueError as error:  # a runner gave what no line can hold
+            log.exception("the outcome of call %s cannot be written", course.request_id)
+            refusal = BusError("ERR_INTERNAL", f"what came of the call has no canonical form: {error}")
+            return await self._finish(course, course.refuse(refusal))
         record |= {"seq": receipt.seq, "hash": receipt.hash}
         self.plugins.finished(record)
         return course.answer(outcome, record, receipt)
@@ -251,6 +279,8 @@ class Bus:
         key = (resolved.manifest.manifest_hash, resolved.capability.name, side)
         found = self._validators.get(key)
         if found is None:
+            if len(self._validators) >= VALIDATORS_KEPT:  # overlays that are edited all day
+                self._validators.clear()
             found = self._validators[key] = schemas.compiled(schema)
         return found
 

@@ -15,7 +15,8 @@ import orjson
 
 from bus import schemas
 from bus.canonical import CanonicalError, canonical, sha256_hex
-from bus.errors import InputError, RequestError, say
+from bus.errors import CATALOGUE, InputError, RequestError, say
+from bus.manifests import local_name
 from bus.model import Invocation, Phase, new_request_id, now_ms
 from runners.base import Code, JsonError, Outcome, parse_json
 
@@ -30,41 +31,39 @@ _PHASES = frozenset(Phase)
 
 
 def read_invocation(
-    body: bytes, overlay: str, capability: str | None = None, *, caller: str | None = None
+    body: bytes, target: str, capability: str | None = None, *, caller: str | None = None
 ) -> Invocation:
-    """A request body as an invocation of `overlay`.
+    """A request body as an invocation of `target`, an overlay's name or `overlay.capability`.
 
     Raises `RequestError`: ERR_BAD_JSON for what is not JSON or has no canonical form, ERR_UNKNOWN_PHASE, and
-    ERR_BAD_REQUEST with every fault of the form.
+    ERR_BAD_REQUEST with the faults of the form.
     """
     try:
         request = parse_json(body)
     except JsonError as error:
         raise RequestError("ERR_BAD_JSON", str(error)) from None
-    return make_invocation(request, overlay, capability, caller=caller)
+    return make_invocation(request, target, capability, caller=caller)
 
 
 def make_invocation(
     request: Any,  # noqa: ANN401
-    overlay: str,
+    target: str,
     capability: str | None = None,
     *,
     caller: str | None = None,
 ) -> Invocation:
-    """As `read_invocation`, from a request already parsed. The capability of the address wins over that of the body."""
+    """As `read_invocation`, from a request already parsed."""
     if not _is_usual_request(request):
         _canonical(request, "")
         _refuse_request(request)
+    overlay, capability = split_target(target, capability, request.get("capability"))
     payload = request.get("data", {})
-    named = request.get("capability")
-    if capability and named and capability != named:
-        raise RequestError("ERR_BAD_REQUEST", f"the address names capability {capability!r}, the body {named!r}")
     return Invocation(
         request_id=new_request_id(),
         timestamp_ms=now_ms(),
         received=time.monotonic(),
         overlay=overlay,
-        capability=capability or named,
+        capability=capability,
         phase=Phase(request["phase"]),
         payload=payload,
         payload_json=canonical_payload(payload),
@@ -76,6 +75,20 @@ def make_invocation(
     )
 
 
+def split_target(target: str, *capabilities: str | None) -> tuple[str, str | None]:
+    """The overlay, and the one capability that is named behind the dot or beside it (`ping` or `psyfi.ping`), if any.
+
+    Raises `RequestError` where the places name different ones.
+    """
+    overlay, _, dotted = target.partition(".")
+    if not (overlay and dotted):
+        overlay, dotted = target, ""
+    named = {local_name(overlay, name) for name in (dotted, *capabilities) if name}
+    if len(named) > 1:
+        raise RequestError("ERR_BAD_REQUEST", f"the call names several capabilities: {schemas.show(sorted(named))}")
+    return overlay, named.pop() if named else None
+
+
 def canonical_payload(payload: Mapping[str, Any]) -> bytes:
     """The RFC 8785 form of a payload. Raises `RequestError` with the JSON pointer of what has none."""
     return _canonical(payload, "/data")
@@ -85,7 +98,7 @@ def _canonical(value: Any, root: str) -> bytes:  # noqa: ANN401
     try:
         return canonical(value)
     except CanonicalError as error:
-        raise RequestError("ERR_BAD_JSON", f"at {root + error.pointer or '/'}: {error.message}") from None
+        raise RequestError("ERR_BAD_JSON", f"at {root + error.pointer or 'the top'}: {error.message}") from None
 
 
 def _is_usual_request(request: Any) -> bool:  # noqa: ANN401
@@ -182,12 +195,13 @@ def _fault_of_reply(reply: dict[str, Any]) -> str | None:
     try:
         canonical({name: member for name, member in reply.items() if name != "result"})
     except CanonicalError as error:
-        return f"at {error.pointer or '/'} of the reply: {error.message}"
+        return f"at {error.pointer or 'the top'} of the reply: {error.message}"
     return say(schemas.faults(schemas.shipped("overlay_reply"), reply)) or None
 
 
 def _own_code(code: str | None) -> str:
-    return Code.FAILED if code in (None, "OK") else code
+    """The overlay's own code. The catalogue's codes are the bus's words, and no overlay can speak for it."""
+    return Code.FAILED if code is None or code in CATALOGUE or code == Code.OK else code
 
 
 def _error_text(error: str | dict[str, Any] | None) -> str:
@@ -206,7 +220,7 @@ def check_result(validator: Draft202012Validator | None, outcome: Outcome) -> tu
     try:
         result_json = canonical(outcome.result)
     except CanonicalError as error:
-        fault = f"at {error.pointer or '/'} of the result: {error.message}"
+        fault = f"at {error.pointer or 'the top'} of the result: {error.message}"
         return dataclasses.replace(outcome, code=Code.PROTOCOL, result=None, error=fault, replied=False), None
     if validator is not None and outcome.ok and (faults := schemas.faults(validator, outcome.result, "$.result")):
         refused = dataclasses.replace(outcome, code="ERR_OUTPUT_SCHEMA", error=say(faults), replied=False)

@@ -11,6 +11,7 @@ from bus import replay
 from bus import settings as bus_settings
 from bus.dispatch import Bus
 from bus.envelopes import make_invocation
+from bus.errors import RequestError
 from bus.model import Phase
 
 if TYPE_CHECKING:
@@ -30,8 +31,12 @@ class LocalBus:
         self._runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
 
     def __enter__(self) -> Self:
-        self._bus = Bus(self.settings, plugins=self._plugins)
-        self._runner.run(self._bus.start(watch=False))
+        try:
+            self._bus = Bus(self.settings, plugins=self._plugins)
+            self._runner.run(self._bus.start(watch=False))
+        except BaseException:
+            self._runner.close()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -45,8 +50,12 @@ class LocalBus:
         return self._bus.registry
 
     def invoke(self, request: Mapping[str, Any], overlay: str, capability: str | None = None) -> Answer:
-        """One call, from a request as in `schemas/invocation.schema.json`. Raises `RequestError` for its form."""
-        return self._runner.run(self._bus.invoke(make_invocation(dict(request), overlay, capability)))
+        """One call, from a request as in `schemas/invocation.schema.json`; of `overlay`, or `overlay.capability`."""
+        try:
+            call = make_invocation(dict(request), overlay, capability)
+        except RequestError as error:
+            return self._runner.run(self._bus.refuse(error, overlay, capability))
+        return self._runner.run(self._bus.invoke(call))
 
     def call(
         self,
@@ -59,9 +68,8 @@ class LocalBus:
         timeout_ms: int | None = None,
     ) -> dict[str, Any]:
         """Call `overlay` or `overlay.capability` and give the answer's body, as `POST /invoke` would."""
-        overlay, _, name = capability.partition(".")
         request = {"phase": phase, "data": payload, "profile": profile, "seed": seed, "timeout_ms": timeout_ms}
-        return self.invoke(request, overlay, name or None).body
+        return self.invoke(request, capability).body
 
     def replay(self, seq: int, *, live: bool = False) -> replay.Replay:
         """Run line `seq` of the ledger again; see `bus.replay.replay`."""

@@ -110,7 +110,7 @@ class Plugins:
     def finished(self, record: Record) -> None:
         for impl in self._observers:
             try:
-                _call(impl, record=record)
+                _call(impl, record=dict(record))
             except Exception:
                 log.exception("plugin %s failed on a finished invocation", impl.plugin_name)
 

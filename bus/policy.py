@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from bus.errors import DeniedError
 from bus.model import Permission, Phase
+from bus.schemas import show
 from runners.base import Rights
 
 if TYPE_CHECKING:
@@ -37,12 +38,16 @@ PHASES: Mapping[Phase, PhaseRule] = MappingProxyType(
 )
 
 
-def authorize(manifest: Manifest, capability: Capability, phase: Phase, payload: Mapping[str, Any]) -> Rights:
+def authorize(
+    manifest: Manifest, capability: Capability, phase: Phase, payload: Mapping[str, Any], caller: str | None = None
+) -> Rights:
     """The rights of one call. Raises `DeniedError`, whose detail names the permission or phase that is missing.
 
     The permission is judged before the phase: an overlay that could never be called in ASCEND should say why.
     """
     rule = PHASES[phase]
+    if manifest.requires_auth and caller is None:
+        raise DeniedError("ERR_CALLER_UNKNOWN", f"{manifest.name} takes calls from known callers only")
     _require(manifest, [rule.needs], f"phase {phase}")
     if phase not in capability.phases:
         served = ", ".join(capability.phases) or "none"
@@ -70,8 +75,10 @@ def _authorize_op(manifest: Manifest, op_policy: Mapping[str, tuple[str, ...]], 
     needs = op_policy.get(op) if isinstance(op, str) else None
     if needs is None:
         listed = ", ".join(sorted(op_policy)) or "none"
-        raise DeniedError("ERR_PERMISSION_DENIED", f"op {op!r} is not in the op_policy of {manifest.name}: {listed}")
-    _require(manifest, needs, f"op {op!r}")
+        raise DeniedError(
+            "ERR_PERMISSION_DENIED", f"op {show(op)} is not in the op_policy of {manifest.name}: {listed}"
+        )
+    _require(manifest, needs, f"op {show(op)}")
 
 
 def _require(manifest: Manifest, needs: Iterable[str], what: str) -> None:

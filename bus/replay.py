@@ -25,6 +25,7 @@ _COMPARED = {
     "code": "code_hash",
     "environment": "environment_hash",
 }
+_CUT_OFF = ("ERR_CANCELLED", "ERR_SHUTTING_DOWN")
 _KEPT = ("phase", "seed", "timeout_ms")
 
 
@@ -78,6 +79,8 @@ def invocation_of(recorded: Record) -> Invocation:
         raise ReplayError("ERR_NOT_REPLAYABLE", f"line {seq} is of type {recorded['type']}; no overlay ran")
     if "payload" not in recorded:
         raise ReplayError("ERR_NOT_REPLAYABLE", f"line {seq} was written without its payload")
+    if recorded["code"] in _CUT_OFF:
+        raise ReplayError("ERR_NOT_REPLAYABLE", f"line {seq} ended with {recorded['code']}; its overlay never finished")
     if recorded["memory"] is None:
         raise ReplayError("ERR_NOT_REPLAYABLE", f"line {seq} ended with {recorded['code']} before its overlay started")
     request = {"data": recorded["payload"], "profile": recorded["profile"]}

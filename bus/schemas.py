@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import difflib
+import itertools
 import json
+import re
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,9 @@ if TYPE_CHECKING:
 
     from jsonschema import ValidationError
 
+FAULT_LIMIT = 20
 _FOUND_LIMIT = 120
+_encoder = json.JSONEncoder(ensure_ascii=False, default=repr)
 _BOUNDS = {
     "minimum": "{} or more",
     "exclusiveMinimum": "more than {}",
@@ -43,9 +47,13 @@ def compiled(schema: Mapping[str, Any] | bool) -> Draft202012Validator:
 
 
 def faults(validator: Draft202012Validator, value: object, root: str = "$") -> list[Fault]:
-    """Everything in `value` that the schema refuses, in the order of the document; empty where it fits."""
+    """What the schema refuses in `value`, at most `FAULT_LIMIT` things; empty where it fits.
+
+    A large document can be wrong a million times, and nobody reads on after the first few.
+    """
     try:
-        return from_errors(validator.iter_errors(value), root)
+        found = from_errors(itertools.islice(validator.iter_errors(value), FAULT_LIMIT + 1), root)
+        return found if len(found) <= FAULT_LIMIT else [*found[:FAULT_LIMIT], Fault(root, "more faults", "none")]
     except RecursionError:
         return [Fault(root, show(value), "a schema that comes to an end; this one refers to itself for ever")]
 
@@ -59,16 +67,22 @@ def from_errors(errors: Iterable[ValidationError], root: str = "$") -> list[Faul
 
 def show(value: object) -> str:
     """A value as JSON, cut to a length that fits a message."""
-    text = json.dumps(value, ensure_ascii=False, default=repr)
-    return text if len(text) <= _FOUND_LIMIT else text[: _FOUND_LIMIT - 1] + "…"
+    if isinstance(value, str):
+        value = value[:_FOUND_LIMIT]
+    text = ""
+    for piece in _encoder.iterencode(value):  # lazily: the value may be as large as a request may be
+        text += piece[: _FOUND_LIMIT + 1]
+        if len(text) > _FOUND_LIMIT:
+            return text[: _FOUND_LIMIT - 1] + "…"
+    return text
 
 
 def unknown_key(path: str, key: str, known: Iterable[str]) -> Fault:
     """The fault of a key that nobody reads, with the nearest one that somebody does."""
     known = list(known)
-    near = difflib.get_close_matches(key, known, n=1)
+    near = difflib.get_close_matches(key[:_FOUND_LIMIT], known, n=1)
     allowed = f"did you mean {near[0]!r}?" if near else ", ".join(known) or "no keys here"
-    return Fault(f"{path}.{key}", "an unknown key", allowed)
+    return Fault(f"{path}.{key[:_FOUND_LIMIT]}", "an unknown key", allowed)
 
 
 def _faults_of(error: ValidationError, root: str) -> Iterator[Fault]:
@@ -81,9 +95,10 @@ def _faults_of(error: ValidationError, root: str) -> Iterator[Fault]:
             yield Fault(f"{path}.{key}", "nothing", "a value; the key is required")
         case "additionalProperties" if wanted is False:
             schema: Any = error.schema
-            known = schema.get("properties", {})
+            known, patterns = schema.get("properties", {}), schema.get("patternProperties", {})
             instance: Any = error.instance
-            yield from (unknown_key(path, key, known) for key in instance if key not in known)
+            unknown = (key for key in instance if key not in known and not any(re.search(p, key) for p in patterns))
+            yield from (unknown_key(path, key, known) for key in itertools.islice(unknown, FAULT_LIMIT + 1))
         case "enum":
             yield Fault(path, found, "one of " + ", ".join(map(show, wanted)))
         case "type":

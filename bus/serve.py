@@ -5,11 +5,12 @@ Both are taken first, so that a second server or a taken port is refused at once
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import logging
-import math
 import os
+import resource
 import signal
 import socket
 from contextlib import contextmanager
@@ -29,6 +30,13 @@ if TYPE_CHECKING:
 
 LOCK = "serve.lock"
 BACKLOG = 2048
+CONNECTIONS_CLOSE_S = 5
+"""Seconds that connections get to close once every call was answered: for requests that are still on their way in."""
+
+FILES_WANTED = 16_384
+FORCE_POLL_S = 0.1
+"""How often a shutdown looks for a second Ctrl-C."""
+
 _PID_CHARACTERS = 32
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -42,8 +50,9 @@ def serve(settings: Settings, ready: Callable[[str, Bus], None]) -> None:
     _require_loopback(settings)
     with folder_lock(settings.state), _listen(settings.host, settings.port) as listener:
         _log_to_stderr(settings.log_level)
+        _allow_many_files()
         bus = Bus(settings)
-        server = _Server(_config(settings, bus), lambda: ready(_address(listener), bus))
+        server = _Server(_config(settings, bus), bus, lambda: ready(_address(listener), bus))
         with contextlib.suppress(SystemExit):  # uvicorn's word for a lifespan that failed; its log says why
             server.run(sockets=[listener])
         if not server.started:
@@ -120,6 +129,13 @@ def _log_to_stderr(level: str) -> None:
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
 
 
+def _allow_many_files() -> None:
+    """Every running call holds a handful of descriptors; the usual soft limit of 1,024 ends at about 200 calls."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES_WANTED if hard == resource.RLIM_INFINITY else min(hard, FILES_WANTED)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+
+
 def _config(settings: Settings, bus: Bus) -> uvicorn.Config:
     return uvicorn.Config(
         create_app(bus=bus),
@@ -131,15 +147,20 @@ def _config(settings: Settings, bus: Bus) -> uvicorn.Config:
         access_log=settings.log_level == "debug",
         server_header=False,
         backlog=BACKLOG,
-        timeout_graceful_shutdown=math.ceil(settings.drain_s),
+        timeout_graceful_shutdown=CONNECTIONS_CLOSE_S,
     )
 
 
 class _Server(uvicorn.Server):
-    """Says when it listens, and takes a signal as a wish: the process ends with 0 once it has drained."""
+    """Says when it listens, shuts down in an order of its own, and takes a signal as a wish: it ends with 0.
 
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+    uvicorn closes its connections before the application hears of the end. Here the bus is drained first: calls that
+    come are refused with their line, `/ready` says why, what runs is answered; then the connections close.
+    """
+
+    def __init__(self, config: uvicorn.Config, bus: Bus, ready: Callable[[], None]) -> None:
         super().__init__(config)
+        self._bus = bus
         self._ready = ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -147,10 +168,20 @@ class _Server(uvicorn.Server):
         if self.started:
             self._ready()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        draining = asyncio.ensure_future(self._bus.drain())
+        while not draining.done():
+            await asyncio.wait((draining,), timeout=FORCE_POLL_S)
+            if self.force_exit:  # a second Ctrl-C
+                await self._bus.end_calls()
+        await draining
+        self.force_exit = False  # nothing runs any more, and the ledger has still to be closed
+        await super().shutdown(sockets)
+
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """As uvicorn's, which raises the signal once more at the end, so that the process would die of it."""
-        wishes = (signal.SIGINT, signal.SIGTERM)
+        wishes = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         before = {wish: signal.signal(wish, self.handle_exit) for wish in wishes}
         try:
             yield

@@ -15,8 +15,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+_BOM = b"\xef\xbb\xbf"
+_SHOWN = 80
 MAX_DEPTH = 64
 """How many objects and arrays JSON may nest. Deeper text is refused before anything walks it."""
+
+
+LARGE_BYTES = 256 * 1024
+"""JSON text above this is read and walked in a thread, so that other calls go on meanwhile."""
 
 
 class Code(enum.StrEnum):
@@ -142,7 +148,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(members) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise JsonError(f"the key {twice!r} stands twice in one object")
+        raise JsonError(f"the key {twice[:_SHOWN]!r} stands twice in one object")
     return members
 
 
@@ -163,11 +169,14 @@ def parse_json(text: bytes) -> Any:  # noqa: ANN401
     except UnicodeDecodeError as error:
         raise JsonError(f"byte {error.start} is not UTF-8") from None
     except json.JSONDecodeError as error:
-        raise JsonError(f"{error.msg} at line {error.lineno} column {error.colno}") from None
+        what = "a byte order mark" if text.startswith(_BOM) else error.msg.removesuffix(" at")
+        raise JsonError(f"{what} at line {error.lineno} column {error.colno}") from None
     except RecursionError:
         raise JsonError(f"nested deeper than {MAX_DEPTH} levels") from None
-    except ValueError as error:
-        raise error if isinstance(error, JsonError) else JsonError(str(error)) from None
+    except JsonError:
+        raise
+    except ValueError:  # the limit of int(), whose message is for programmers of Python
+        raise JsonError("a whole number has thousands of digits") from None
     if text.count(b"{") + text.count(b"[") > MAX_DEPTH and _too_deep(value):
         raise JsonError(f"nested deeper than {MAX_DEPTH} levels")
     return value

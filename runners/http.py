@@ -20,7 +20,7 @@ from urllib.parse import urljoin, urlsplit
 import aiohttp
 from aiohttp.http_exceptions import ContentEncodingError
 
-from runners.base import Code, HttpTarget, JsonError, Outcome, parse_json
+from runners.base import LARGE_BYTES, Code, HttpTarget, JsonError, Outcome, parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -48,9 +48,6 @@ MAX_REDIRECTS = 3
 
 STREAM_SIZE = 1024 * 1024
 """Bytes from which on a body is sent in pieces; aiohttp warns of larger ones in one piece."""
-
-THREAD_SIZE = 256 * 1024
-"""Bytes of an answer from which on it is parsed in a thread, so that other calls go on meanwhile."""
 
 PREVIEW_LENGTH = 200
 """Characters of an unreadable answer that an error quotes."""
@@ -211,7 +208,8 @@ async def _receive(response: aiohttp.ClientResponse, job: Job, target: HttpTarge
             error = f"{_place(target)} answered with more than {job.max_output_bytes} bytes"
             return Outcome(Code.OUTPUT_TOO_LARGE, error=error)
         chunks.append(chunk)
-    return _Answer(response.status, response.reason or "", b"".join(chunks))
+    reason = (response.reason or "").encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return _Answer(response.status, reason, b"".join(chunks))
 
 
 async def _read(answer: _Answer, job: Job, target: HttpTarget) -> Outcome:
@@ -230,7 +228,7 @@ async def _read(answer: _Answer, job: Job, target: HttpTarget) -> Outcome:
 
 
 async def _parse(body: bytes) -> Any:  # noqa: ANN401
-    return parse_json(body) if len(body) <= THREAD_SIZE else await asyncio.to_thread(parse_json, body)
+    return parse_json(body) if len(body) <= LARGE_BYTES else await asyncio.to_thread(parse_json, body)
 
 
 def _as_failure(answer: _Answer, body: Any) -> dict[str, Any]:  # noqa: ANN401

@@ -23,7 +23,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from runners.base import Code, JsonError, Outcome, ProcessTarget, parse_json
+from runners.base import LARGE_BYTES, Code, JsonError, Outcome, ProcessTarget, parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,8 +37,8 @@ PIPE_GRACE_S = 0.25
 READ_SIZE = 64 * 1024
 """Bytes taken from a pipe at once; a pipe holds that much unless the program enlarged it."""
 
-THREAD_SIZE = 256 * 1024
-"""Bytes of output from which on it is parsed in a thread, so that other calls go on meanwhile."""
+SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN})
+"""What fails to start for want of these may start a moment later."""
 
 PREVIEW_LENGTH = 200
 """Characters of unreadable output that an error quotes."""
@@ -71,7 +71,8 @@ class ProcessRunner:
             started = start(target, job.folder, job.envelope)
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             reason = _start_failure(error, target, job.folder)
-            return Outcome(Code.START, error=f"could not start {target.argv[0]!r}: {reason}")
+            short = isinstance(error, OSError) and error.errno in SHORTAGES
+            return Outcome(Code.START, error=f"could not start {target.argv[0]!r}: {reason}", retryable=short)
         call = _Call(started, job, self._kill_grace_s, asyncio.get_running_loop())
         self._calls.add(call)
         try:
@@ -224,7 +225,7 @@ class _Call:
     """
 
     def __init__(self, started: Started, job: Job, kill_grace_s: float, loop: asyncio.AbstractEventLoop) -> None:
-        self.began = time.monotonic()
+        self.allowed_s = job.deadline - time.monotonic()
         self.reason: Code | None = None
         self.ended: asyncio.Future[_Exit] = loop.create_future()
         self.log = _Log(job.max_log_bytes)
@@ -238,7 +239,7 @@ class _Call:
         self._stdout = _Output(loop, started.stdout, self._take, self._settle)
         self._stderr = _Output(loop, started.stderr, self.log.add, self._settle)
         self._stdin = None if started.stdin is None else _Input(loop, started.stdin, started.input)
-        self._timer = loop.call_later(job.deadline - self.began, self.stop, Code.TIMEOUT)
+        self._timer = loop.call_later(self.allowed_s, self.stop, Code.TIMEOUT)
         loop.add_reader(started.pidfd, self._exited)
 
     @property
@@ -452,7 +453,7 @@ async def _outcome(call: _Call, exit_: _Exit) -> Outcome:
     if call.reason is not None:
         return _outcome_of(call, exit_, call.reason, _ended_early(call, call.reason))
     stdout = call.stdout
-    reply = read_reply(stdout) if len(stdout) <= THREAD_SIZE else await asyncio.to_thread(read_reply, stdout)
+    reply = read_reply(stdout) if len(stdout) <= LARGE_BYTES else await asyncio.to_thread(read_reply, stdout)
     code, error = _judge(reply, exit_.code or 0)
     return _outcome_of(call, exit_, code, error, reply)
 
@@ -495,7 +496,7 @@ def _ended_early(call: _Call, reason: Code) -> str:
     if reason == Code.OUTPUT_TOO_LARGE:
         return f"the program wrote more than {call.max_output_bytes} bytes to stdout, and was ended"
     if reason == Code.TIMEOUT:
-        return f"the program had not ended {time.monotonic() - call.began:.3f} s after its start, and was ended"
+        return f"the program had not ended within its {call.allowed_s:.3f} s, and was ended"
     return "the program still ran when the runner was closed, and was ended"
 
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from bus import provenance
-from bus.dispatch import BIG_BYTES
-from bus.errors import DeniedError
+from bus.dispatch import Bus
+from bus.errors import DeniedError, SettingError
 from bus.hookspecs import hookimpl
-from runners.base import Outcome
+from runners.base import LARGE_BYTES, Outcome
 from tests.support import (
     FixedStress,
     InProcessRunner,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from bus.course import Answer
-    from bus.model import Invocation, Manifest
+    from bus.model import Invocation, Manifest, Record
     from bus.settings import Settings
     from runners.base import Job
 
@@ -125,6 +125,7 @@ async def test_an_overlay_that_answers_ok_false_has_done_its_job_and_so_has_the_
     assert answer.status == 200
     assert (answer.body["ok"], answer.body["error"], answer.body["code"]) == (False, "not today", "ERR_MINE")
     assert (answer.body["status"], answer.body["result"]) == ("partial", [1])
+    assert "the overlay answered" in answer.body["message"].lower()
     assert calls(settings)[0]["type"] == "invoke"
 
 
@@ -132,7 +133,7 @@ async def test_an_overlay_that_uses_a_code_of_the_bus_does_not_speak_for_the_bus
     add_script(settings.overlays, "sly", """echo '{"ok":false,"error":"e","code":"ERR_BUSY","retryable":false}'""")
     async with running_bus(settings) as bus:
         answer = await bus.invoke(a_call("sly"))
-    assert (answer.status, answer.body["code"], answer.body["retryable"]) == (200, "ERR_BUSY", False)
+    assert (answer.status, answer.body["code"], answer.body["retryable"]) == (200, "ERR_OVERLAY_FAILED", False)
     assert answer.retry_after_s is None
 
 
@@ -441,13 +442,75 @@ async def test_closing_lets_running_calls_finish_and_refuses_those_that_wait(set
 async def test_closing_waits_for_the_line_of_a_call_that_has_run(settings: Settings) -> None:
     schema = {"items": {"type": "integer"}}  # which takes a while to hold a large result to
     add_native(settings.overlays, "echo", {"run": {"runner": "proc", "output_schema": schema}})
-    large = Outcome(result=list(range(50_000)), output_bytes=10 * BIG_BYTES)
+    large = Outcome(result=list(range(50_000)), output_bytes=10 * LARGE_BYTES)
     runner = InProcessRunner(lambda _: large)
     async with running_bus(settings, runner) as bus:
         task = asyncio.create_task(bus.invoke(a_call("echo")))
         await until(lambda: runner.jobs != [])
     assert (await task).body["code"] == "OK"
     assert [line["code"] for line in calls(settings)] == ["OK"]
+
+
+async def test_a_runner_that_cannot_be_closed_keeps_nothing_else_open(
+    settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Stuck(InProcessRunner):
+        async def close(self) -> None:
+            raise RuntimeError("stuck")
+
+    async with running_bus(settings, Stuck()) as bus:
+        pass
+    assert "could not be closed" in caplog.text
+    assert not bus.ledger.healthy
+
+
+async def test_a_start_that_failed_can_be_made_again(settings: Settings) -> None:
+    settings.state.mkdir()
+    (settings.state / "overlays.json").write_text("nonsense")
+    add_overlay(settings.overlays, "echo")
+    bus = Bus(settings)
+    with pytest.raises(SettingError):
+        await bus.start()
+    (settings.state / "overlays.json").unlink()
+    async with bus:
+        assert (await bus.invoke(a_call("echo"))).ok
+
+
+async def test_an_outcome_that_no_line_can_hold_is_an_internal_error_with_a_line(settings: Settings) -> None:
+    add_overlay(settings.overlays, "echo")
+    runner = InProcessRunner(lambda _: Outcome(result=1, cpu_ms=float("nan")))
+    async with running_bus(settings, runner) as bus:
+        answer = await bus.invoke(a_call("echo"))
+    assert (answer.status, answer.body["code"]) == (500, "ERR_INTERNAL")
+    (line,) = calls(settings)
+    assert (line["type"], line["code"], misfits("record", line)) == ("invoke", "ERR_INTERNAL", [])
+
+
+async def test_words_of_an_overlay_that_are_no_text_are_made_text(settings: Settings) -> None:
+    add_overlay(settings.overlays, "echo")
+    runner = InProcessRunner(lambda _: Outcome(code="ERR_OVERLAY_CRASH", error="bad \udcff", log="worse \udcfe"))
+    async with running_bus(settings, runner) as bus:
+        answer = await bus.invoke(a_call("echo"))
+    assert json.loads(answer.json())["error"] == calls(settings)[0]["error"] == "bad \\udcff"
+
+
+async def test_a_state_folder_that_was_removed_is_made_again(settings: Settings) -> None:
+    add_script(settings.overlays, "state", 'test -d "$OVERLAY_STATE" && echo true || echo false')
+    async with running_bus(settings) as bus:
+        assert (await bus.invoke(a_call("state"))).body["result"] is True
+        shutil.rmtree(settings.state)
+        assert (await bus.invoke(a_call("state"))).body["result"] is True
+
+
+async def test_a_plugin_that_writes_into_a_record_changes_nothing(settings: Settings) -> None:
+    class Scribbler:
+        @hookimpl
+        def aal_invocation_finished(self, record: Record) -> None:
+            record.clear()
+
+    add_overlay(settings.overlays, "echo")
+    async with running_bus(settings, Scribbler()) as bus:
+        assert (await bus.invoke(a_call("echo"))).ok
 
 
 async def test_a_closed_bus_refuses_with_503(settings: Settings) -> None:

@@ -20,6 +20,7 @@ from bus.envelopes import (
     overlay_request,
     read_invocation,
     run_id,
+    split_target,
 )
 from bus.errors import InputError, RequestError
 from bus.model import Degradation, Invocation, Phase, Told
@@ -112,8 +113,26 @@ def test_the_capability_stands_in_the_address_or_in_the_body(
     assert make_invocation({"phase": "OPEN", "capability": body}, "echo", address).capability == chosen
 
 
+@pytest.mark.parametrize(
+    ("target", "places", "chosen"),
+    [
+        ("psyfi", (None, None), ("psyfi", None)),
+        ("psyfi.ping", (None, "ping"), ("psyfi", "ping")),
+        ("psyfi", ("ping", "psyfi.ping"), ("psyfi", "ping")),
+        ("psyfi.a.b", (), ("psyfi", "a.b")),
+        ("..", (), ("..", None)),
+        (".aal", (), (".aal", None)),
+        ("psyfi.", (), ("psyfi.", None)),
+    ],
+)
+def test_a_capability_is_named_behind_the_dot_or_beside_it(
+    target: str, places: tuple[str | None, ...], chosen: tuple[str, str | None]
+) -> None:
+    assert split_target(target, *places) == chosen
+
+
 def test_address_and_body_may_not_name_two_capabilities() -> None:
-    with pytest.raises(RequestError, match="the address names capability 'a', the body 'b'"):
+    with pytest.raises(RequestError, match="the call names several capabilities"):
         make_invocation({"phase": "OPEN", "capability": "b"}, "echo", "a")
 
 
@@ -298,7 +317,8 @@ def test_the_reply_of_a_run_that_failed_is_not_opened() -> None:
 
 
 @pytest.mark.parametrize(
-    ("result", "pointer"), [({"a": [2**60]}, "/a/0"), ("\ud800", "/"), ({"\udc00": 1}, "/"), (float("inf"), "/")]
+    ("result", "pointer"),
+    [({"a": [2**60]}, "/a/0"), ("\ud800", "the top"), ({"\udc00": 1}, "/"), (float("inf"), "the top")],
 )
 def test_a_result_without_a_canonical_form_is_a_protocol_error_with_its_pointer(result: Any, pointer: str) -> None:
     outcome, result_json = check_result(None, Outcome(result=result))

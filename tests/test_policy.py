@@ -58,6 +58,14 @@ def test_a_capability_answers_only_in_its_own_phases(phase: Phase) -> None:
     assert refusal.value.code == "ERR_PHASE_DENIED"
 
 
+def test_an_overlay_that_asks_who_is_calling_refuses_whom_nobody_knows() -> None:
+    manifest = a_manifest(requires_auth=True)
+    with pytest.raises(DeniedError) as refused:
+        authorize(manifest, a_capability(), Phase.OPEN, {})
+    assert refused.value.code == "ERR_CALLER_UNKNOWN"
+    assert authorize(manifest, a_capability(), Phase.OPEN, {}, caller="ada").write
+
+
 def test_a_capability_without_phases_is_never_called() -> None:
     with pytest.raises(DeniedError, match="it serves none"):
         authorize(a_manifest(), a_capability(phases=()), Phase.OPEN, {})
@@ -82,7 +90,7 @@ def test_a_listed_op_needs_the_permissions_that_are_listed(op: str, held: frozen
     if allowed:
         assert authorize(manifest, a_capability(), Phase.OPEN, {"op": op}).write
     else:
-        with pytest.raises(DeniedError, match=f"op '{op}' needs permission 'exec'"):
+        with pytest.raises(DeniedError, match=f"op \"{op}\" needs permission 'exec'"):
             authorize(manifest, a_capability(), Phase.OPEN, {"op": op})
 
 

@@ -77,6 +77,7 @@ async def test_the_overlay_sees_what_it_saw_the_first_time(settings: Settings) -
         again = await replay(bus, 3)
     first, second = (sent(job) for job in runner.jobs[-2:])
     assert second == first
+    assert runner.jobs[-1].request_id == runner.jobs[-2].request_id == first["request_id"]
     assert first["memory"]["applied"]
     assert first["provenance"]["prev_size"] == 2
     assert (again.verdict, again.differs) == ("MATCH", ())
@@ -133,6 +134,15 @@ async def test_a_changed_manifest_is_told(settings: Settings, overlay: Path) -> 
         again = await replay(bus, 1)
     assert again.verdict == "MATCH"
     assert "manifest" in again.differs
+
+
+async def test_a_call_that_was_cut_off_cannot_be_replayed(settings: Settings) -> None:
+    add_overlay(settings.overlays, "echo", **DETERMINISTIC)
+    runner = InProcessRunner(lambda _: Outcome(code="ERR_CANCELLED", error="the caller went away"))
+    async with running_bus(settings, runner) as bus:
+        await bus.invoke(a_call("echo"))
+        with pytest.raises(ReplayError, match="ended with ERR_CANCELLED"):
+            await replay(bus, 1)
 
 
 @pytest.mark.usefixtures("overlay")

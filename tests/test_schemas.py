@@ -109,6 +109,30 @@ def test_faults_stand_in_the_order_of_the_document_under_the_root_that_is_given(
     ]
 
 
+def test_a_document_that_is_wrong_a_thousand_times_gets_the_first_faults_and_says_that_there_are_more() -> None:
+    found = schemas.faults(schemas.compiled({"items": {"type": "integer"}}), ["x"] * 1000)
+    assert len(found) == schemas.FAULT_LIMIT + 1
+    assert found[-1].found == "more faults"
+    unknown = dict.fromkeys(map(str, range(1000)))
+    assert len(schemas.faults(schemas.compiled({"additionalProperties": False}), unknown)) == schemas.FAULT_LIMIT + 1
+
+
+def test_a_key_that_a_pattern_allows_is_no_fault() -> None:
+    schema = {"properties": {"a": {}}, "patternProperties": {"^x": {}}, "additionalProperties": False}
+    assert [fault.path for fault in schemas.faults(schemas.compiled(schema), {"a": 1, "x1": 1, "bad": 1})] == ["$.bad"]
+
+
+def test_a_fault_in_a_large_value_stays_small() -> None:
+    long = "k" * 1_000_000
+    for value in ({long: 1}, {"a": [long] * 10}):
+        found = schemas.faults(schemas.compiled({"additionalProperties": False, "minProperties": 3}), value)
+        assert sum(len(str(fault)) for fault in found) < 2000
+
+
+def test_a_schema_that_refers_to_itself_for_ever_is_a_fault() -> None:
+    assert "for ever" in schemas.faults(schemas.compiled({"$ref": "#"}), 1)[0].allowed
+
+
 def test_what_was_found_is_shown_cut_to_a_length_that_fits() -> None:
     assert show({"ü": [1, None]}) == '{"ü": [1, null]}'
     assert len(show("x" * 1000)) == 120

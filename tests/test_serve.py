@@ -1,0 +1,121 @@
+"""`aal serve` as a process: how it ends, and what becomes of the calls that still run then."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from bus import provenance
+from tests.support import PATIENCE_S, add_script, eventually, is_alive, settings_in
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+SLOW = "trap '' TERM; echo $$ > ../slow.pid.new; mv ../slow.pid.new ../slow.pid; sleep 600"
+
+
+class Caller(threading.Thread):
+    """A client that makes one call and waits for whatever comes."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__()
+        self.connection = http.client.HTTPConnection(address, timeout=PATIENCE_S)
+        self.status = 0
+        self.answer: Any = None
+
+    def run(self) -> None:
+        self.connection.request("POST", "/invoke/slow", '{"phase":"OPEN"}', {"Content-Type": "application/json"})
+        response = self.connection.getresponse()
+        self.status, self.answer = response.status, json.loads(response.read())
+        self.connection.close()
+
+
+@contextmanager
+def serving(folder: Path, **settings: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server of `folder`, and its address."""
+    command = [sys.executable, "-m", "bus.cli", "-C", str(folder), "serve", "--port", "0"]
+    env = {"PATH": "/usr/bin:/bin"} | {f"AAL_{name.upper()}": value for name, value in settings.items()}
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            found = re.search(r"http://([\d.:]+)", server.stdout.readline())
+            assert found
+            yield server, found[1]
+        finally:
+            server.kill()
+
+
+@contextmanager
+def calling(folder: Path, address: str) -> Iterator[Caller]:
+    """A call of an overlay that sleeps and ignores TERM; its program runs when the block begins."""
+    caller = Caller(address)
+    caller.start()
+    eventually((folder / "overlays/slow.pid").exists, "the program runs")
+    yield caller
+    caller.join()
+
+
+@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGHUP], [signal.SIGINT, signal.SIGINT]])
+def test_a_call_that_does_not_finish_in_time_is_ended_answered_and_written_down(
+    tmp_path: Path, signals: list[signal.Signals]
+) -> None:
+    add_script(tmp_path / "overlays", "slow", SLOW)
+    drain_s = "0.2" if len(signals) == 1 else "600"  # a second Ctrl-C does not wait for it
+    with serving(tmp_path, drain_s=drain_s, kill_grace_s="0.2") as (server, address):
+        with calling(tmp_path, address) as caller:
+            pid = int((tmp_path / "overlays/slow.pid").read_text())
+            for number in signals:  # one by one: the kernel makes one of two that wait
+                server.send_signal(number)
+                eventually(lambda: caller.answer or not is_ready(address), "the server has seen the signal")
+        _, log = server.communicate(timeout=PATIENCE_S)
+    assert (caller.status, caller.answer["code"], caller.answer["retryable"]) == (503, "ERR_SHUTTING_DOWN", True)
+    assert server.returncode == 0
+    assert "Traceback" not in log
+    assert not is_alive(pid)
+    ledger = settings_in(tmp_path).ledger
+    line = provenance.read_line(ledger, 1)
+    assert (line["request_id"], line["code"]) == (caller.answer["request_id"], "ERR_SHUTTING_DOWN")
+    assert provenance.verify(ledger).ok
+
+
+def test_while_it_drains_it_is_not_ready_and_refuses_calls_with_a_line(tmp_path: Path) -> None:
+    add_script(tmp_path / "overlays", "slow", "touch ../slow.pid; until [ -e ../go ]; do sleep 0.01; done; echo 1")
+    with serving(tmp_path, drain_s="600") as (server, address), calling(tmp_path, address) as caller:
+        server.send_signal(signal.SIGTERM)
+        eventually(lambda: not is_ready(address), "the server has seen the signal")
+        status, late = asked(address, "POST", "/invoke/slow", '{"phase":"OPEN"}')
+        (tmp_path / "overlays/go").touch()
+        _, log = server.communicate(timeout=PATIENCE_S)
+    assert (status, late["code"]) == (503, "ERR_SHUTTING_DOWN")
+    assert (caller.status, caller.answer["result"]) == (200, 1)
+    assert server.returncode == 0
+    assert "Traceback" not in log
+    codes = [line["code"] for line in provenance.iter_lines(settings_in(tmp_path).ledger) if "code" in line]
+    assert codes == ["ERR_SHUTTING_DOWN", "OK"]
+
+
+def is_ready(address: str) -> bool:
+    """Whether it takes calls; not where it is no longer there."""
+    try:
+        return asked(address, "GET", "/ready")[0] == 200
+    except (OSError, http.client.HTTPException):
+        return False
+
+
+def asked(address: str, method: str, path: str, body: str | None = None) -> tuple[int, Any]:
+    connection = http.client.HTTPConnection(address, timeout=PATIENCE_S)
+    connection.request(method, path, body, {"Content-Type": "application/json"} if body else {})
+    response = connection.getresponse()
+    answer = json.loads(response.read())
+    connection.close()
+    return response.status, answer
