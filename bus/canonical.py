@@ -8,15 +8,18 @@ outside the BMP, a number whose shortest text the two write differently) is put 
 from __future__ import annotations
 
 import hashlib
+import os
 from enum import StrEnum
 from typing import Any
 
 import orjson
 import rfc8785
 
+LARGEST_INTEGER = 2**53 - 1
+"""Beyond it, either way, an integer has no canonical form: readers of JSON would lose its digits."""
+
 _SORTED = orjson.OPT_SORT_KEYS | orjson.OPT_STRICT_INTEGER
 _PLAIN = frozenset({str, int, bool, type(None), orjson.Fragment})
-_LARGEST = 2**53 - 1
 _LEAST_PLAIN, _FIRST_NOT_PLAIN = 1e-4, 1e15
 
 
@@ -47,6 +50,18 @@ def canonical(value: Any) -> bytes:  # noqa: ANN401
 def sha256_hex(data: bytes) -> str:
     """SHA-256 of `data` as 64 lower-case hex digits."""
     return hashlib.sha256(data).hexdigest()
+
+
+def shown(text: str) -> str:
+    """`text` as text that JSON can carry: of a file's name a byte that is no UTF-8 becomes `\\xff`.
+
+    Any other lone surrogate becomes its escape, as `\\ud800`.
+    """
+    try:
+        raw = os.fsencode(text)
+    except UnicodeEncodeError:
+        raw = text.encode("utf-8", "backslashreplace")
+    return raw.decode("utf-8", "backslashreplace")
 
 
 def figure(x: float) -> int | float:
@@ -117,7 +132,7 @@ def _normal_text(value: str, pointer: str) -> str:
 
 
 def _normal_integer(value: int, pointer: str) -> int:
-    if not -_LARGEST <= value <= _LARGEST:
+    if not -LARGEST_INTEGER <= value <= LARGEST_INTEGER:
         raise CanonicalError(
             pointer, f"the integer {_shortened(value)} is beyond 2^53 - 1, where JSON numbers lose digits"
         )
@@ -129,7 +144,7 @@ def _shortened(value: int) -> str:
 
 
 def _normal_float(value: float, pointer: str) -> orjson.Fragment | int:
-    if value.is_integer() and abs(value) <= _LARGEST:
+    if value.is_integer() and abs(value) <= LARGEST_INTEGER:
         return int(value)
     try:
         return orjson.Fragment(rfc8785.dumps(float(value)))
@@ -152,5 +167,5 @@ def _normal_key(key: object, pointer: str) -> str:
 
 
 def _token(key: str) -> str:
-    """A key as it stands in a JSON pointer; what cannot be sent as UTF-8 is written out."""
-    return key.encode("utf-8", "backslashreplace").decode().replace("~", "~0").replace("/", "~1")
+    """A key as it stands in a JSON pointer."""
+    return shown(key).replace("~", "~0").replace("/", "~1")

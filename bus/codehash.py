@@ -8,10 +8,11 @@ The hash: SHA-256 over one record for each file, sorted by path. A record is fiv
     target   what each symbolic link on the way says, as written, joined by |; empty without links
     digest   SHA-256 of the content in hex; empty where the kind is not file
 
-Left out, at any depth: `.venv`, `node_modules`, `__pycache__`, `.git`, and what `.aalignore` names. A line of it is a
-shell pattern (fnmatch: `*` crosses `/`); without a `/` it is held against the name of each file and folder, with one
-against the path from the folder on. `#` begins a comment, an ending `/` says folders only; there is no negation. The
-manifest and `.aalignore` itself are never left out.
+Left out, at any depth: `.venv`, `node_modules` and `__pycache__`, which hold what others wrote or what is made from the
+code; `.git`, which changes without the code; and what `.aalignore` names. A line of it is a shell pattern (fnmatch: `*`
+crosses `/`); without a `/` it is held against the name of each file and folder, with one against the path from the
+folder on. `#` begins a comment, an ending `/` says folders only; there is no negation. The manifest and `.aalignore`
+itself are never left out.
 
 Symbolic links are followed. The walk goes depth first, names sorted, and enters a folder once: a second way to it, as
 in a loop, is a `link`. More than `MAX_FILES` or `MAX_MB` is refused: an overlay's data belongs in `.aalignore`.
@@ -28,14 +29,16 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from bus.canonical import shown
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
     Ignores = Callable[[str, bool], bool]
     Kind = Literal["file", "link", "dangling", "unreadable", "special"]
 
-EXCLUDED = frozenset({".venv", "node_modules", "__pycache__", ".git", ".mypy_cache", ".pytest_cache", ".ruff_cache"})
+EXCLUDED = frozenset({".venv", "node_modules", "__pycache__", ".git"})
 IGNORE_FILE = ".aalignore"
 ALWAYS = frozenset({"manifest.json", IGNORE_FILE})
 """What no `.aalignore` leaves out: it says what the rest means."""
@@ -68,8 +71,32 @@ class Stamp(NamedTuple):
         return cls(status.st_dev, status.st_ino, status.st_mode, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
     def is_settled(self, now_ns: int) -> bool:
-        """Whether a change after `now_ns` (of `time.time_ns`) is sure to give another stamp."""
-        return abs(now_ns - self.ctime_ns) > RACY_NS
+        """Whether a change after `now_ns` (of `time.time_ns`) is sure to give another stamp.
+
+        A change that the clock calls future is not settled: it came after `now_ns`, or the clock went back since.
+        """
+        return now_ns - self.ctime_ns > RACY_NS
+
+
+Place = tuple[str, Stamp | None]
+"""A path as it was reached, links and all, and its stamp; None where there was nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Places as they were once found. `is_settled`: a change since then is sure to show in a stamp."""
+
+    places: Sequence[Place] = ()
+    is_settled: bool = False
+
+    @classmethod
+    def of(cls, places: Sequence[Place], began_ns: int) -> Look:
+        """`places` found by what began at `began_ns`, of `time.time_ns`."""
+        return cls(places, all(stamp is None or stamp.is_settled(began_ns) for _, stamp in places))
+
+    def holds(self) -> bool:
+        """Whether every place is sure to be as it was; one `stat` each."""
+        return self.is_settled and all(_stamp(path) == stamp for path, stamp in self.places)
 
 
 class File(NamedTuple):
@@ -81,16 +108,29 @@ class File(NamedTuple):
     stamp: Stamp | None
 
 
+class _Record(NamedTuple):
+    """What the hash covers of one file, as the head of this module lists it."""
+
+    path: str
+    kind: Kind
+    mode: str
+    target: str
+    digest: str
+
+
 @dataclass(slots=True)
 class Walk:
     """What lies in a folder at this moment; nothing of it was read yet.
 
-    `leading_out` has the symbolic links to outside the folder, as `path -> resolved target`; `folders` every folder
-    walked, resolved.
+    `began_ns` is when it began, of `time.time_ns`. `places` has all that is no file: folders, each with the stamp from
+    before it was listed, second ways to them, links that lead nowhere. `leading_out` has the symbolic links to outside
+    the folder, as `path -> resolved target`; `folders` every folder walked, resolved.
     """
 
     root: str
+    began_ns: int
     files: list[File] = field(default_factory=list)
+    places: list[Place] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
     leading_out: list[str] = field(default_factory=list)
     _seen: set[tuple[int, int]] = field(default_factory=set)
@@ -99,14 +139,25 @@ class Walk:
     @classmethod
     def of(cls, folder: Path) -> Walk:
         """Raises `OSError` where the folder itself cannot be listed, and `TooLargeError`."""
-        walk = cls(os.path.realpath(folder))
+        began_ns = time.time_ns()
+        walk = cls(os.path.realpath(folder), began_ns)
         status = os.stat(walk.root)  # noqa: PTH116  # a string all along: this runs for every call
+        walk.places.append((str(folder), Stamp.of(status)))
         walk._seen.add((status.st_dev, status.st_ino))
         with os.scandir(walk.root) as listing:
             walk._list(sorted(listing, key=_name), "", "", _ignores(walk.root))
         walk.folders.insert(0, walk.root)
         walk.files.sort()
         return walk
+
+    def look(self) -> Look:
+        """All that `leading_out` and `folders` were made from."""
+        return Look.of(self.places, self.began_ns)
+
+    def look_at_all(self) -> Look:
+        """`look`, and the files with it."""
+        files = [(f"{self.root}/{file.path}", file.stamp) for file in self.files if file.stamp]
+        return Look.of([*self.places, *files], self.began_ns)
 
     def _list(self, listing: list[os.DirEntry[str]], prefix: str, target: str, ignores: Ignores | None) -> None:
         for entry in listing:
@@ -123,12 +174,15 @@ class Walk:
         try:
             status = entry.stat()
         except OSError:  # gone by now, no permission, or a loop of links
+            self.places.append((entry.path, None))
             self._count(File(path, "dangling", target, None), 0)
             return
+        if stat.S_ISREG(status.st_mode):
+            self._count(File(path, "file", target, Stamp.of(status)), status.st_size)
+            return
+        self.places.append((entry.path, Stamp.of(status)))
         if stat.S_ISDIR(status.st_mode):
             self._add_folder(entry.path, status, path, target, ignores)
-        elif stat.S_ISREG(status.st_mode):
-            self._count(File(path, "file", target, Stamp.of(status)), status.st_size)
         else:
             self._count(File(path, "special", target, None), 0)
 
@@ -156,7 +210,7 @@ class Walk:
             return
         resolved = os.path.realpath(entry.path)
         if resolved != self.root and not resolved.startswith(self.root + "/"):
-            self.leading_out.append(f"{path} -> {resolved}")
+            self.leading_out.append(shown(f"{path} -> {resolved}"))
         self._add(entry, path, f"{target}|{written}" if target else written, ignores)
 
     def _count(self, file: File, size: int) -> None:
@@ -170,7 +224,7 @@ class CodeHash:
     """The code hash of one folder. While nothing changes, asking again reads no file.
 
     `is_unchanged` costs one `stat` for each file and folder and finds every change: of a file by its own stamp, of
-    what a folder lists, links included, by the folder's.
+    what a folder lists, links included, by the folder's, and of where a link leads in the end by asking through it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -179,65 +233,42 @@ class CodeHash:
         self.links: tuple[str, ...] = ()
         self._digests: dict[Stamp, str] = {}
         self._files: list[File] | None = None
-        self._looked_at: list[tuple[str, Stamp]] = []
+        self._look = Look()
 
     def is_unchanged(self) -> bool:
         """Whether `hash` is sure to be still right. After a change just before the last look, only `get` can tell."""
-        try:
-            for path, stamp in self._looked_at:
-                if Stamp.of(os.stat(path)) != stamp:  # noqa: PTH116  # a string all along: this runs for every call
-                    return False
-        except OSError:
-            return False
-        return bool(self._looked_at)
+        return self._look.holds()
 
-    def get(self, walk: Walk | None = None) -> str:
-        """64 hex digits. `walk` is one of this folder made just now, where there is one. Raises as `Walk.of` does."""
-        now_ns = time.time_ns()
-        walk = walk or Walk.of(self.folder)
+    def get(self) -> str:
+        """64 hex digits. Raises as `Walk.of` does."""
+        walk = Walk.of(self.folder)
         self.links = tuple(walk.leading_out)
-        self._looked_at = self._look_at(walk, now_ns)
-        if walk.files == self._files:
-            return self.hash
-        self.hash = self._combine(walk)
-        self._files = walk.files if _all_settled([(file.path, file.stamp) for file in walk.files], now_ns) else None
-        self._digests = {
-            file.stamp: digest
-            for file in walk.files
-            if file.stamp and file.stamp.is_settled(now_ns) and (digest := self._digests.get(file.stamp))
-        }
+        if walk.files != self._files:
+            self._read(walk)
+        self._look = Look() if self._files is None else walk.look_at_all()
         return self.hash
 
-    def _look_at(self, walk: Walk, now_ns: int) -> list[tuple[str, Stamp]]:
-        """Every path of a walk that began at `now_ns`, with its stamp; empty where one may change unseen."""
-        folders = [str(self.folder), *walk.folders[1:]]
-        stamps = [(f"{walk.root}/{file.path}", file.stamp) for file in walk.files]
-        try:
-            stamps += [(path, Stamp.of(os.stat(path))) for path in folders]  # noqa: PTH116
-        except OSError:
-            return []
-        return [(path, stamp) for path, stamp in stamps if stamp] if _all_settled(stamps, now_ns) else []
+    def _read(self, walk: Walk) -> None:
+        """Make the hash, and keep what it was made from where that is sure to show a change."""
+        records = [self._record(walk.root, file) for file in walk.files]
+        self.hash = _combine(records)
+        settled = {file.stamp for file in walk.files if file.stamp and file.stamp.is_settled(walk.began_ns)}
+        self._digests = {stamp: digest for stamp, digest in self._digests.items() if stamp in settled}
+        # What could not be read may be readable the next time without a change of its own, as with no free descriptor.
+        is_whole = all(file.stamp in settled for file in walk.files if file.stamp) and all(
+            record.kind != "unreadable" for record in records
+        )
+        self._files = walk.files if is_whole else None
 
-    def _combine(self, walk: Walk) -> str:
-        total = hashlib.sha256()
-        for file in walk.files:
-            for part in self._record(walk.root, file):
-                total.update(os.fsencode(part) + b"\0")
-        return total.hexdigest()
-
-    def _record(self, root: str, file: File) -> tuple[str, str, str, str, str]:
+    def _record(self, root: str, file: File) -> _Record:
         if file.stamp is None:
-            return file.path, file.kind, "-", file.target, ""
+            return _Record(file.path, file.kind, "-", file.target, "")
         mode = "x" if file.stamp.mode & stat.S_IXUSR else "-"
         digest = self._digests.get(file.stamp) or _digest(f"{root}/{file.path}")
         if digest is None:
-            return file.path, "unreadable", mode, file.target, ""
+            return _Record(file.path, "unreadable", mode, file.target, "")
         self._digests[file.stamp] = digest
-        return file.path, "file", mode, file.target, digest
-
-
-def _all_settled(stamps: Iterable[tuple[str, Stamp | None]], now_ns: int) -> bool:
-    return all(stamp is None or stamp.is_settled(now_ns) for _, stamp in stamps)
+        return _Record(file.path, "file", mode, file.target, digest)
 
 
 def code_hash(folder: Path) -> str:
@@ -247,6 +278,22 @@ def code_hash(folder: Path) -> str:
 
 def _name(entry: os.DirEntry[str]) -> str:
     return entry.name
+
+
+def _stamp(path: str) -> Stamp | None:
+    """What a path leads to now; None where that is nothing."""
+    try:
+        return Stamp.of(os.stat(path))  # noqa: PTH116  # a string all along: this runs for every call
+    except OSError:
+        return None
+
+
+def _combine(records: Iterable[_Record]) -> str:
+    total = hashlib.sha256()
+    for record in records:
+        for part in record:
+            total.update(os.fsencode(part) + b"\0")
+    return total.hexdigest()
 
 
 def _digest(path: str) -> str | None:

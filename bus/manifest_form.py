@@ -19,6 +19,7 @@ from referencing.exceptions import Unresolvable
 from referencing.jsonschema import DRAFT202012
 
 from bus import resources, schemas
+from bus.canonical import LARGEST_INTEGER
 from bus.errors import Fault
 
 if TYPE_CHECKING:
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
 
 Shape = Literal["A", "B", "native"]
 Path = tuple[str | int, ...]
-
-MAX_SAFE_INTEGER = 2**53
-"""Beyond it a number has no canonical form (RFC 8785 section 3.2.2.3), and a manifest's values go into envelopes."""
 
 _DEFINITION: Mapping[Shape, str] = {"A": "shape_a", "B": "shape_b", "native": "native"}
 _UNFIT_TEXT = re.compile("[\0\ud800-\udfff]")
@@ -150,11 +148,9 @@ def _unfit(value: object, path: Path) -> Iterator[tuple[Path, Fault]]:
             yield from _unfit(child, (*path, index))
     elif isinstance(value, str) and _UNFIT_TEXT.search(value):
         yield path, Fault(json_path(*path), ascii(value)[:120], "text without NUL or lone surrogates")
-    elif isinstance(value, int | float) and not -MAX_SAFE_INTEGER <= value <= MAX_SAFE_INTEGER:
-        yield (
-            path,
-            Fault(json_path(*path), f"{value}"[:120], f"a number from -{MAX_SAFE_INTEGER} to {MAX_SAFE_INTEGER}"),
-        )
+    elif isinstance(value, int | float) and not -LARGEST_INTEGER <= value <= LARGEST_INTEGER:
+        allowed = f"a number from -{LARGEST_INTEGER} to {LARGEST_INTEGER}"
+        yield path, Fault(json_path(*path), f"{value}"[:120], allowed)
 
 
 def _without(value: object, paths: Iterable[Path]) -> object:

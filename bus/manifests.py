@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bus import manifest_form, runes
+from bus.canonical import shown
 from bus.errors import BusError, Fault
 from bus.manifest_form import json_path, schema_faults
 from bus.model import Capability, Degradation, Manifest, Permission, Phase
 from runners.base import JsonError, parse_json
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from bus.manifest_form import Form
     from bus.runes import MemoryProfile
@@ -50,9 +51,10 @@ class ManifestError(BusError):
     """A manifest that cannot be used; `faults` has everything that is wrong with it."""
 
     def __init__(self, overlay: str, faults: Sequence[Fault]) -> None:
+        faults = [Fault(shown(fault.path), shown(fault.found), shown(fault.allowed)) for fault in faults]
         said = "; ".join(map(str, faults[:_SAID_AT_ONCE]))
         more = f"; and {len(faults) - _SAID_AT_ONCE} more" if len(faults) > _SAID_AT_ONCE else ""
-        super().__init__("ERR_OVERLAY_BROKEN", f"overlay {overlay!r}: {said}{more}", faults=faults)
+        super().__init__("ERR_OVERLAY_BROKEN", f"overlay {shown(overlay)!r}: {said}{more}", faults=faults)
 
 
 def read(folder: Path, *, default_timeout_s: float = 30.0, runners: Collection[str] = RUNNERS) -> Manifest:
@@ -140,8 +142,24 @@ class _Reading:
             stdin=proc.get("stdin", "file"),
             mode=proc.get("mode", "auto"),
             resources=document.get("resources", {}),
-            warnings=self.form.warnings,
+            warnings=(*self.form.warnings, *self._not_kept()),
         )
+
+    def _not_kept(self) -> Iterator[str]:
+        """What the manifest asks for and this version does not do, so that nobody relies on it."""
+        if self.document.get("secrets"):
+            yield "$.secrets is not passed on by this version"
+        for name, given in self._given_capabilities().items():
+            for right, value in given.get("rights", {}).items():
+                if value is not True:  # network: true is what every capability has
+                    path = json_path("capabilities", name, "rights", right)
+                    yield f"{path} is not yet held by the kernel in this version"
+        if self.document.get("policy", {}).get("requires_auth"):
+            yield "$.policy.requires_auth: this version knows no callers, so it refuses every call"
+
+    def _given_capabilities(self) -> Mapping[str, Mapping[str, Any]]:
+        """The capabilities as they stand in shapes B and native; those of shape A are permissions."""
+        return {} if self.form.shape == "A" else self.document.get("capabilities", {})
 
     def _fault(self, parts: Sequence[str | int], found: str, allowed: str) -> None:
         self.faults.append(Fault(json_path(*parts), found, allowed))
@@ -149,7 +167,7 @@ class _Reading:
     def _check_name(self) -> None:
         given = self.document.get("name")
         if given is not None and (given != self.name or not NAME.fullmatch(given)):
-            self._fault(["name"], repr(given), f"the name of its folder, {self.name!r}")
+            self._fault(["name"], repr(given), f"the name of its folder, {shown(self.name)!r}")
 
     def _permissions(self) -> frozenset[Permission]:
         key = "capabilities" if self.form.shape == "A" else "permissions"
@@ -190,7 +208,7 @@ class _Reading:
         """The capabilities of shapes B and native, under their names without the overlay's before them."""
         self._check_entrypoints()
         found: dict[str, Capability] = {}
-        for written, given in self.document.get("capabilities", {}).items():
+        for written, given in self._given_capabilities().items():
             name = local_name(self.name, written)
             at = ("capabilities", written)
             if not CAPABILITY_NAME.fullmatch(name):
@@ -217,7 +235,7 @@ class _Reading:
         return Capability(
             name=name,
             runner=given.get("runner", ""),
-            timeout_s=given.get("timeout_s", self._default_timeout_s),
+            timeout_s=float(given.get("timeout_s", self._default_timeout_s)),
             phases=self._subset(given, at),
             memory=self._memory(given, at),
             description=given.get("description", ""),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from bus.canonical import shown
 from bus.errors import DeniedError
 
 if TYPE_CHECKING:
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
 class Entry:
     """One overlay as it stands: `manifest`, or the `error` that keeps it out.
 
-    `links` are the symbolic links that lead outside the overlay's folder, each as `path -> resolved target`.
+    `name` is the folder's as the file system has it, so that of a broken overlay may be no text that JSON can carry;
+    what `summary` and `detail` give is. `links` are the symbolic links that lead outside the overlay's folder, each as
+    `path -> resolved target`.
     """
 
     name: str
@@ -39,9 +42,11 @@ class Entry:
     def usable(self) -> Manifest:
         """The manifest, for a call. Raises `DeniedError` if the overlay is disabled or broken."""
         if not self.enabled:
-            raise DeniedError("ERR_OVERLAY_DISABLED", f"overlay {self.name!r} is disabled")
+            raise DeniedError("ERR_OVERLAY_DISABLED", f"overlay {shown(self.name)!r} is disabled")
         if self.manifest is None:
-            detail, faults = (self.error.detail, self.error.faults) if self.error else (f"overlay {self.name!r}", ())
+            detail, faults = (
+                (self.error.detail, self.error.faults) if self.error else (f"overlay {shown(self.name)!r}", ())
+            )
             raise DeniedError("ERR_OVERLAY_BROKEN", detail, faults=faults)
         return self.manifest
 
@@ -51,7 +56,7 @@ class Entry:
         permissions = sorted(manifest.permissions) if manifest else []
         capabilities = manifest.capabilities if manifest else {}
         return {
-            "name": self.name,
+            "name": shown(self.name),
             "version": manifest.version if manifest else None,
             "status": self.status,
             "description": manifest.description if manifest else "",
@@ -65,7 +70,7 @@ class Entry:
             "error": self.error.detail if self.error else None,
             "faults": [_fault_as_json(fault) for fault in self.error.faults] if self.error else [],
             "links": list(self.links),
-            "folder": self.folder.name,
+            "folder": shown(self.folder.name),
         }
 
     def detail(self) -> dict[str, Any]:
@@ -125,8 +130,8 @@ def _capability_as_json(capability: Capability) -> dict[str, Any]:
         "cost_cents": capability.cost_cents,
         "idempotent": capability.idempotent,
         "rights": {
-            "read": list(capability.read_paths),
-            "write": list(capability.write_paths),
+            "read": list(map(shown, capability.read_paths)),
+            "write": list(map(shown, capability.write_paths)),
             "network": capability.network if isinstance(capability.network, bool) else list(capability.network),
         },
         "input_schema": capability.input_schema,

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import orjson
 
+from bus.canonical import shown
 from bus.codehash import Stamp
 from bus.errors import Fault, OperatorError, SettingError
 from runners.base import JsonError, parse_json
@@ -48,7 +49,7 @@ def failing_as_operator_error(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:  # shutil.Error is one, and holds every failure of a copy
-        raise OperatorError("ERR_FILES", f"cannot {what}: {_reason(error)}") from error
+        raise OperatorError("ERR_FILES", shown(f"cannot {what}: {_reason(error)}")) from error
 
 
 class DisabledNames:
@@ -96,7 +97,7 @@ class DisabledNames:
         return frozenset(names)
 
     def _unusable(self, found: str) -> SettingError:
-        fault = Fault(str(self._file), found, '{"disabled": [names of overlays]}')
+        fault = Fault(shown(str(self._file)), shown(found), '{"disabled": [names of overlays]}')
         return SettingError("ERR_SETTING", str(fault), faults=[fault], hint="Mend or delete the file.")
 
 
@@ -104,9 +105,10 @@ def copy_in(source: Path, root: Path, name: str) -> None:
     """Copy a folder to `root/name`, symbolic links as links. The caller holds the lock. Raises `OperatorError`."""
     target = root / name
     if os.path.lexists(target):
-        raise OperatorError("ERR_EXISTS", f"there is already an overlay {name!r} in {root}")
+        raise OperatorError("ERR_EXISTS", shown(f"there is already an overlay {name!r} in {root}"))
     if root.resolve().is_relative_to(source.resolve()):
-        raise OperatorError("ERR_FILES", f"cannot copy {source}: the folder of overlays {root} lies within it")
+        detail = f"cannot copy {source}: the folder of overlays {root} lies within it"
+        raise OperatorError("ERR_FILES", shown(detail))
     hidden = root / f".tmp-{name}-{secrets.token_hex(4)}"
     with failing_as_operator_error(f"copy {source} to {target}"):
         root.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import difflib
 import logging
+import os
 import stat
 import time
 from dataclasses import dataclass, replace
@@ -19,7 +20,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from watchfiles import awatch
 
 from bus import manifests
-from bus.codehash import EXCLUDED, CodeHash, Stamp, TooLargeError, Walk, code_hash
+from bus.canonical import shown
+from bus.codehash import EXCLUDED, CodeHash, Look, Stamp, TooLargeError, Walk, code_hash
 from bus.errors import BusError, DeniedError, Fault, NotFoundError
 from bus.manifests import NAME, ManifestError, local_name
 from bus.overlay_entry import Entry, Resolved
@@ -41,14 +43,22 @@ POLL_S = 1.0
 DEBOUNCE_MS = 200
 """How long `watch` gathers events of one change, as a copy of many files, before it looks."""
 
+_TRIES = 3
+"""How often a call looks anew at a folder that changes while it is read."""
+
 _STEP_MS = 50
 _ANY = ""
 
 
 class _Seen(NamedTuple):
-    """What tells that an overlay's manifest is the one that was read."""
+    """What tells that an overlay's manifest is the one that was read.
 
-    folder: tuple[int, int]
+    `folder` is resolved, `identity` is its device and inode. The one may change without the other: a release that is
+    renamed, with the link to it made anew, keeps its inode.
+    """
+
+    folder: str
+    identity: tuple[int, int]
     manifest: Stamp | None
 
 
@@ -57,11 +67,14 @@ _State = tuple[_Seen, bool, tuple[str, ...], str]
 
 @dataclass(slots=True)
 class _Loaded:
+    """An overlay as it was read. `look` has what its entry's links and `folders`, those to watch, were made from."""
+
     seen: _Seen
     settled: bool
     entry: Entry
     codes: CodeHash
     folders: tuple[str, ...]
+    look: Look
 
 
 def _no_check(_manifest: Manifest, _folder: Path) -> Iterable[str]:
@@ -112,7 +125,7 @@ class Registry:
         if found is None:
             known = sorted(self._names())
             near = difflib.get_close_matches(name[:80], known, n=3)
-            raise NotFoundError("ERR_UNKNOWN_OVERLAY", f"no overlay {_shown(name)}{_suggestion(near, known)}")
+            raise NotFoundError("ERR_UNKNOWN_OVERLAY", shown(f"no overlay {_quoted(name)}{_suggestion(near, known)}"))
         return found
 
     def resolve(self, name: str, capability: str | None = None) -> Resolved:
@@ -123,8 +136,7 @@ class Registry:
         """
         if capability is None and (within := name.partition("."))[2]:
             name, _, capability = within
-        resolved = self._unchanged(name) or (self.entry(name).usable(), *self._code(name))
-        manifest, code, links = resolved
+        manifest, code, links = self._unchanged(name) or self._of_one_moment(name)
         return Resolved(manifest, _choose(manifest, capability), code, links)
 
     def enable(self, name: str) -> None:
@@ -214,7 +226,10 @@ class Registry:
         return found
 
     def _refresh(self, name: str) -> Entry | None:
-        """The entry as the disk has it now; None where there is no such folder. What is broken is read every time."""
+        """The entry as the disk has it now; None where there is no such folder.
+
+        Read again if the manifest or what the folders list has changed, and what is broken every time.
+        """
         now_ns = time.time_ns()
         folder = self._root / name
         seen = _look(folder)
@@ -222,7 +237,7 @@ class Registry:
             self._loaded.pop(name, None)
             return None
         loaded = self._loaded.get(name)
-        if loaded is None or loaded.seen != seen or not loaded.settled or loaded.entry.error:
+        if loaded is None or loaded.seen != seen or not loaded.settled or loaded.entry.error or not loaded.look.holds():
             loaded = self._loaded[name] = self._read(name, folder, seen)
             loaded.settled = seen.manifest is None or seen.manifest.is_settled(now_ns)
         enabled = name not in self._disabled.get()
@@ -230,21 +245,23 @@ class Registry:
 
     def _read(self, name: str, folder: Path, seen: _Seen) -> _Loaded:
         before = self._loaded.get(name)
-        codes = before.codes if before and before.seen.folder == seen.folder else CodeHash(folder)
-        entry, folders = self._inspect(name, folder)
-        return _Loaded(seen, settled=False, entry=entry, codes=codes, folders=folders)
+        codes = before.codes if before and before.seen[:2] == seen[:2] else CodeHash(folder)
+        entry, walk = self._inspect(name, folder)
+        folders, look = (tuple(walk.folders), walk.look()) if walk else ((), Look())
+        return _Loaded(seen, settled=False, entry=entry, codes=codes, folders=folders, look=look)
 
-    def _inspect(self, name: str, folder: Path) -> tuple[Entry, tuple[str, ...]]:
-        """The entry of a folder, wherever it lies, and every folder that belongs to it."""
-        entry, folders = Entry(name, folder), tuple[str, ...]()
+    def _inspect(self, name: str, folder: Path) -> tuple[Entry, Walk | None]:
+        """The entry of a folder, wherever it lies, and what lies in it; None where it cannot be listed."""
+        entry = Entry(name, folder)
         try:
             walk = Walk.of(folder)
-            entry, folders = replace(entry, links=tuple(walk.leading_out)), tuple(walk.folders)
-            return replace(entry, manifest=self._read_manifest(folder)), folders
-        except ManifestError as error:
-            return replace(entry, error=error), folders
         except (OSError, TooLargeError) as error:
-            return replace(entry, error=ManifestError(name, [_folder_fault(error)])), folders
+            return replace(entry, error=ManifestError(name, [_folder_fault(error)])), None
+        entry = replace(entry, links=tuple(walk.leading_out))
+        try:
+            return replace(entry, manifest=self._read_manifest(folder)), walk
+        except ManifestError as error:
+            return replace(entry, error=error), walk
 
     def _read_manifest(self, folder: Path) -> Manifest:
         manifest = manifests.read(folder, default_timeout_s=self._default_timeout_s, runners=self._runners)
@@ -260,15 +277,22 @@ class Registry:
         manifest = loaded.entry.manifest
         return None if manifest is None else (manifest, loaded.codes.hash, loaded.codes.links)
 
-    def _code(self, name: str) -> tuple[str, tuple[str, ...]]:
-        """The code hash of an overlay that is loaded, and its links to outside."""
-        codes = self._loaded[name].codes
-        try:
-            walk = Walk.of(codes.folder)
-            return codes.get(walk), tuple(walk.leading_out)
-        except (OSError, TooLargeError) as error:
-            fault = _folder_fault(error)
-            raise DeniedError("ERR_OVERLAY_BROKEN", f"overlay {name!r} is broken: {fault}", faults=[fault]) from error
+    def _of_one_moment(self, name: str) -> tuple[Manifest, str, tuple[str, ...]]:
+        """The manifest, the code hash and the links to outside of the same state of the folder.
+
+        Between the two readings the folder may be replaced by another, as when the link that it is moves on.
+        """
+        for _ in range(_TRIES):
+            manifest = self.entry(name).usable()
+            loaded = self._loaded[name]
+            try:
+                code = loaded.codes.get()
+            except (OSError, TooLargeError) as error:
+                raise _broken(name, _folder_fault(error)) from error
+            if _look(self._root / name) == loaded.seen:
+                return manifest, code, loaded.codes.links
+        loaded.settled = False
+        raise _broken(name, Fault("folder", "one that changes while it is read", "one that stands still"))
 
 
 def _look(folder: Path) -> _Seen | None:
@@ -278,12 +302,12 @@ def _look(folder: Path) -> _Seen | None:
         if not stat.S_ISDIR(status.st_mode):
             return None
     except OSError:
-        return _Seen((0, 0), None) if folder.is_symlink() else None
+        return _Seen("", (0, 0), None) if folder.is_symlink() else None
     try:
         manifest = Stamp.of((folder / manifests.FILE).stat())
     except OSError:
         manifest = None
-    return _Seen((status.st_dev, status.st_ino), manifest)
+    return _Seen(os.path.realpath(folder), (status.st_dev, status.st_ino), manifest)
 
 
 def _may_be_overlay(path: Path) -> bool:
@@ -298,7 +322,7 @@ def _choose(manifest: Manifest, capability: str | None) -> Capability:
         return next(iter(offered.values()))
     found = None if capability is None else offered.get(local_name(manifest.name, capability))
     if found is None:
-        asked = "several capabilities, and none was named" if capability is None else f"no {_shown(capability)}"
+        asked = "several capabilities, and none was named" if capability is None else f"no {_quoted(capability)}"
         detail = f"overlay {manifest.name!r} has {asked}; it has {', '.join(offered)}"
         raise NotFoundError("ERR_UNKNOWN_CAPABILITY", detail)
     return found
@@ -307,12 +331,12 @@ def _choose(manifest: Manifest, capability: str | None) -> Capability:
 async def _changes(watched: Collection[str]) -> AsyncGenerator[set[str]]:
     """The paths that changed in these folders, not below them, and an empty set every `POLL_S`.
 
-    Ends when it cannot watch, or not any more, after a last `POLL_S`.
+    Ends when it cannot watch, or not any more, after a last `POLL_S`. A folder whose name is no UTF-8 cannot be watched.
     """
-    if watched:
+    if paths := [path for path in watched if path.isascii() or shown(path) == path]:
         try:
             watcher = awatch(
-                *watched,
+                *paths,
                 watch_filter=None,  # with a filter a stream of filtered events would keep the polls from coming
                 debounce=DEBOUNCE_MS,
                 step=_STEP_MS,
@@ -340,9 +364,13 @@ def _owners(path: str, watched: Mapping[str, set[str]]) -> set[str]:
 
 def _tell(names: Iterable[str], on_change: Callable[[str], None] | None) -> None:
     for name in sorted(names):
-        log.info("overlay %s changed", name)
+        log.info("overlay %s changed", shown(name))
         if on_change:
-            on_change(name)
+            on_change(shown(name))
+
+
+def _broken(name: str, fault: Fault) -> DeniedError:
+    return DeniedError("ERR_OVERLAY_BROKEN", f"overlay {name!r} is broken: {fault}", faults=[fault])
 
 
 def _folder_fault(error: Exception) -> Fault:
@@ -350,7 +378,7 @@ def _folder_fault(error: Exception) -> Fault:
     return Fault("folder", found, "a folder of code that can be read")
 
 
-def _shown(name: str) -> str:
+def _quoted(name: str) -> str:
     return ascii(name[:80])
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -100,6 +101,10 @@ def test_excluded_and_ignored_files_do_not_count(folder: Path) -> None:
     (folder / ".venv" / "lib").symlink_to("/usr/lib")
     assert code_hash(folder) == before
     assert Walk.of(folder).leading_out == []
+    (folder / ".mypy_cache").mkdir()
+    (folder / ".mypy_cache" / "code.py").write_text("x")
+    assert code_hash(folder) != before
+    shutil.rmtree(folder / ".mypy_cache")
     (folder / "logs").write_text("a file, and the rule is for folders")
     assert code_hash(folder) != before
 
@@ -176,6 +181,112 @@ def test_a_change_within_one_tick_of_the_clock_is_seen(folder: Path, monkeypatch
     before = hashes.get()
     (folder / "src" / "run.py").write_text("print(2)")
     assert hashes.get() != before
+
+
+def settled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> CodeHash:
+    """The hash of a folder in which nothing has changed for long."""
+    in_the_past(folder, monkeypatch)
+    hashes = CodeHash(folder)
+    hashes.get()
+    assert hashes.is_unchanged()
+    return hashes
+
+
+def release(folder: Path, program: str) -> Path:
+    folder.mkdir()
+    (folder / "run.py").write_text(program)
+    return folder
+
+
+def point(link: Path, target: Path) -> None:
+    """Make a link, or move it as a deployment does."""
+    link.with_name("new").symlink_to(target)
+    link.with_name("new").rename(link)
+
+
+def test_what_a_dangling_link_lacks_is_seen_when_it_comes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "late.py").symlink_to(tmp_path / "late.py")
+    hashes = settled(folder, monkeypatch)
+    (tmp_path / "late.py").write_text("print(3)")
+    assert not hashes.is_unchanged()
+    assert hashes.get() == code_hash(folder)
+
+
+@pytest.mark.parametrize("within", ["lib", "lib/run.py"])
+def test_a_link_outside_that_moves_on_is_seen_through_the_link_to_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, within: str
+) -> None:
+    point(tmp_path / "current", release(tmp_path / "1", "print(1)"))
+    (folder / "linked").symlink_to(tmp_path / "current" / within.partition("/")[2])
+    hashes = settled(folder, monkeypatch)
+    point(tmp_path / "current", release(tmp_path / "2", "print(2)"))
+    assert not hashes.is_unchanged()
+    assert hashes.get() == code_hash(folder)
+
+
+def test_a_second_way_to_a_folder_that_leads_elsewhere_is_seen(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    point(tmp_path / "current", folder / "src")
+    (folder / "again").symlink_to(folder / "src")
+    (folder / "zz").symlink_to(tmp_path / "current")
+    assert {file.path: file.kind for file in Walk.of(folder).files}["zz"] == "link"
+    hashes = settled(folder, monkeypatch)
+    point(tmp_path / "current", release(tmp_path / "other", "print(4)"))
+    assert not hashes.is_unchanged()
+
+
+def test_a_fifo_that_gives_way_to_a_file_is_seen(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (folder / "linked").symlink_to(tmp_path / "fifo")
+    hashes = settled(folder, monkeypatch)
+    (tmp_path / "fifo").unlink()
+    (tmp_path / "fifo").write_text("code")
+    assert not hashes.is_unchanged()
+
+
+def test_a_file_that_comes_while_the_walk_is_under_way_is_seen(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder that it comes to was listed already, and the clock is far ahead of both."""
+    in_the_past(folder, monkeypatch)
+    add_folder = Walk._add_folder
+
+    def slow(walk: Walk, *arguments: Any) -> None:
+        (folder / "new.py").write_text("print(5)")
+        add_folder(walk, *arguments)
+
+    hashes = CodeHash(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(Walk, "_add_folder", slow)
+        hashes.get()
+    assert not hashes.is_unchanged()
+    assert hashes.get() == code_hash(folder)
+
+
+def test_a_change_after_the_walk_began_is_not_settled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The walk took longer than the racy time: only the moment of its beginning tells."""
+    began_ns = time.time_ns() - 10 * RACY_NS
+    monkeypatch.setattr(time, "time_ns", lambda: began_ns)
+    hashes = CodeHash(folder)
+    hashes.get()
+    assert not hashes.is_unchanged()
+
+
+def test_a_file_that_could_not_be_read_is_tried_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_the_past(folder, monkeypatch)
+    hashes = CodeHash(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(codehash, "_digest", lambda _path: None)  # as where the process has no descriptor left
+        spoilt = hashes.get()
+        assert not hashes.is_unchanged()
+    assert hashes.get() == code_hash(folder) != spoilt
+    assert hashes.is_unchanged()
+
+
+def test_a_link_to_a_name_that_is_no_text_is_shown_as_text(folder: Path) -> None:
+    (folder / "linked").symlink_to(os.fsdecode(b"/nowhere/x\xff"))
+    assert Walk.of(folder).leading_out == [r"linked -> /nowhere/x\xff"]
 
 
 @pytest.mark.usefixtures("bound_by_modes")

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from bus import manifests, resources, runes
+from bus.canonical import LARGEST_INTEGER, canonical
 from bus.manifests import ManifestError
 from bus.model import Degradation, Permission, Phase
 
@@ -87,6 +88,9 @@ def native(**changes: Any) -> dict[str, Any]:
         "env": ["LANG"],
         "secrets": ["API_KEY"],
     } | changes  # fmt: skip
+
+
+PLAIN = {"count": {"runner": "proc"}}
 
 
 def put(root: Path, document: object, name: str | None = None) -> Path:
@@ -206,8 +210,45 @@ def test_an_unknown_nested_key_is_a_warning_in_b_and_a_fault_in_native(tmp_path:
 
 
 def test_an_unknown_top_level_key_is_a_warning_in_every_shape(tmp_path: Path) -> None:
-    for document in (shape_a(extra=1), shape_b(extra=1), native(extra=1)):
+    for document in (shape_a(extra=1), shape_b(extra=1), native(extra=1, secrets=[], capabilities=PLAIN)):
         assert ["$.extra" in warning for warning in read(tmp_path, document).warnings] == [True]
+
+
+def test_what_this_version_does_not_keep_is_a_warning(tmp_path: Path) -> None:
+    rights = {"read": ["data"], "write": ["out"], "network": False}
+    capabilities = {"count": {"runner": "proc", "rights": rights}, "tool.x": {"runner": "proc"}}
+    document = native(secrets=["KEY"], capabilities=capabilities, policy={"requires_auth": True})
+    at = "$.capabilities.count.rights"
+    assert read(tmp_path, document).warnings == (
+        "$.secrets is not passed on by this version",
+        f"{at}.read is not yet held by the kernel in this version",
+        f"{at}.write is not yet held by the kernel in this version",
+        f"{at}.network is not yet held by the kernel in this version",
+        "$.policy.requires_auth: this version knows no callers, so it refuses every call",
+    )
+
+
+@pytest.mark.parametrize("mode", ["auto", "spawn", "fork"])
+def test_what_this_version_keeps_is_no_warning(tmp_path: Path, mode: str) -> None:
+    capabilities = {"count": {"runner": "proc", "rights": {"network": True}}}
+    entrypoints = {"proc": {"command": ["./tool"], "mode": mode}}
+    policy = {"requires_auth": False, "deterministic": True}
+    document = native(secrets=[], capabilities=capabilities, entrypoints=entrypoints, policy=policy)
+    assert read(tmp_path, document).warnings == ()
+
+
+def test_a_number_is_accepted_as_far_as_envelopes_can_carry_it(tmp_path: Path) -> None:
+    largest = read(tmp_path, shape_b(resources={"memory_mb": LARGEST_INTEGER}))
+    assert canonical(largest.resources) == b'{"memory_mb":9007199254740991}'
+    for beyond in (LARGEST_INTEGER + 1, -LARGEST_INTEGER - 1):
+        assert list(faults_of(tmp_path, shape_b(resources={"memory_mb": beyond}))) == ["$.resources.memory_mb"]
+
+
+def test_a_timeout_is_a_float_of_a_millisecond_or_more(tmp_path: Path) -> None:
+    short = read(tmp_path, shape_a(timeout_ms=1)).capabilities["run"].timeout_s
+    whole = read(tmp_path, shape_b(capabilities={"a": PLAIN["count"] | {"timeout_s": 2}})).capabilities["a"].timeout_s
+    assert [short, whole] == [0.001, 2.0]
+    assert type(short) is type(whole) is float
 
 
 def test_every_fault_is_listed_at_once(tmp_path: Path) -> None:
@@ -261,6 +302,8 @@ def test_every_fault_is_listed_at_once(tmp_path: Path) -> None:
         (shape_a(capabilities=["analysis", "root"]), "$.capabilities[1]", "exec"),
         (shape_a(op_policy={"hash": ["write"]}), "$.op_policy.hash[0]", "analysis"),
         (shape_a(timeout_ms=0), "$.timeout_ms", "0"),
+        (shape_a(timeout_ms=0.5), "$.timeout_ms", "1 or more"),
+        (shape_b(capabilities={"a": {"runner": "proc", "timeout_s": 0.0005}}), "$.capabilities.a.timeout_s", "0.001"),
         (shape_a(timeout_ms=True), "$.timeout_ms", "number"),
         (shape_a(default_profile="MEM[SOFT=9,HARD=1,VOL=LOW]"), "$.default_profile", "HARD"),
         ({"name": "x", "version": "1", "capabilities": ["analysis"]}, "$.entrypoint", "required"),
@@ -395,6 +438,14 @@ def test_a_manifest_without_permission_to_read_is_one_fault(tmp_path: Path) -> N
     (folder / "manifest.json").chmod(0)
     with pytest.raises(ManifestError, match="Permission denied"):
         manifests.read(folder)
+
+
+def test_what_is_said_of_a_folder_whose_name_is_no_text_is_text(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError) as caught:
+        manifests.read(put(tmp_path, shape_a(name="bad"), name=os.fsdecode(b"bad\xff")))
+    assert [fault.path for fault in caught.value.faults] == ["$.name"]
+    assert r"bad\\xff" in caught.value.detail
+    json.dumps(caught.value.body(), ensure_ascii=False).encode()
 
 
 def test_a_path_with_nul_is_a_fault_too(tmp_path: Path) -> None:

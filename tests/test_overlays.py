@@ -8,13 +8,14 @@ import json
 import multiprocessing
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from bus import codehash, overlays
-from bus.errors import DeniedError, NotFoundError, OperatorError, SettingError
+from bus import codehash, manifests, overlays
+from bus.errors import BusError, DeniedError, NotFoundError, OperatorError, SettingError
 from bus.overlays import ManifestError, Registry, code_hash
 
 if TYPE_CHECKING:
@@ -59,6 +60,19 @@ def root(tmp_path: Path) -> Path:
 @pytest.fixture
 def registry(root: Path, tmp_path: Path) -> Registry:
     return Registry(root, tmp_path / "state")
+
+
+@pytest.fixture
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock so far ahead that everything on disk has not changed for long."""
+    now = time.time_ns()
+    monkeypatch.setattr(time, "time_ns", lambda: now + 1000 * codehash.RACY_NS)
+
+
+def point(link: Path, target: Path) -> None:
+    """Make a link, or move it as a deployment does."""
+    link.with_name(".new").symlink_to(target)
+    link.with_name(".new").rename(link)
 
 
 def names(registry: Registry) -> list[str]:
@@ -203,6 +217,95 @@ def test_a_release_of_hard_links_is_told_from_the_one_before(root: Path, tmp_pat
     (root / "a").unlink()
     (root / "a").symlink_to(tmp_path / "release2" / "a")
     assert registry.resolve("a").manifest.folder == (tmp_path / "release2" / "a").resolve()
+
+
+@pytest.mark.usefixtures("settled")
+def test_a_link_that_moves_is_seen_by_the_next_call_even_if_both_releases_are_old(
+    root: Path, tmp_path: Path, registry: Registry
+) -> None:
+    for version in ("1", "2"):
+        put(tmp_path / version / "a", version=version)
+    for version in ("1", "2", "1"):
+        point(root / "a", tmp_path / version / "a")
+        assert [registry.resolve("a").manifest.version for _ in range(2)] == [version, version]
+        assert registry.resolve("a").code_hash == code_hash(tmp_path / version / "a")
+
+
+@pytest.mark.usefixtures("settled")
+def test_a_folder_that_another_takes_the_place_of_is_seen_by_the_next_call(
+    root: Path, tmp_path: Path, registry: Registry
+) -> None:
+    for version in ("1", "2"):
+        put(tmp_path / version / "a", version=version)
+    (tmp_path / "1" / "a").rename(root / "a")
+    assert registry.resolve("a").manifest.version == "1"
+    (root / "a").rename(tmp_path / "old")
+    (tmp_path / "2" / "a").rename(root / "a")
+    resolved = registry.resolve("a")
+    assert (resolved.manifest.version, resolved.code_hash) == ("2", code_hash(root / "a"))
+
+
+@pytest.mark.usefixtures("settled")
+def test_a_release_that_is_renamed_runs_from_where_it_is_now(root: Path, tmp_path: Path, registry: Registry) -> None:
+    put(tmp_path / "old" / "a")
+    point(root / "a", tmp_path / "old" / "a")
+    registry.resolve("a")
+    (tmp_path / "old").rename(tmp_path / "new")
+    point(root / "a", tmp_path / "new" / "a")
+    assert registry.resolve("a").manifest.folder == (tmp_path / "new" / "a").resolve()
+
+
+def move_while_it_is_read(link: Path, targets: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """After each reading of a manifest the link moves to the next target, while there is one."""
+    read = manifests.read
+
+    def moving(folder: Path, **options: Any) -> Manifest:
+        manifest = read(folder, **options)
+        if targets:
+            point(link, targets.pop(0))
+        return manifest
+
+    monkeypatch.setattr(manifests, "read", moving)
+
+
+@pytest.mark.usefixtures("settled")
+def test_a_call_gets_manifest_and_code_of_the_same_release_when_the_link_moves_between(
+    root: Path, tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    releases = [put(tmp_path / version / "a", version=version) for version in ("1", "2")]
+    point(root / "a", releases[0])
+    move_while_it_is_read(root / "a", [releases[1]], monkeypatch)
+    resolved = [registry.resolve("a") for _ in range(2)]
+    assert [(each.manifest.version, each.code_hash) for each in resolved] == [("2", code_hash(releases[1]))] * 2
+
+
+@pytest.mark.usefixtures("settled")
+def test_an_overlay_that_never_stands_still_is_refused_and_heals(
+    root: Path, tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    releases = [put(tmp_path / version / "a", version=version) for version in ("1", "2")]
+    point(root / "a", releases[0])
+    move_while_it_is_read(root / "a", [releases[1], releases[0], releases[1]], monkeypatch)
+    with pytest.raises(DeniedError, match="stands still") as caught:
+        registry.resolve("a")
+    assert caught.value.code == "ERR_OVERLAY_BROKEN"
+    assert registry.resolve("a").manifest.version == "2"
+
+
+@pytest.mark.usefixtures("settled")
+def test_links_and_watched_folders_follow_the_code_and_not_only_the_manifest(
+    root: Path, tmp_path: Path, registry: Registry
+) -> None:
+    put(root / "a")
+    registry.load()
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (root / "a" / "src" / "lib").symlink_to(outside)
+    assert registry.entry("a").links == (f"src/lib -> {outside.resolve()}",)
+    assert str(outside.resolve()) in registry._watched()
+    (root / "a" / "src" / "lib").unlink()
+    assert registry.resolve("a").links == registry.entry("a").links == ()
+    assert str(outside.resolve()) not in registry._watched()
 
 
 def test_the_code_hash_of_a_call_is_that_of_the_moment(root: Path, registry: Registry) -> None:
@@ -475,6 +578,50 @@ def test_a_list_that_cannot_be_written_stays_as_it_was(
 # What people and programs are shown
 
 
+def test_everything_shown_is_text_whatever_the_names_on_disk_are(root: Path, registry: Registry) -> None:
+    bad = os.fsdecode(b"bad\xff")
+    (put(root / "a") / "data").symlink_to(f"/nowhere/{bad}")
+    (root / bad).mkdir()
+    (root / f"link{bad}").symlink_to(root / bad)
+    put(root / f"full{bad}")
+    shown = [entry.detail() for entry in registry.entries()]
+    json.dumps(shown, ensure_ascii=False).encode()
+    assert [entry["name"] for entry in shown] == ["a", r"bad\xff", r"fullbad\xff", r"linkbad\xff"]
+    assert [entry["folder"] for entry in shown] == [entry["name"] for entry in shown]
+    assert shown[0]["links"] == [r"data -> /nowhere/bad\xff"]
+
+
+def test_every_error_is_text_whatever_the_names_on_disk_are(root: Path, tmp_path: Path, registry: Registry) -> None:
+    bad = os.fsdecode(b"bad\xff")
+    (root / bad).mkdir()
+    source = put(tmp_path / bad / "a")
+    os.mkfifo(source / "fifo")
+    entry = next(iter(registry.entries()))
+    for refused in (lambda: registry.entry("b"), entry.usable, lambda: registry.add(source)):
+        with pytest.raises(BusError) as caught:
+            refused()
+        assert r"bad" in caught.value.detail
+        json.dumps(caught.value.body(), ensure_ascii=False).encode()
+
+
+def test_the_paths_of_rights_are_text_whatever_folder_the_overlays_lie_in(tmp_path: Path) -> None:
+    root = tmp_path / os.fsdecode(b"bad\xff")
+    capability = {"runner": "proc", "rights": {"read": ["data"], "write": ["out"]}}
+    put(root / "a", entrypoint=None)
+    document = {"name": "a", "version": "1", "entrypoints": {"proc": {"command": ["x"]}}}
+    (root / "a" / "manifest.json").write_text(json.dumps(document | {"capabilities": {"run": capability}}))
+    rights = Registry(root, tmp_path / "state").entry("a").detail()["details"]["run"]["rights"]
+    assert rights["read"] == [rf"{tmp_path.resolve()}/bad\xff/a/data"]
+    assert rights["write"] == [rf"{tmp_path.resolve()}/bad\xff/a/out"]
+
+
+def test_what_this_version_does_not_keep_is_shown_as_a_warning(root: Path, registry: Registry) -> None:
+    put_service(root / "psyfi")
+    document = json.loads((root / "psyfi" / "manifest.json").read_text())
+    (root / "psyfi" / "manifest.json").write_text(json.dumps(document | {"secrets": ["KEY"]}))
+    assert registry.entry("psyfi").summary()["warnings"] == ["$.secrets is not passed on by this version"]
+
+
 def test_the_summary_of_shape_a_shows_permissions_as_capabilities(root: Path, registry: Registry) -> None:
     put(root / "a", capabilities=["exec", "analysis"], status="experimental", extra=1)
     summary = registry.entry("a").summary()
@@ -544,6 +691,17 @@ async def test_watch_tells_of_what_comes_changes_and_goes(root: Path, registry: 
         await tells(told, "a broken")
         shutil.rmtree(root / "a")
         await tells(told, "a gone")
+
+
+async def test_watch_lives_on_beside_a_folder_whose_name_is_no_text(root: Path, registry: Registry) -> None:
+    (root / os.fsdecode(b"bad\xff")).mkdir()
+    async with watching(registry) as told:
+        put(root / "a")
+        await tells(told, "a 1")
+        (root / os.fsdecode(b"bad\xfe")).mkdir()
+        await tells(told, r"bad\xfe gone")
+        put(root / "a", version="2")
+        await tells(told, "a 2")
 
 
 async def test_watch_tells_of_code_that_changes_at_any_depth(root: Path, registry: Registry) -> None:
