@@ -5,6 +5,7 @@ Exit codes: 0 ok, 1 the call or check failed, 2 usage, 3 not replayable, 4 the l
 
 # ruff: noqa: PLC0415  # what is slow to import is imported by the command that needs it: `aal --help` stays quick
 
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
 
 EXAMPLE = "abraxas"
 """The overlay that a new folder begins with."""
+
+_BAD_REQUEST = 400
+_WHOLE = re.compile("-?[0-9]+")
 
 _ABOUT = """The overlay bus: call overlays, see what was called, run it again.
 
@@ -133,7 +137,7 @@ def invoke(
     record: Annotated[bool, typer.Option("--record", help="Then print the line that the call left.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make one call, without a server. Exit 1 where it fails.
+    """Make one call, without a server. Exit 1 where it fails, 2 where it is no request.
 
     Example: aal invoke abraxas prompt=@README.md intent=test --phase CLEAR
     """
@@ -154,7 +158,7 @@ def invoke(
     if record and answer.record:
         cli_ledger.print_line(read_line(settings.ledger, answer.record["seq"]))
     if not answer.ok:
-        raise typer.Exit(Exit.FAILED)
+        raise typer.Exit(Exit.USAGE if answer.status == _BAD_REQUEST else Exit.FAILED)
 
 
 def _payload(data: str | None, members: Sequence[str]) -> dict[str, Any]:
@@ -185,7 +189,7 @@ def _document(data: str) -> dict[str, Any]:
 def _read_text(name: str) -> str:
     try:
         return Path(name).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a NUL in the name
         raise typer.BadParameter(f"cannot read {name!r}: {error}", param_hint="@FILE") from None
 
 
@@ -198,7 +202,12 @@ def _value(text: str) -> Any:  # noqa: ANN401
 
 
 def _seed(text: str | None) -> str | int | None:
-    return int(text) if text and text.lstrip("-").isdecimal() else text
+    if text is None or not _WHOLE.fullmatch(text):
+        return text
+    try:
+        return int(text)
+    except ValueError:  # Python reads no more digits than sys.get_int_max_str_digits()
+        raise typer.BadParameter(f"a number of {len(text)} digits", param_hint="--seed") from None
 
 
 def _print_answer(answer: "Answer") -> None:
@@ -208,10 +217,14 @@ def _print_answer(answer: "Answer") -> None:
         print_pretty(body["result"])
     if not body["ok"]:
         complain(body["code"], body["error"], body["hint"])
-    called = ".".join(filter(None, (body["overlay"], body["capability"])))
+    called = " ".join(filter(None, (_joined(body["overlay"], body["capability"]), body["phase"], body["code"])))
     line = body["provenance"]
     left = f"line {line['seq']} {line['hash']}" if line else "no ledger line"
-    say(f"{called} {body['phase']} {body['code']} {body['duration_ms']} ms, {left}", "dim")
+    say(f"{called} {body['duration_ms']} ms, {left}", "dim")
+
+
+def _joined(overlay: str | None, capability: str | None) -> str:
+    return ".".join(filter(None, (overlay, capability)))
 
 
 app.command()(cli_ledger.replay)

@@ -80,18 +80,26 @@ def _tail_row(record: Record) -> tuple[object, ...]:
     code = record.get("code")
     return (
         record["seq"],
-        datetime.fromtimestamp(record["timestamp_ms"] / 1000, UTC).astimezone().strftime("%m-%d %H:%M:%S"),
+        _time(record["timestamp_ms"]),
         record["type"],
         _called(record),
         record.get("phase"),
-        code and mark("ok" if record["ok"] else "fail", printable(code)),
+        code and mark("ok" if record.get("ok") else "fail", printable(str(code))),
         record.get("duration_ms"),
         record["hash"][:_HASH_SHOWN],
     )
 
 
+def _time(timestamp_ms: int) -> str:
+    try:
+        moment = datetime.fromtimestamp(timestamp_ms / 1000, UTC).astimezone()
+    except (OverflowError, ValueError, OSError):  # no year has it: nobody's clock wrote this
+        return str(timestamp_ms)
+    return moment.strftime("%m-%d %H:%M:%S")
+
+
 def _called(record: Record) -> str:
-    return ".".join(filter(None, (record.get("overlay"), record.get("capability"))))
+    return ".".join(str(name) for name in (record.get("overlay"), record.get("capability")) if name)
 
 
 @app.command()
@@ -217,7 +225,7 @@ def replay(
 
 def _range(text: str) -> range:
     """`3` or `3-9`, as written on the command line."""
-    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    match = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", text)
     first = int(match[1]) if match else 0
     final = int(match[2] or first) if match else 0
     if not 1 <= first <= final:

@@ -10,7 +10,7 @@ import tempfile
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from bus import provenance, stress
+from bus import provenance, records, stress
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from bus.model import Manifest
     from bus.overlays import Entry, Registry
+    from bus.provenance import VerifyReport
     from bus.settings import Settings
 
 MIN_PYTHON = (3, 11)
@@ -95,13 +96,19 @@ def writable(name: str, folder: Path) -> Finding:
 def ledger(path: Path) -> Finding:
     try:
         size = path.stat().st_size
+        if records.is_foreign(provenance.first_line(path)):
+            hint = "The next start keeps it under another name and begins a new chain."
+            return Finding("ledger", "warn", f"{path} is another program's log", hint)
         if size > VERIFY_BYTES:
             return Finding("ledger", "ok", f"{size >> 20} MiB, not verified here", "aal provenance verify")
-        report = provenance.verify(path)
+        return _verdict(provenance.verify(path))
     except FileNotFoundError:
         return Finding("ledger", "ok", "none yet; the first call begins it")
     except OSError as error:
         return Finding("ledger", "fail", f"{path} cannot be read: {error.strerror}", "Mend its permissions.")
+
+
+def _verdict(report: VerifyReport) -> Finding:
     if report.fault == "torn":
         hint = "The next start cuts it off and keeps it beside the log."
         return Finding("ledger", "warn", f"line {report.first_bad}: {report.reason}", hint)

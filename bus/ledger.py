@@ -7,9 +7,9 @@ cut off again, so the file holds whole lines that were answered, and at most one
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
 import fcntl
+import itertools
 import logging
 import os
 import queue
@@ -20,8 +20,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from bus.errors import OverloadError
 from bus.model import now_ms
-from bus.provenance import end_of_lines, lines_backwards, lock_path
-from bus.records import GENESIS, BrokenLineError, check, draft, draft_call, environment_hash, parse_or_none
+from bus.provenance import end_of_lines, first_line, lines_backwards, lock_path
+from bus.records import (
+    GENESIS,
+    BrokenLineError,
+    check,
+    draft,
+    draft_call,
+    environment_hash,
+    is_foreign,
+    parse_or_none,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,13 +40,14 @@ if TYPE_CHECKING:
     from bus.records import Draft
 
 RETRY_S = 1
-"""How often an idle writer tries again to write a ledger that could not be written."""
+"""How often an idle writer tries again to write a ledger that could not be written; refusals say so in Retry-After."""
 
 _log = logging.getLogger(__name__)
 _RECENT_BYTES = 1 << 18
 _GROUP_LIMIT = 1024
 _PROBE_BYTES = 4096
 _FILE_MODE = 0o640
+_BROKEN_HINT = "aal provenance verify names the first bad line; with the log moved away, a new chain begins."
 
 Fsync = Literal["always", "batch", "never"]
 
@@ -45,8 +55,8 @@ Fsync = Literal["always", "batch", "never"]
 class LedgerError(OverloadError):
     """The ledger cannot be written now."""
 
-    def __init__(self, detail: str) -> None:
-        super().__init__("ERR_LEDGER", detail, retry_after_s=RETRY_S)
+    def __init__(self, detail: str, hint: str | None = None) -> None:
+        super().__init__("ERR_LEDGER", detail, hint=hint, retry_after_s=RETRY_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,12 +185,23 @@ class _Chain:
         if self._fd >= 0:
             os.close(self._fd)
         self._fd, self._identity = -1, None
+        if is_foreign(first_line(self._path)):
+            self._move_aside()
         self._fd = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, _FILE_MODE)
         status = os.fstat(self._fd)
         self._identity = _identity(status)
         self._size, self.seq, self._prev = 0, 0, GENESIS
         self._environment_stands = False
         return status
+
+    def _move_aside(self) -> None:
+        """Keep what another program logged under this name beside the new chain; a record says so."""
+        names = (f"{self._path.name}.before-{number}" for number in itertools.count(1))
+        kept = next(name for name in names if not os.path.lexists(self._path.with_name(name)))
+        size = self._path.stat().st_size
+        self._path.rename(self._path.with_name(kept))
+        _log.warning("%s was another program's log; it is kept as %s, and a new chain begins", self._path, kept)
+        self._owe_recovered(size, kept)
 
     def _read_end(self, size: int) -> None:
         end = self._sound_end(size)
@@ -207,9 +228,12 @@ class _Chain:
         kept = self._keep(os.pread(self._fd, size - end, end), seq)
         os.ftruncate(self._fd, end)
         _log.warning("cut %d bytes of an unfinished line off %s; they are in %s", size - end, self._path, kept)
-        self._owed.append(
-            draft({"type": "recovered", "timestamp_ms": now_ms(), "cut_bytes": size - end, "kept_as": kept})
-        )
+        self._owe_recovered(size - end, kept)
+
+    def _owe_recovered(self, size: int, kept: str) -> None:
+        """Have the next group begin with a record of the `size` bytes that lie in the file `kept`."""
+        members = {"type": "recovered", "timestamp_ms": now_ms(), "cut_bytes": size, "kept_as": kept}
+        self._owed.append(draft(members))
 
     def _keep(self, tail_: bytes, seq: int) -> str:
         name = f"{self._path.name}.torn-{seq}"
@@ -283,11 +307,10 @@ def _sync_folder(folder: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Waiting:
-    """A record on its way. `loop` is None for a caller that waits in a thread."""
+    """A record on its way, and its caller, in whichever loop that is."""
 
     draft: Draft
-    future: asyncio.Future[Receipt] | concurrent.futures.Future[Receipt]
-    loop: asyncio.AbstractEventLoop | None
+    future: asyncio.Future[Receipt]
 
 
 _Answers = list[tuple[_Waiting, "Receipt | LedgerError"]]
@@ -295,15 +318,12 @@ _Answers = list[tuple[_Waiting, "Receipt | LedgerError"]]
 
 def _answer(answers: _Answers) -> None:
     """Wake each loop once for all of its callers, in the order of the file."""
-    by_loop: dict[asyncio.AbstractEventLoop | None, _Answers] = defaultdict(list)
+    by_loop: dict[asyncio.AbstractEventLoop, _Answers] = defaultdict(list)
     for answer in answers:
-        by_loop[answer[0].loop].append(answer)
+        by_loop[answer[0].future.get_loop()].append(answer)
     for loop, group in by_loop.items():
-        if loop is None:
-            _settle(group)
-        else:
-            with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits any more
-                loop.call_soon_threadsafe(_settle, group)
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits any more
+            loop.call_soon_threadsafe(_settle, group)
 
 
 def _settle(answers: _Answers) -> None:
@@ -317,11 +337,15 @@ def _settle(answers: _Answers) -> None:
 
 
 class Ledger:
-    """The one writer of a process. `open` it, append from any loop or thread, `close` it."""
+    """The one writer of a process. `open` it, append from any loop, `close` it.
+
+    `reason` is a sentence on why it cannot be written, None while it can; `hint` what to do, None for the catalogue's.
+    """
 
     def __init__(self, path: Path, *, fsync: Fsync, environment: Mapping[str, Any]) -> None:
         self.path = path
         self.reason: str | None = "the ledger is not open"
+        self.hint: str | None = None
         self._fsync = fsync
         self._chain = _Chain(path, fsync, environment)
         self._writing = threading.Lock()
@@ -341,7 +365,7 @@ class Ledger:
         return self._chain.seq
 
     def open(self) -> None:
-        """Make the folder and the file, heal a torn tail, start the writer.
+        """Make the folder and the file, heal a torn tail, move another program's log aside, start the writer.
 
         A failure leaves it unhealthy, and trying. A forked child opens a ledger of its own.
         """
@@ -360,7 +384,7 @@ class Ledger:
         thread.join()
         with self._writing:
             self._chain.close()
-            self.reason = "the ledger is closed"
+            self.reason, self.hint = "the ledger is closed", None
 
     async def append(self, record: Record) -> Receipt:
         """Write one record, and return once it is in the file, as safely as `fsync` asks.
@@ -369,16 +393,9 @@ class Ledger:
         `prev` and `hash` are the ledger's. A caller that is cancelled while it waits does not lose the line. Raises
         `LedgerError` where it cannot be written, `ValueError` for an unknown member or a value that is not JSON.
         """
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Receipt] = loop.create_future()
-        self._enqueue(_Waiting(draft_call(record), future, loop))
+        future: asyncio.Future[Receipt] = asyncio.get_running_loop().create_future()
+        self._enqueue(_Waiting(draft_call(record), future))
         return await future
-
-    def append_sync(self, record: Record) -> Receipt:
-        """As `append`, for a caller without an event loop."""
-        future: concurrent.futures.Future[Receipt] = concurrent.futures.Future()
-        self._enqueue(_Waiting(draft_call(record), future, None))
-        return future.result()
 
     def probe(self) -> bool:
         """Try whether the ledger can be written now; blocks for as long as the disk takes. Sets `healthy`.
@@ -397,7 +414,7 @@ class Ledger:
             except (OSError, BrokenLineError) as error:
                 self._note_failure(error)
             else:
-                self.reason = None
+                self.reason = self.hint = None
 
     def _recover(self) -> None:
         with self._chain.locked():
@@ -457,15 +474,18 @@ class Ledger:
                 with self._chain.locked() if parts else contextlib.nullcontext():
                     while parts:
                         receipts = self._chain.extend([waiting.draft for waiting in parts[0]])
-                        self.reason = None
+                        self.reason = self.hint = None
                         _answer(list(zip(parts.pop(0), receipts, strict=True)))
             except Exception as error:  # noqa: BLE001  # a dead writer would leave every caller waiting for ever
                 self._note_failure(error)
-                _answer([(waiting, LedgerError(str(self.reason))) for part in parts for waiting in part])
+                _answer([(waiting, LedgerError(str(self.reason), self.hint)) for part in parts for waiting in part])
 
     def _note_failure(self, error: Exception) -> None:
-        reason = f"{self.path} cannot be written: {error}"
+        if isinstance(error, BrokenLineError):
+            reason, hint = f"the last line of the ledger {self.path} is broken: {error.detail}", _BROKEN_HINT
+        else:
+            reason, hint = f"the ledger {self.path} cannot be written: {error}", None
         if reason != self.reason:
             expected = isinstance(error, OSError | BrokenLineError)
             _log.error(reason, exc_info=None if expected else error)
-        self.reason = reason
+        self.reason, self.hint = reason, hint

@@ -52,8 +52,15 @@ def read_line(path: Path, seq: int) -> Record:
     )
 
 
+def first_line(path: Path) -> bytes:
+    """Line 1 as it stands in the file, without its newline where its write was cut off; `b""` where there is none."""
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        return file.readline()
+    return b""
+
+
 def iter_lines(path: Path, start: int = 1) -> Iterator[Record]:
-    """The records from line `start` on that are whole now. Raises `BrokenLineError` at one that is not JSON."""
+    """The records from line `start` on that are whole now. Raises `BrokenLineError` at a line that is no record."""
     with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
         line = _seek_line(file, start)
         while line.endswith(b"\n"):
@@ -70,7 +77,7 @@ def tail(
     since_ms: int | None = None,
     types: Collection[str] | None = None,
 ) -> list[Record]:
-    """The last `limit` records that fit, oldest first. Lines that are not JSON are passed over: `verify` names them."""
+    """The last `limit` records that fit, oldest first. What is no record is passed over: `verify` names it."""
     found: list[Record] = []
     with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
         lines = lines_backwards(file.fileno(), end_of_lines(file.fileno(), _size(file)))
@@ -87,15 +94,16 @@ def _fits(
     return (
         (overlay is None or record.get("overlay") == overlay)
         and (ok is None or record.get("ok") is ok)
-        and (since_ms is None or record.get("timestamp_ms", 0) >= since_ms)
-        and (types is None or record.get("type") in types)
+        and (since_ms is None or record["timestamp_ms"] >= since_ms)
+        and (types is None or record["type"] in types)
     )
 
 
 def verify(path: Path, progress: Callable[[int], None] | None = None) -> VerifyReport:
-    """Check every line: its JSON, hash, number, and that it names the line before. Stops at the first that is bad.
+    """Check every line: its JSON, hash, members, number, and that it names the line before.
 
-    `progress` is called with the number of good lines now and then. Raises `NotFoundError` without a ledger.
+    Stops at the first that is bad. `progress` is called with the number of good lines now and then. Raises
+    `NotFoundError` without a ledger.
     """
     seq, prev = 0, GENESIS
     try:

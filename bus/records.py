@@ -31,7 +31,7 @@ GENESIS = "0" * 64
 
 _GIT_TIMEOUT_S = 2
 
-FaultKind = Literal["torn", "json", "hash", "seq", "chain"]
+FaultKind = Literal["torn", "json", "hash", "form", "seq", "chain"]
 
 
 class BrokenLineError(OperatorError):
@@ -53,6 +53,8 @@ _CALL: Mapping[str, Any] = dict.fromkeys((
 ))  # fmt: skip
 _STORED = frozenset({"payload", "result"})
 _HASH_MEMBER = b'"hash":'
+_EVERY: Mapping[str, type] = {"seq": int, "type": str, "timestamp_ms": int, "hash": str}
+_CALL_TYPES = frozenset({"invoke", "denied", "replay"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,12 +123,13 @@ def check(line: bytes, seq: int | None = None, prev: str | None = None) -> Recor
     """The record of a line, as far as asked for in its place. Raises `BrokenLineError`."""
     if not line.endswith(b"\n"):
         raise BrokenLineError("torn", "the last line has no end: its write was cut off")
-    record = parse(line)
+    record = _object(line)
     hash_ = _hash_of(line)
     if hash_ is None or record.get("hash") != hash_:
         raise BrokenLineError("hash", "its bytes do not have the hash that it holds")
-    if type(record.get("seq")) is not int or seq not in (None, record["seq"]):
-        raise BrokenLineError("seq", f"it is line {seq or 'N'} and says seq {record.get('seq')}")
+    _require_form(record)
+    if seq not in (None, record["seq"]):
+        raise BrokenLineError("seq", f"it is line {seq} and says seq {record['seq']}")
     if prev is not None and record.get("prev") != prev:
         raise BrokenLineError("chain", f"prev is {record.get('prev')}, and the line before has the hash {prev}")
     return record
@@ -142,15 +145,42 @@ def _hash_of(line: bytes) -> str | None:
 
 
 def parse(line: bytes) -> Record:
-    record = parse_or_none(line)
-    if record is None:
-        raise BrokenLineError("json", "it is not a JSON object")
+    """The record of a line, its hash not checked; a call's has every member of a call. Raises `BrokenLineError`."""
+    record = _object(line)
+    _require_form(record)
     return record
 
 
 def parse_or_none(line: bytes) -> Record | None:
+    """As `parse`; None where the line is broken."""
+    try:
+        return parse(line)
+    except BrokenLineError:
+        return None
+
+
+def is_foreign(line: bytes) -> bool:
+    """Whether a line is a whole JSON object without `hash`: what another program logged, as an earlier AAL-Core."""
+    try:
+        return line.endswith(b"\n") and "hash" not in _object(line)
+    except BrokenLineError:
+        return False
+
+
+def _object(line: bytes) -> Record:
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError:
-        return None
-    return record if isinstance(record, dict) else None
+        record = None
+    if not isinstance(record, dict):
+        raise BrokenLineError("json", "it is not a JSON object")
+    return record
+
+
+def _require_form(record: Record) -> None:
+    """The members that readers rely on. Raises `BrokenLineError`."""
+    for name, kind in _EVERY.items():
+        if type(record.get(name)) is not kind:
+            raise BrokenLineError("form", f"its member {name} is missing or of the wrong type")
+    if record["type"] in _CALL_TYPES and not record.keys() >= _CALL.keys():
+        raise BrokenLineError("form", f"it lacks {', '.join(sorted(_CALL.keys() - record.keys()))}")

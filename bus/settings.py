@@ -170,7 +170,11 @@ def _from_file(path: Path, faults: list[Fault]) -> dict[str, Any]:
         document = tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: no UTF-8, no TOML, or a number too long to read
         faults.append(Fault(path.name, str(error), "a readable TOML file"))
         return {}
     return {name: value for name, value in document.items() if _is_known(name, name, path.name, faults)}
@@ -200,12 +204,19 @@ def _read(name: str, raw: Any, source: str, faults: list[Fault]) -> Any:  # noqa
     field = next(f for f in dataclasses.fields(Settings) if f.name == name)
     try:
         value = _convert(raw, _TYPES[name])
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError, RuntimeError):  # RuntimeError: ~ of a user that is not there
         value = None
     if value is None or not field.metadata["check"](value):
-        faults.append(Fault(f"{source}: {name}", repr(raw), _allowed(name)))
+        faults.append(Fault(f"{source}: {name}", _shown(raw), _allowed(name)))
         return None
     return value
+
+
+def _shown(raw: Any) -> str:  # noqa: ANN401
+    try:
+        return repr(raw)
+    except ValueError:  # Python spells no more digits than sys.get_int_max_str_digits()
+        return "a number of thousands of digits"
 
 
 def _allowed(name: str) -> str:
@@ -218,6 +229,8 @@ def _allowed(name: str) -> str:
 
 def _convert(raw: Any, kind: type) -> Any:  # noqa: ANN401
     """`raw` as `kind`; a text is parsed, and a TOML value of another type is not bent into shape."""
+    if isinstance(raw, str) and "\0" in raw:  # no path, no name and no address holds one
+        return None
     if choices := get_args(kind):
         return raw if raw in choices else None
     if kind is bool:

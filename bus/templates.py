@@ -40,7 +40,7 @@ def answer(envelope):
     try:
         return {"ok": True, "result": count(envelope["payload"])}
     except ValueError as error:
-        return {"ok": False, "error": str(error), "code": "ERR_BAD_INPUT"}
+        return {"ok": False, "error": str(error), "code": "BAD_INPUT"}
 
 
 if __name__ == "__main__":
@@ -110,12 +110,12 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if self.path != "/count":
-            self.reply(404, {"ok": False, "error": f"nothing at {self.path}", "code": "ERR_NOT_FOUND"})
+            self.reply(404, {"ok": False, "error": f"nothing at {self.path}", "code": "NO_SUCH_PATH"})
             return
         try:
             self.reply(200, {"ok": True, "result": count(json.loads(body)["payload"])})
         except (ValueError, KeyError) as error:
-            self.reply(400, {"ok": False, "error": str(error), "code": "ERR_BAD_INPUT"})
+            self.reply(400, {"ok": False, "error": str(error), "code": "BAD_INPUT"})
 
     def reply(self, status, reply):
         body = json.dumps(reply).encode()

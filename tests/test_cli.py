@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -112,9 +113,16 @@ def test_version_names_the_distribution(aal: Callable[..., Ran]) -> None:
         ["invoke", "echo", "--data", "{"],
         ["invoke", "echo", "--data", "[]"],
         ["invoke", "echo", "--timeout-ms", "0"],
-        ["invoke", "echo", "--profile", ""],
+        ["invoke", "echo", "--seed", "1" * 5000],
+        ["invoke", "echo", "--seed=-" + "1" * 5000],
+        ["invoke", "echo", "--timeout-ms", "1" * 5000],
+        ["invoke", "echo", "--data", '{"n": ' + "1" * 5000 + "}"],
         ["replay"],
         ["replay", "0"],
+        ["replay", "1" * 5000],
+        ["replay", "1-" + "1" * 5000],
+        ["replay", "\u0663"],
+        ["provenance", "show", "1" * 5000],
         ["replay", "9-3"],
         ["replay", "1-"],
         ["replay", "1", "--all"],
@@ -126,13 +134,27 @@ def test_version_names_the_distribution(aal: Callable[..., Ran]) -> None:
         ["serve", "--host", "0.0.0.0"],
         ["-C", "/no/such/folder", "config"],
     ],
-    ids=" ".join,
+    ids=lambda arguments: " ".join(arguments)[:60],
 )
 def test_wrong_usage_exits_with_2_and_says_why(aal: Callable[..., Ran], overlays: Path, arguments: list[str]) -> None:
     ran = aal(*arguments)
     assert (ran.code, ran.out) == (Exit.USAGE, "")
     assert ran.err
     assert not overlays.with_name("logs").exists() or not provenance.tail(overlays.parent / LEDGER, 1)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--profile", ""], ["--seed", "1" * 20], ["--timeout-ms", "1" * 400], ["n=" + "1" * 20], ["--seed", "x" * 300]],
+    ids=lambda arguments: " ".join(arguments)[:60],
+)
+def test_a_call_that_is_no_request_exits_with_2_and_leaves_its_line(
+    aal: Callable[..., Ran], overlays: Path, tmp_path: Path, arguments: list[str]
+) -> None:
+    ran = aal("invoke", "echo", *arguments)
+    assert (ran.code, ran.err.startswith("ERR_BAD_")) == (Exit.USAGE, True)
+    assert re.fullmatch(r"echo ERR_BAD_\w+ [0-9.]+ ms, line 1 \w+\n", ran.out)
+    assert provenance.read_line(tmp_path / LEDGER, 1)["ok"] is False
 
 
 def test_a_bad_setting_stops_every_command_with_2(aal: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,6 +233,15 @@ def test_data_comes_from_an_argument_a_file_or_stdin_and_members_win(
     assert payload("--data", f"@{file}", "b=x") == {"a": 1, "b": "x"}
     assert payload("--data", "-", stdin='{"a": "ü"}') == {"a": "ü"}
     assert payload(f"text=@{file}") == {"text": '{"a": 1, "b": 2}'}
+
+
+@pytest.mark.parametrize(
+    ("given", "seed"), [("7", 7), ("-5", -5), ("--5", "--5"), ("-", "-"), ("\u0663", "\u0663"), ("5-", "5-"), ("", "")]
+)
+def test_a_seed_is_a_whole_number_where_it_is_one_and_text_where_not(
+    aal: Callable[..., Ran], overlays: Path, given: str, seed: str | int
+) -> None:
+    assert aal("invoke", "echo", f"--seed={given}", "--json").json["result"]["seed"] == seed
 
 
 def test_options_reach_the_call(aal: Callable[..., Ran], overlays: Path) -> None:
@@ -345,6 +376,14 @@ def test_a_new_service_is_callable_through_the_bus(aal: Callable[..., Ran], tmp_
         assert aal("invoke", "counter", "text=two words", "--json").json["result"] == {"words": 2, "characters": 9}
 
 
+@pytest.mark.parametrize("kind", ["proc", "http"])
+def test_a_new_overlays_own_codes_look_like_none_of_the_bus(kind: templates.Kind) -> None:
+    programs = "".join(templates.overlay_files("mine", kind, 8101).values())
+    codes = re.findall(r'"code": "(\w+)"', programs)
+    assert codes
+    assert all(re.fullmatch("[A-Z][A-Z0-9_]{0,63}", code) and not code.startswith("ERR_") for code in codes)
+
+
 def test_new_writes_elsewhere_if_told(aal: Callable[..., Ran], tmp_path: Path) -> None:
     assert aal("overlays", "new", "counter", "--dir", str(tmp_path / "drafts")).code == Exit.OK
     assert (tmp_path / "drafts/counter/src/run.py").exists()
@@ -389,6 +428,53 @@ def test_tail_shows_people_one_row_a_line(aal: Callable[..., Ran], ledger: Path)
 
 def test_tail_of_no_ledger_is_empty(aal: Callable[..., Ran]) -> None:
     assert aal("provenance", "tail", "--json") == (Exit.OK, "", "")
+
+
+STRANGE = [
+    {},
+    {"seq": 1, "type": "invoke", "timestamp_ms": 1},
+    {"seq": 5, "type": "invoke", "timestamp_ms": "today", "hash": "x"},
+]
+
+
+@pytest.mark.parametrize("line", STRANGE)
+def test_a_line_that_is_no_record_is_left_out_of_the_tail_and_ends_a_replay_with_4(
+    aal: Callable[..., Ran], ledger: Path, line: dict[str, Any]
+) -> None:
+    with ledger.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    assert [row.split()[0] for row in aal("provenance", "tail").out.splitlines()] == ["seq", "1", "2", "3", "4"]
+    for arguments in (["--all"], ["5"], ["1-5"]):
+        ran = aal("replay", *arguments)
+        assert (ran.code, ran.err.startswith("ERR_LEDGER_BROKEN")) == (Exit.LEDGER_BROKEN, True)
+    assert aal("provenance", "verify").code == Exit.LEDGER_BROKEN
+
+
+def test_tail_shows_a_line_whose_members_are_not_what_they_should_be(aal: Callable[..., Ran], ledger: Path) -> None:
+    record = json.loads(ledger.read_text().splitlines()[0])
+    record |= {"seq": 5, "timestamp_ms": 10**15, "overlay": 5, "capability": ["x"], "code": {"a": 1}, "phase": 1.5}
+    with ledger.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    assert aal("provenance", "tail", "-n", "1").out.splitlines()[1].split()[:4] == [
+        "5",
+        f"{10**15}",
+        "invoke",
+        "5.['x']",
+    ]
+
+
+def test_the_log_of_another_program_is_kept_and_the_doctor_says_so_before(
+    aal: Callable[..., Ran], overlays: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / LEDGER
+    log.parent.mkdir()
+    log.write_text('{"request_id": "old", "ok": true}\n')
+    findings = {finding["name"]: finding for finding in aal("doctor", "--json").json["findings"]}
+    assert (findings["ledger"]["mark"], "another program" in findings["ledger"]["found"]) == ("warn", True)
+    assert aal("provenance", "verify").code == Exit.LEDGER_BROKEN
+    assert aal("invoke", "fixed").code == Exit.OK
+    assert aal("provenance", "verify").code == Exit.OK
+    assert log.with_name("provenance.jsonl.before-1").read_text() == '{"request_id": "old", "ok": true}\n'
 
 
 def test_show_gives_one_line(aal: Callable[..., Ran], ledger: Path) -> None:

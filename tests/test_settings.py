@@ -74,6 +74,31 @@ def test_a_value_that_cannot_be_stops_the_start_and_says_what_is_allowed(name: s
     assert refusal.value.code == "ERR_SETTING"
 
 
+@pytest.mark.parametrize("name", ["port", "timeout_s", "dev_log_payload", "host"])
+def test_a_number_too_long_to_spell_is_refused_like_any_other(name: str, tmp_path: Path) -> None:
+    (tmp_path / "aal.toml").write_text(f"{name} = 0x1{'0' * 5000}\n")
+    with pytest.raises(SettingError, match="thousands of digits"):
+        load(tmp_path, {})
+
+
+@pytest.mark.parametrize("name", ["port", "timeout_s", "slots"])
+def test_a_text_of_too_many_digits_is_refused_like_any_other(name: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match=f"environment: {name}"):
+        load(tmp_path, {f"AAL_{name.upper()}": "1" * 5000})
+
+
+@pytest.mark.parametrize("name", ["host", "overlays", "logs", "state", "pass_env"])
+def test_a_text_that_holds_a_nul_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "aal.toml").write_text(f'{name} = "a\\u0000b"\n')
+    with pytest.raises(SettingError, match=f"aal.toml: {name}: found 'a"):
+        load(tmp_path, {})
+
+
+def test_the_home_of_a_user_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="environment: logs: found '~no-such-user-here/logs'"):
+        load(tmp_path, {"AAL_LOGS": "~no-such-user-here/logs"})
+
+
 def test_every_setting_has_examples_here_and_is_in_the_table() -> None:
     names = [field.name for field in dataclasses.fields(Settings)]
     assert list(EXAMPLES) == names == [row.name for row in table()]
@@ -116,7 +141,16 @@ def test_every_fault_of_every_source_is_told_at_once(tmp_path: Path) -> None:
     assert all(fault.path in refusal.value.detail for fault in refusal.value.faults)
 
 
-@pytest.mark.parametrize("text", [b"port = ", b"\xff\xfe", b"port = 1\nport = 2"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"port = ",
+        b"\xff\xfe",
+        b"port = 1\nport = 2",
+        b"port = " + 5000 * b"1",
+        pytest.param(b"port = " + 5000 * b"[", id="deep"),
+    ],
+)
 def test_a_file_that_is_no_toml_stops_the_start(text: bytes, tmp_path: Path) -> None:
     (tmp_path / "aal.toml").write_bytes(text)
     with pytest.raises(SettingError, match=r"aal\.toml: found .*allowed: a readable TOML file"):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import socket
@@ -316,7 +318,7 @@ def test_echo_gives_the_payload_back_in_every_phase(phase: str) -> None:
 def test_a_bad_payload_is_answered_with_a_sentence(payload: dict[str, Any], words: str) -> None:
     reply = ask("abraxas", payload)
     assert reply["ok"] is False
-    assert reply["code"] == "ERR_BAD_INPUT"
+    assert reply["code"] == "BAD_INPUT"
     assert words in reply["error"]
 
 
@@ -325,7 +327,7 @@ def test_a_bad_payload_is_answered_with_a_sentence(payload: dict[str, Any], word
 )
 def test_a_bad_memory_block_is_answered_with_its_name(memory: dict[str, Any]) -> None:
     reply = ask("abraxas", {"prompt": "a"}, memory=memory)
-    assert reply["code"] == "ERR_BAD_INPUT"
+    assert reply["code"] == "BAD_INPUT"
     assert f"memory.{next(iter(memory))}" in reply["error"]
 
 
@@ -340,7 +342,7 @@ def test_a_malformed_envelope_is_exit_2_with_a_reply(overlay: str, stdin: bytes)
     done = run_raw(overlay, stdin)
     reply = json.loads(done.stdout)
     assert (done.returncode, done.stderr) == (2, b"")
-    assert (reply["ok"], reply["code"]) == (False, "ERR_BAD_ENVELOPE")
+    assert (reply["ok"], reply["code"]) == (False, "BAD_ENVELOPE")
 
 
 # abraxas_exec
@@ -365,7 +367,7 @@ def test_word_count_is_what_wc_says() -> None:
 def test_word_count_without_wc_says_so(tmp_path: Path) -> None:
     done = run_raw("abraxas_exec", envelope({"op": "word_count", "text": "a"}, "ASCEND"), PATH=str(tmp_path))
     reply = json.loads(done.stdout)
-    assert (done.returncode, reply["ok"], reply["code"]) == (0, False, "ERR_PROGRAM")
+    assert (done.returncode, reply["ok"], reply["code"]) == (0, False, "PROGRAM_FAILED")
     assert "wc" in reply["error"]
 
 
@@ -391,7 +393,7 @@ def test_other_phases_sum_the_payload_up_and_perform_nothing(phase: str) -> None
 
 @pytest.mark.parametrize("payload", [{}, {"op": "rm"}, {"op": 1}, {"op": "hash"}, {"op": "hash", "text": "\ud800"}])
 def test_ascend_with_a_bad_payload_is_answered_with_a_code(payload: dict[str, Any]) -> None:
-    assert ask("abraxas_exec", payload, "ASCEND")["code"] == "ERR_BAD_INPUT"
+    assert ask("abraxas_exec", payload, "ASCEND")["code"] == "BAD_INPUT"
 
 
 # psyfi
@@ -558,7 +560,7 @@ def test_degradation_takes_fewer_members_and_leaves_extras_out(psyfi: Service) -
 )
 def test_a_bad_body_is_answered_with_a_sentence(psyfi: Service, status: int, body: bytes, words: str) -> None:
     answered, reply = psyfi.call("POST", "/run", body)
-    assert (answered, reply["ok"], reply["code"]) == (status, False, "ERR_BAD_INPUT")
+    assert (answered, reply["ok"], reply["code"]) == (status, False, "BAD_INPUT")
     assert words in reply["error"]
 
 
@@ -583,6 +585,44 @@ def test_a_request_left_half_sent_does_not_keep_others_waiting(psyfi: Service) -
     with socket.create_connection((psyfi.connection.host, psyfi.connection.port), DEADLINE_S) as raw:
         raw.sendall(b"POST /run HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{")
         assert psyfi.call("GET", "/health")[0] == 200
+
+
+def test_the_request_in_hand_is_answered_before_the_service_ends() -> None:
+    process = start_service("--port", "0")
+    address = address_of(process)
+    body = envelope({"simulation_type": "quantum_coherence", "parameters": {"members": 2}})
+    with socket.create_connection(address, DEADLINE_S) as raw:
+        raw.sendall(b"POST /run HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(body))
+        assert raw.recv(4096).startswith(b"HTTP/1.1 100 ")  # so the service has the request in hand
+        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(ConnectionError):
+            while True:
+                socket.create_connection(address, DEADLINE_S).close()
+        raw.sendall(body)
+        answer = b"".join(iter(lambda: raw.recv(4096), b""))
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert b"\r\nConnection: close\r\n" in answer
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["ok"] is True
+    assert process.communicate(timeout=DEADLINE_S)[1] == ""
+    assert process.returncode == 0
+
+
+def test_a_second_signal_ends_the_service_at_once() -> None:
+    process = start_service("--port", "0")
+    address = address_of(process)
+    with socket.create_connection(address, DEADLINE_S) as raw:
+        raw.sendall(b"POST /run HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 9\r\n\r\n")
+        assert raw.recv(4096).startswith(b"HTTP/1.1 100 ")
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(ConnectionError):
+            while True:
+                socket.create_connection(address, DEADLINE_S).close()
+        assert stop_service(process, signal.SIGINT) == (-signal.SIGINT, "")
+
+
+def test_no_code_of_a_shipped_overlay_looks_like_one_of_the_bus() -> None:
+    for source in OVERLAYS.rglob("*.py"):
+        assert re.findall(r"\bERR_[A-Z_]+", source.read_text("utf-8")) == [], source
 
 
 def test_a_port_in_use_is_said_and_ends_the_service(psyfi: Service) -> None:

@@ -4,7 +4,8 @@
 
 POST /run takes the bus's envelope or a bare {"simulation_type", "parameters", "seed"}; GET /health tells that it is up.
 Every answer is {"ok": true, "result"} or {"ok": false, "error", "code"}: 400 for what is not a request, 422 for a
-parameter that cannot be. Port 0 takes a free one; the first line printed is the address. SIGTERM and SIGINT end it.
+parameter that cannot be. Port 0 takes a free one; the first line printed is the address. SIGTERM and SIGINT end it
+once the requests in hand are answered; a second one ends it at once.
 """
 
 from __future__ import annotations
@@ -22,9 +23,12 @@ from functools import cache
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from socketserver import ThreadingTCPServer
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from coherence import BadParameter, Parameters, read_parameters, simulate
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 DEFAULT_PORT = 8787
 DEFAULT_SEED = "0"
@@ -34,6 +38,9 @@ IDLE_S = 75
 
 STOP_POLL_S = 0.1
 """How often the service looks whether it shall end."""
+
+DRAIN_S = 30
+"""How long the requests in hand may take once the service shall end."""
 
 LENGTH = re.compile("[0-9]{1,18}")
 ROUTES = {"/run": "POST", "/health": "GET"}
@@ -49,11 +56,11 @@ class HttpError(Exception):
 
 
 def bad_request(message: str) -> HttpError:
-    return HttpError(400, "ERR_BAD_INPUT", message)
+    return HttpError(400, "BAD_INPUT", message)
 
 
 def unprocessable(message: str) -> HttpError:
-    return HttpError(422, "ERR_BAD_INPUT", message)
+    return HttpError(422, "BAD_INPUT", message)
 
 
 def run(body: bytes) -> dict[str, Any]:
@@ -135,6 +142,7 @@ def version() -> str:
 class Handler(BaseHTTPRequestHandler):
     """One connection, kept open between requests."""
 
+    server: Server
     protocol_version = "HTTP/1.1"
     server_version = "psyfi"
     timeout = IDLE_S
@@ -142,7 +150,7 @@ class Handler(BaseHTTPRequestHandler):
     wbufsize = -1  # headers and body leave in one write
 
     error_content_type = "application/json"
-    error_message_format = '{"ok":false,"error":"%(code)d: %(explain)s","code":"ERR_BAD_INPUT"}'
+    error_message_format = '{"ok":false,"error":"%(code)d: %(explain)s","code":"BAD_INPUT"}'
 
     def handle(self) -> None:
         with contextlib.suppress(ConnectionError):  # a caller that went away is no fault of the service
@@ -150,36 +158,45 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         """Serve one request of any method."""
-        try:
-            status, reply = 200, {"ok": True, "result": self.result()}
-        except HttpError as error:
-            status, reply = error.status, {"ok": False, "error": str(error), "code": error.code, "retryable": False}
-        self.send(status, reply)
+        with self.server.request_in_hand():
+            try:
+                status, reply = 200, {"ok": True, "result": self.result()}
+            except HttpError as error:
+                status, reply = error.status, {"ok": False, "error": str(error), "code": error.code, "retryable": False}
+            self.send(status, reply)
+            self.wfile.flush()
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = answer  # noqa: N815
+
+    def handle_expect_100(self) -> bool:
+        """Tell a caller that waits for it to send its body, at once and not with the answer."""
+        goes_on = super().handle_expect_100()
+        self.wfile.flush()
+        return goes_on
 
     def result(self) -> dict[str, Any]:
         body = self.body()  # read first: what stays unread would be taken for the next request
         path = self.path.partition("?")[0]
         method = ROUTES.get(path)
         if method is None:
-            raise HttpError(404, "ERR_NOT_FOUND", f"there is nothing at {path}; known: {', '.join(ROUTES)}")
+            raise HttpError(404, "NO_SUCH_PATH", f"there is nothing at {path}; known: {', '.join(ROUTES)}")
         if self.command != method:
-            raise HttpError(405, "ERR_METHOD", f"{path} takes {method}")
+            raise HttpError(405, "WRONG_METHOD", f"{path} takes {method}")
         return run(body) if path == "/run" else health()
 
     def body(self) -> bytes:
         length = self.headers.get("Content-Length", "0")
         if "Transfer-Encoding" in self.headers or not LENGTH.fullmatch(length):
             self.close_connection = True
-            raise HttpError(411, "ERR_BAD_INPUT", "send the body's length in Content-Length")
+            raise HttpError(411, "BAD_INPUT", "send the body's length in Content-Length")
         if int(length) > MAX_BODY_BYTES:
             self.close_connection = True
-            raise HttpError(413, "ERR_BAD_INPUT", f"the body has {length} bytes; allowed: {MAX_BODY_BYTES}")
+            raise HttpError(413, "BAD_INPUT", f"the body has {length} bytes; allowed: {MAX_BODY_BYTES}")
         return self.rfile.read(int(length))
 
     def send(self, status: int, reply: dict[str, Any]) -> None:
         body = json.dumps(reply, sort_keys=True, separators=(",", ":")).encode()
+        self.close_connection = self.close_connection or self.server.is_ending
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
@@ -203,13 +220,39 @@ class Server(ThreadingTCPServer):
     block_on_close = False
     request_queue_size = 128
 
+    def __init__(self, host: str, port: int) -> None:
+        super().__init__((host, port), Handler)
+        self.is_ending = False
+        self._in_hand = 0
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def request_in_hand(self) -> Iterator[None]:
+        with self._changed:
+            self._in_hand += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._in_hand -= 1
+                self._changed.notify_all()
+
+    def end(self) -> None:
+        """Take no more connections, and wait `DRAIN_S` at most for the requests in hand."""
+        self.is_ending = True
+        self.shutdown()
+        self.server_close()
+        with self._changed:
+            self._changed.wait_for(lambda: self._in_hand == 0, DRAIN_S)
+
 
 def serve(host: str, port: int) -> int:
     """Serve until SIGTERM or SIGINT. Returns the exit status."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # where it ends the service at once, without a traceback
     stop = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, stop)  # before the first thread, so that all of them leave it to sigwait
     try:
-        server = Server((host, port), Handler)
+        server = Server(host, port)
     except OSError as error:
         sys.stderr.write(f"psyfi cannot listen on {host}:{port}: {error.strerror or error}\n")
         return 1
@@ -217,7 +260,8 @@ def serve(host: str, port: int) -> int:
         threading.Thread(target=server.serve_forever, args=(STOP_POLL_S,), daemon=True).start()
         print(f"psyfi listens on http://{host}:{server.server_address[1]}", flush=True)
         signal.sigwait(stop)
-        server.shutdown()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, stop)
+        server.end()
     return 0
 
 

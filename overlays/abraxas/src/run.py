@@ -44,12 +44,12 @@ def main() -> int:
         write(failure(refusal))
     except UnicodeEncodeError as error:
         message = f"the payload holds a lone surrogate (character {error.start} of a text); send whole characters"
-        write(failure(Refusal("ERR_BAD_INPUT", message)))
+        write(failure(Refusal("BAD_INPUT", message)))
     return 0
 
 
 def read_envelope(raw: bytes) -> dict[str, Any]:
-    """The envelope as an object with a known `phase` and a `payload`. Raises `Refusal` with ERR_BAD_ENVELOPE."""
+    """The envelope as an object with a known `phase` and a `payload`. Raises `Refusal` with BAD_ENVELOPE."""
     try:
         envelope = json.loads(raw, parse_constant=not_json)
     except (ValueError, RecursionError) as error:
@@ -70,15 +70,15 @@ def not_json(name: str) -> NoReturn:
 
 
 def bad_envelope(message: str) -> Refusal:
-    return Refusal("ERR_BAD_ENVELOPE", message)
+    return Refusal("BAD_ENVELOPE", message)
 
 
 def bad_input(message: str) -> Refusal:
-    return Refusal("ERR_BAD_INPUT", message)
+    return Refusal("BAD_INPUT", message)
 
 
 def perform(envelope: dict[str, Any]) -> dict[str, Any]:
-    """The result of the payload's `op`, or the analysis. Raises `Refusal` with ERR_BAD_INPUT."""
+    """The result of the payload's `op`, or the analysis. Raises `Refusal` with BAD_INPUT."""
     payload = envelope["payload"]
     op = payload.get("op")
     if op is None:

@@ -38,23 +38,23 @@ def main() -> int:
         write({"ok": True, "result": answer(phase, payload)})
     except Refusal as refusal:
         write({"ok": False, "error": str(refusal), "code": refusal.code, "retryable": False})
-        return 2 if refusal.code == "ERR_BAD_ENVELOPE" else 0
+        return 2 if refusal.code == "BAD_ENVELOPE" else 0
     except UnicodeEncodeError:
-        write({"ok": False, "error": "the payload holds a lone surrogate", "code": "ERR_BAD_INPUT", "retryable": False})
+        write({"ok": False, "error": "the payload holds a lone surrogate", "code": "BAD_INPUT", "retryable": False})
     return 0
 
 
 def read_envelope(raw: bytes) -> tuple[str, dict[str, Any]]:
-    """The phase and the payload. Raises `Refusal` with ERR_BAD_ENVELOPE."""
+    """The phase and the payload. Raises `Refusal` with BAD_ENVELOPE."""
     try:
         envelope = json.loads(raw, parse_constant=not_json)
     except (ValueError, RecursionError) as error:
-        raise Refusal("ERR_BAD_ENVELOPE", f"stdin is not JSON: {error}") from None
+        raise Refusal("BAD_ENVELOPE", f"stdin is not JSON: {error}") from None
     if not isinstance(envelope, dict) or envelope.get("phase") not in PHASES:
-        raise Refusal("ERR_BAD_ENVELOPE", f"stdin must hold one object whose phase is one of {', '.join(PHASES)}")
+        raise Refusal("BAD_ENVELOPE", f"stdin must hold one object whose phase is one of {', '.join(PHASES)}")
     payload = envelope.get("payload")
     if not isinstance(payload, dict):
-        raise Refusal("ERR_BAD_ENVELOPE", "payload must be an object")
+        raise Refusal("BAD_ENVELOPE", "payload must be an object")
     return envelope["phase"], payload
 
 
@@ -76,13 +76,13 @@ def answer(phase: str, payload: dict[str, Any]) -> dict[str, Any]:
 def operation_of(payload: dict[str, Any]) -> str | None:
     operation = payload.get("op", payload.get("operation"))
     if operation is not None and (not isinstance(operation, str) or operation not in OPS):
-        raise Refusal("ERR_BAD_INPUT", f"op is {json.dumps(operation)}; known: {', '.join(sorted(OPS))}")
+        raise Refusal("BAD_INPUT", f"op is {json.dumps(operation)}; known: {', '.join(sorted(OPS))}")
     return operation
 
 
 def ascend(operation: str | None, payload: dict[str, Any]) -> dict[str, Any]:
     if operation is None:
-        raise Refusal("ERR_BAD_INPUT", f"ASCEND performs an op; name one of {', '.join(sorted(OPS))}")
+        raise Refusal("BAD_INPUT", f"ASCEND performs an op; name one of {', '.join(sorted(OPS))}")
     return {"status": "ascended", "operation": operation, "output": OPS[operation](payload), "exec_performed": True}
 
 
@@ -102,7 +102,7 @@ def summary(payload: dict[str, Any]) -> dict[str, Any]:
 def text_of(payload: dict[str, Any]) -> str:
     text = payload.get("text")
     if not isinstance(text, str):
-        raise Refusal("ERR_BAD_INPUT", "the payload needs a text, a string")
+        raise Refusal("BAD_INPUT", "the payload needs a text, a string")
     return text
 
 
@@ -124,12 +124,12 @@ def compact_op(payload: dict[str, Any]) -> dict[str, Any]:
 
 
 def word_count_op(payload: dict[str, Any]) -> dict[str, Any]:
-    """Lines, words and bytes of `text` as wc counts them in the C locale. Raises `Refusal` with ERR_PROGRAM."""
+    """Lines, words and bytes of `text` as wc counts them in the C locale. Raises `Refusal` with PROGRAM_FAILED."""
     content, env = text_of(payload).encode(), {**os.environ, "LC_ALL": "C"}
     try:
         done = subprocess.run(WC, input=content, env=env, capture_output=True, check=True, timeout=WC_TIMEOUT_S)
     except (OSError, subprocess.SubprocessError) as error:
-        raise Refusal("ERR_PROGRAM", f"wc could not do it: {error}") from None
+        raise Refusal("PROGRAM_FAILED", f"wc could not do it: {error}") from None
     lines, words, size = map(int, done.stdout.split())
     return {"program": list(WC), "lines": lines, "words": words, "bytes": size}
 
