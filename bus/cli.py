@@ -24,9 +24,11 @@ from bus.console import (
     make_app,
     mark,
     out,
+    prepare_streams,
     print_json,
     print_pretty,
     print_table,
+    printable,
     say,
     workplace,
 )
@@ -58,6 +60,7 @@ app.add_typer(cli_ledger.app, name="provenance")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The entry point of `aal`. Ends by `SystemExit`."""
+    prepare_streams()
     app(args=arguments, prog_name="aal")
 
 
@@ -75,7 +78,10 @@ def _before(
 ) -> None:
     if not folder.is_dir():
         raise typer.BadParameter(f"there is no folder {folder}", param_hint="-C")
-    ctx.obj = Workplace(folder.absolute())
+    try:
+        ctx.obj = Workplace(folder.absolute())
+    except FileNotFoundError:
+        raise typer.BadParameter("the current folder has been removed", param_hint="-C") from None
 
 
 # --- aal serve ---------------------------------------------------------------------------------------------------
@@ -147,7 +153,7 @@ def invoke(
     request: dict[str, Any] = {"phase": phase.value, "data": _payload(data, members or ())}
     options = {"profile": profile, "seed": _seed(seed), "timeout_ms": timeout_ms}
     request |= {name: value for name, value in options.items() if value is not None}
-    overlay, _, capability = target.partition(".")
+    overlay, _, capability = _utf_8(target).partition(".")
     settings = workplace(ctx).settings()
     with LocalBus(settings) as bus:
         answer = bus.invoke(request, overlay, capability or None)
@@ -159,6 +165,14 @@ def invoke(
         cli_ledger.print_line(read_line(settings.ledger, answer.record["seq"]))
     if not answer.ok:
         raise typer.Exit(Exit.USAGE if answer.status == _BAD_REQUEST else Exit.FAILED)
+
+
+def _utf_8(target: str) -> str:
+    try:
+        target.encode()
+    except UnicodeEncodeError:
+        raise typer.BadParameter(f"{printable(target)} is not UTF-8", param_hint="OVERLAY[.CAPABILITY]") from None
+    return target
 
 
 def _payload(data: str | None, members: Sequence[str]) -> dict[str, Any]:
@@ -323,7 +337,7 @@ def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Made where 
         raise OperatorError("ERR_FILES", f"cannot lay out {folder}: {error}") from None
     say(f"made {folder} with the overlay {EXAMPLE}", "green")
     for command in (f"cd {folder}", f"aal invoke {EXAMPLE} prompt='Hello, bus.'", "aal serve"):
-        out().print(f"  {command}", soft_wrap=True)
+        out().print(f"  {printable(command)}", soft_wrap=True)
 
 
 if __name__ == "__main__":

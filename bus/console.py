@@ -5,10 +5,12 @@ code, detail and hint, or with `--json` the body that the HTTP side would answer
 """
 
 import enum
+import io
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -43,7 +45,7 @@ class Exit(enum.IntEnum):
 class Workplace:
     """What the options before the command say, and whether this command speaks JSON."""
 
-    folder: Path = field(default_factory=Path.cwd)
+    folder: Path = Path()
     as_json: bool = False
 
     def settings(self, **overrides: Any) -> Settings:  # noqa: ANN401
@@ -101,6 +103,19 @@ def exit_code(error: BusError) -> Exit:
     if isinstance(error, ReplayError):
         return Exit.NOT_REPLAYABLE
     return Exit.USAGE if isinstance(error, SettingError | RequestError) else Exit.FAILED
+
+
+def prepare_streams() -> None:
+    """Output in UTF-8 whatever the locale, since JSON is; the null device for a stream that our caller has closed.
+
+    Otherwise the next file that is opened would be fd 1, and what is printed would go there.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115  # for good
+        elif isinstance(stream, io.TextIOWrapper) and mode == "w":
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 def out() -> Console:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 PREFIX = "AAL_"
 FILE = "aal.toml"
+_NAME_MAX = 255
 
 
 def _setting(default: Any, help: str, check: Callable[[Any], bool] = lambda _: True, allowed: str = "") -> Any:  # noqa: A002, ANN401
@@ -237,7 +238,12 @@ def _convert(raw: Any, kind: type) -> Any:  # noqa: ANN401
         text = str(raw).lower()
         return True if text in _TRUE else False if text in _FALSE else None
     if kind is Path:
-        return Path(raw).expanduser() if raw else None
+        return _path(Path(raw).expanduser()) if raw else None
     if isinstance(raw, bool) or (kind is str and not isinstance(raw, str)) or (kind is int and isinstance(raw, float)):
         return None
     return kind(raw)
+
+
+def _path(path: Path) -> Path | None:
+    """None where a name in it is longer than any file system of Linux takes."""
+    return path if all(len(os.fsencode(name)) <= _NAME_MAX for name in path.parts) else None

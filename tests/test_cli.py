@@ -113,6 +113,8 @@ def test_version_names_the_distribution(aal: Callable[..., Ran]) -> None:
         ["invoke", "echo", "--data", "{"],
         ["invoke", "echo", "--data", "[]"],
         ["invoke", "echo", "--timeout-ms", "0"],
+        ["invoke", "\udcff"],
+        ["invoke", "echo.\udcff"],
         ["invoke", "echo", "--seed", "1" * 5000],
         ["invoke", "echo", "--seed=-" + "1" * 5000],
         ["invoke", "echo", "--timeout-ms", "1" * 5000],
@@ -155,6 +157,31 @@ def test_a_call_that_is_no_request_exits_with_2_and_leaves_its_line(
     assert (ran.code, ran.err.startswith("ERR_BAD_")) == (Exit.USAGE, True)
     assert re.fullmatch(r"echo ERR_BAD_\w+ [0-9.]+ ms, line 1 \w+\n", ran.out)
     assert provenance.read_line(tmp_path / LEDGER, 1)["ok"] is False
+
+
+def run_in_shell(script: str, folder: Path, **env: str) -> subprocess.CompletedProcess[bytes]:
+    command = ["sh", "-c", script.replace("AAL", f"{sys.executable} -m bus.cli")]
+    env = {**os.environ, "PYTHONPATH": str(REPO), **env}
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, timeout=PATIENCE_S, check=False)
+
+
+def test_a_folder_that_is_gone_is_told(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    ran = run_in_shell('rmdir "$PWD"; AAL config', tmp_path / "gone")
+    assert (ran.returncode, b"has been removed" in ran.stderr) == (Exit.USAGE, True)
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_may_be_closed(overlays: Path, tmp_path: Path, closed: str) -> None:
+    ran = run_in_shell(f"AAL invoke fixed {closed}", tmp_path)
+    assert (ran.returncode, ran.stderr) == (Exit.OK, b"")
+    assert provenance.verify(tmp_path / LEDGER).ok
+
+
+def test_output_is_utf_8_whatever_the_locale(overlays: Path, tmp_path: Path) -> None:
+    ran = run_in_shell("AAL invoke echo a=\u20ac --json", tmp_path, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert (ran.returncode, ran.stderr) == (Exit.OK, b"")
+    assert "\u20ac" in json.loads(ran.stdout)["result"]["payload"].values()
 
 
 def test_a_bad_setting_stops_every_command_with_2(aal: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -739,6 +766,12 @@ def test_init_writes_every_setting_as_a_comment_that_holds_the_default(tmp_path:
 
 def paths_in(folder: Path) -> dict[str, Path]:
     return {row.name: folder / row.default for row in table() if isinstance(row.default, Path)}
+
+
+def test_init_makes_a_folder_whose_name_is_not_utf_8(tmp_path: Path, aal: Callable[..., Ran]) -> None:
+    ran = aal("init", f"{tmp_path}/\udcff")
+    assert (ran.code, "\\udcff" in ran.out) == (Exit.OK, True)
+    assert (tmp_path / "\udcff" / "aal.toml").is_file()
 
 
 def test_init_keeps_what_is_there(aal: Callable[..., Ran], tmp_path: Path) -> None:

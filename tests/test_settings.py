@@ -94,6 +94,12 @@ def test_a_text_that_holds_a_nul_is_refused(name: str, tmp_path: Path) -> None:
         load(tmp_path, {})
 
 
+def test_a_path_with_a_name_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
+    assert load(tmp_path, {"AAL_LOGS": "x/" + "y" * 255}).logs.name == "y" * 255
+    with pytest.raises(SettingError, match="environment: logs"):
+        load(tmp_path, {"AAL_LOGS": "x/" + "\u00e4" * 128})
+
+
 def test_the_home_of_a_user_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="environment: logs: found '~no-such-user-here/logs'"):
         load(tmp_path, {"AAL_LOGS": "~no-such-user-here/logs"})
