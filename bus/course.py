@@ -71,8 +71,8 @@ class Course:
             call.request_id,
             call.timestamp_ms,
             call.received,
-            call.overlay[:_NAME_LIMIT],
-            call.capability and call.capability[:_NAME_LIMIT],
+            _name(call.overlay),
+            call.capability and _name(call.capability),
             call,
             payload_hash=sha256_hex(call.payload_json),
         )
@@ -80,8 +80,7 @@ class Course:
     @classmethod
     def of_request(cls, overlay: str, capability: str | None) -> Self:
         """Of a request that could not be read."""
-        shown = capability and capability[:_NAME_LIMIT]
-        return cls(new_request_id(), now_ms(), time.monotonic(), overlay[:_NAME_LIMIT], shown)
+        return cls(new_request_id(), now_ms(), time.monotonic(), _name(overlay), capability and _name(capability))
 
     def keep_result(self, result_json: bytes | None) -> None:
         """The canonical bytes of what the overlay answered, None where it answered nothing that has them."""
@@ -221,6 +220,11 @@ class Course:
 
     def _duration_ms(self) -> float:
         return figure((time.monotonic() - self.received) * 1000)
+
+
+def _name(name: str) -> str:
+    """What a caller called for, which may be no name at all, as a line can hold it."""
+    return (_text(name) or "")[:_NAME_LIMIT]
 
 
 def _text(text: str | None) -> str | None:

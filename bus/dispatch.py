@@ -19,8 +19,8 @@ import orjson
 from bus import envelopes, policy, runes, schemas
 from bus.canonical import figure
 from bus.course import Course
-from bus.errors import BusError, OperatorError, OverloadError
-from bus.ledger import RETRY_S, Ledger, LedgerError
+from bus.errors import BusError, OperatorError
+from bus.ledger import Ledger, LedgerError
 from bus.model import Told, now_ms
 from bus.overlays import Registry
 from bus.plugins import Plugins
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from jsonschema import Draft202012Validator
 
     from bus.course import Answer
-    from bus.model import Capability, Invocation, Manifest
+    from bus.ledger import Receipt
+    from bus.model import Capability, Invocation, Manifest, Record
     from bus.overlays import Resolved
     from bus.runes import MemoryProfile
     from bus.settings import Settings
@@ -173,8 +174,7 @@ class Bus:
     def _require_ledger(self) -> None:
         """What cannot be written down does not start. The refusal's own line is the next try to write."""
         if not self.ledger.healthy:
-            reason = self.ledger.reason or "the ledger is not open"
-            raise OverloadError("ERR_LEDGER", reason, retry_after_s=RETRY_S)
+            raise LedgerError(self.ledger.reason or "the ledger is not open", self.ledger.hint)
 
     async def _admit_and_run(self, course: Course, call: Invocation, resolved: Resolved, rights: Rights) -> Outcome:
         """Wait for room, then run. Waiting counts against the deadline, which a caller may only bring nearer."""
@@ -255,18 +255,33 @@ class Bus:
 
     async def _finish(self, course: Course, outcome: Outcome) -> Answer:
         """Write the line, tell the plugins, and only then answer."""
-        record = course.record(outcome, self.environment_hash, with_payload=stores_payload(self.settings))
         try:
-            receipt = await self.ledger.append(record)
+            try:
+                record, written = self._submit(course, outcome)
+            except ValueError as error:
+                log.exception("the outcome of call %s cannot be written", course.request_id)
+                outcome = course.refuse(BusError("ERR_INTERNAL", f"what came of the call is no JSON: {error}"))
+                record, written = self._submit(course, outcome)
+            receipt = await asyncio.shield(written)
         except LedgerError as error:
             return course.unrecorded_answer(outcome, error)
-        except ValueError as error:  # a runner gave what no line can hold
-            log.exception("the outcome of call %s cannot be written", course.request_id)
-            refusal = BusError("ERR_INTERNAL", f"what came of the call has no canonical form: {error}")
-            return await self._finish(course, course.refuse(refusal))
-        record |= {"seq": receipt.seq, "hash": receipt.hash}
-        self.plugins.finished(record)
         return course.answer(outcome, record, receipt)
+
+    def _submit(self, course: Course, outcome: Outcome) -> tuple[Record, asyncio.Future[Receipt]]:
+        """The record on its way into the ledger. Once it is there the plugins are told, whoever still waits for it.
+
+        Raises `LedgerError`, and `ValueError` for what no line can hold, as a plugin's runner may give it.
+        """
+        record = course.record(outcome, self.environment_hash, with_payload=stores_payload(self.settings))
+        written = self.ledger.submit(record)
+        written.add_done_callback(lambda done: self._tell_plugins(record, done))
+        return record, written
+
+    def _tell_plugins(self, record: Record, written: asyncio.Future[Receipt]) -> None:
+        if not written.cancelled() and written.exception() is None:
+            receipt = written.result()
+            record |= {"seq": receipt.seq, "hash": receipt.hash}
+            self.plugins.finished({name: record[name] for name in record if name not in {"payload", "result"}})
 
     async def _finish_alone(self, course: Course, outcome: Outcome) -> None:
         """Finish a call whose caller has gone; a second cancellation does not keep its line from being written."""

@@ -69,7 +69,10 @@ def aal_stress_sources(register: RegisterStressSource) -> None:
 
 @hookspec
 def aal_invocation_finished(record: Record) -> None:
-    """Called after each record was written. Each plugin is called apart; an exception is logged and dropped."""
+    """Called after each record was written, with a copy of its members but for `payload` and `result`.
+
+    Each plugin is called apart; an exception is logged and dropped.
+    """
 
 
 @hookspec

@@ -144,7 +144,8 @@ class _Chain:
         """Write at the end of the file as a record would be, and cut it off again."""
         try:
             _write_all(self._fd, b" " * _PROBE_BYTES)
-            os.fdatasync(self._fd)
+            if self._fsync != "never":
+                os.fdatasync(self._fd)
         finally:
             self._cut_back()
 
@@ -387,7 +388,11 @@ class Ledger:
             self.reason, self.hint = "the ledger is closed", None
 
     async def append(self, record: Record) -> Receipt:
-        """Write one record, and return once it is in the file, as safely as `fsync` asks.
+        """Write one record, and return once it is in the file, as safely as `fsync` asks; see `submit`."""
+        return await self.submit(record)
+
+    def submit(self, record: Record) -> asyncio.Future[Receipt]:
+        """Give one record to the writer; the future is done once it is in the file. Needs a running event loop.
 
         `record` has the members of a call in `schemas/record.schema.json`; those it leaves out are null; `v`, `seq`,
         `prev` and `hash` are the ledger's. A caller that is cancelled while it waits does not lose the line. Raises
@@ -395,7 +400,7 @@ class Ledger:
         """
         future: asyncio.Future[Receipt] = asyncio.get_running_loop().create_future()
         self._enqueue(_Waiting(draft_call(record), future))
-        return await future
+        return future
 
     def probe(self) -> bool:
         """Try whether the ledger can be written now; blocks for as long as the disk takes. Sets `healthy`.
@@ -417,8 +422,10 @@ class Ledger:
                 self.reason = self.hint = None
 
     def _recover(self) -> None:
+        """Also tries to write: a process that makes one call has no line before it that would have told."""
         with self._chain.locked():
             self._chain.extend(())
+            self._chain.rehearse()
 
     def _rehearse(self) -> None:
         self._try_beside()

@@ -140,7 +140,7 @@ class Invocation:
 
 
 Record = dict[str, Any]
-"""One line of the ledger, as `schemas/record.schema.json` has it."""
+"""A line of the ledger, as `schemas/record.schema.json` has it; on its way there without what the ledger adds."""
 
 
 def now_ms() -> int:

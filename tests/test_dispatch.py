@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from bus.course import Answer
+    from bus.ledger import Receipt
     from bus.model import Invocation, Manifest, Record
     from bus.settings import Settings
     from runners.base import Job
@@ -500,6 +501,32 @@ async def test_a_state_folder_that_was_removed_is_made_again(settings: Settings)
         assert (await bus.invoke(a_call("state"))).body["result"] is True
         shutil.rmtree(settings.state)
         assert (await bus.invoke(a_call("state"))).body["result"] is True
+
+
+async def test_a_call_cancelled_while_its_line_is_written_is_told_to_the_plugins(settings: Settings) -> None:
+    told: list[Record] = []
+
+    class Listener:
+        @hookimpl
+        def aal_invocation_finished(self, record: Record) -> None:
+            told.append(record)
+
+    add_overlay(settings.overlays, "echo")
+    runner = InProcessRunner()
+    async with running_bus(settings, runner, Listener()) as bus:
+        submit = bus.ledger.submit
+
+        def submit_and_cancel(record: Record) -> asyncio.Future[Receipt]:
+            task.cancel()
+            return submit(record)
+
+        bus.ledger.submit = submit_and_cancel  # type: ignore[method-assign]
+        task = asyncio.create_task(bus.invoke(a_call("echo")))
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await until(lambda: told != [])
+    assert [(line["seq"], line["code"]) for line in told] == [(line["seq"], line["code"]) for line in calls(settings)]
+    assert told[0]["code"] == "OK"
 
 
 async def test_a_plugin_that_writes_into_a_record_changes_nothing(settings: Settings) -> None:

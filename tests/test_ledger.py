@@ -254,6 +254,19 @@ def test_another_process_cannot_wait_for_the_writer_of_this_one(path: Path, monk
 # --- Power loss, full disks, missing files ---
 
 
+def test_a_ledger_says_when_it_opens_that_it_cannot_be_written(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(path, call())
+
+    def full(fd: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with opened(path) as ledger:
+        assert not ledger.healthy
+        assert "No space left" in (ledger.reason or "")
+    assert verify(path).lines == 1
+
+
 @pytest.mark.parametrize(("fsync", "least", "most"), [("always", 20, 20), ("batch", 1, 20), ("never", 0, 0)])
 async def test_each_fsync_mode_syncs_before_the_answer_as_often_as_it_says(
     path: Path, monkeypatch: pytest.MonkeyPatch, fsync: Fsync, least: int, most: int
@@ -267,6 +280,7 @@ async def test_each_fsync_mode_syncs_before_the_answer_as_often_as_it_says(
 
     monkeypatch.setattr(os, "fdatasync", counted)
     with opened(path, fsync) as ledger:
+        sizes.clear()
         receipts = await asyncio.gather(*(ledger.append(call()) for _ in range(20)))
         assert least <= len(sizes) <= most
         assert len(receipts) == verify(path).lines == 20
