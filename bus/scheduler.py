@@ -19,6 +19,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from bus.canonical import figure
 from bus.errors import BusError, DeadlineError, OverloadError
 
 if TYPE_CHECKING:
@@ -335,7 +336,7 @@ def memory_block(
         "soft_mb": profile.soft_mb,
         "hard_mb": profile.hard_mb,
         "tier": profile.tier,
-        "stress": _figure(level / 1000),
+        "stress": figure(level / 1000),
         "applied": [str(step) for step in steps],
         **effects,
     }
@@ -377,7 +378,7 @@ def _effects(steps: tuple[Step, ...]) -> dict[str, Any]:
         by_action.setdefault(step.action, []).append(step.value)
     effects: dict[str, Any] = {}
     if factors := by_action.get("SHRINK_KV"):
-        effects["kv_shrink_factor"] = _figure(max(_LEAST, math.prod(factors)))
+        effects["kv_shrink_factor"] = figure(max(_LEAST, math.prod(factors)))
     if contexts := by_action.get("CONTEXT"):
         effects["max_context_tokens"] = min(contexts)
     if features := by_action.get("DISABLE"):
@@ -392,7 +393,7 @@ def _effects(steps: tuple[Step, ...]) -> dict[str, Any]:
 def _manifest_effects(degradation: Degradation) -> dict[str, Any]:
     effects: dict[str, Any] = {}
     if degradation.max_fraction is not None:
-        effects["max_fraction"] = _figure(degradation.max_fraction)
+        effects["max_fraction"] = figure(degradation.max_fraction)
     if degradation.disable_nonessential:
         effects["disable_nonessential"] = True
     return effects
@@ -400,9 +401,3 @@ def _manifest_effects(degradation: Degradation) -> dict[str, Any]:
 
 def _kv_block(rule: KvRule, total_mb: int, factor: float) -> dict[str, Any]:
     return {"cap_mb": round(rule.cap * total_mb * factor), "policy": rule.policy, "purge": rule.purge}
-
-
-def _figure(value: float) -> float | int:
-    """Three decimals at most, and a whole number as an integer: one spelling in canonical JSON."""
-    rounded = round(value, 3)
-    return int(rounded) if rounded == int(rounded) else rounded
