@@ -5,8 +5,12 @@ Exit codes: 0 ok, 1 the call or check failed, 2 usage, 3 not replayable, 4 the l
 
 # ruff: noqa: PLC0415  # what is slow to import is imported by the command that needs it: `aal --help` stays quick
 
+import contextlib
+import json
+import os
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,12 +21,13 @@ import typer
 from bus import cli_ledger, cli_overlays, resources, templates
 from bus.console import (
     AsJson,
-    Commands,
     Exit,
     Workplace,
     complain,
+    cut,
     make_app,
     mark,
+    one_of,
     out,
     prepare_streams,
     print_json,
@@ -30,11 +35,12 @@ from bus.console import (
     print_table,
     printable,
     say,
+    whole,
     workplace,
 )
-from bus.errors import OperatorError
+from bus.errors import Fault, OperatorError, SettingError
 from bus.model import Phase
-from bus.settings import FILE, explain, table
+from bus.settings import FILE, PREFIX, Row, Settings, explain, table
 from runners.base import JsonError, parse_json
 
 if TYPE_CHECKING:
@@ -53,15 +59,29 @@ _ABOUT = """The overlay bus: call overlays, see what was called, run it again.
 Exit codes: 0 ok, 1 the call or check failed, 2 usage, 3 not replayable, 4 the ledger is broken.
 """
 
-app = make_app(_ABOUT, cls=Commands)
+app = make_app(_ABOUT)
 app.add_typer(cli_overlays.app, name="overlays")
 app.add_typer(cli_ledger.app, name="provenance")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The entry point of `aal`. Ends by `SystemExit`."""
+    """The entry point of `aal`. Ends by `SystemExit`; 130 where a signal ended it."""
     prepare_streams()
+    _end_as_by_ctrl_c()
     app(args=arguments, prog_name="aal")
+
+
+def _end_as_by_ctrl_c() -> None:
+    """TERM and HUP end a command as Ctrl-C does: its calls are cancelled and written down. `serve` has its own way.
+
+    What `nohup` ignores stays ignored. SIGINT itself does not, though a shell starts its background jobs so: else
+    nothing would come of TERM there.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for wish in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(wish) is not signal.SIG_IGN:
+            signal.signal(wish, lambda *_: signal.raise_signal(signal.SIGINT))
 
 
 def _print_version(value: bool) -> None:
@@ -74,7 +94,9 @@ def _print_version(value: bool) -> None:
 def _before(
     ctx: typer.Context,
     folder: Annotated[Path, typer.Option("-C", "--folder", metavar="DIR", help="Work in this folder.")] = Path(),
-    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
 ) -> None:
     if not folder.is_dir():
         raise typer.BadParameter(f"there is no folder {folder}", param_hint="-C")
@@ -91,12 +113,12 @@ def _before(
 def serve(
     ctx: typer.Context,
     *,
-    host: Annotated[str | None, typer.Option(help="Address; loopback only.")] = None,
-    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = None,
-    overlays: Annotated[Path | None, typer.Option(help="Folder of the overlays.")] = None,
-    logs: Annotated[Path | None, typer.Option(help="Folder of the ledger.")] = None,
-    state: Annotated[Path | None, typer.Option(help="Folder of the bus's own state.")] = None,
-    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+    host: Annotated[str | None, typer.Option(metavar="ADDRESS", help="Loopback only.")] = None,
+    port: Annotated[int | None, typer.Option(parser=whole(0, 65535), metavar="N", help="0 takes a free one.")] = None,
+    overlays: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the overlays.")] = None,
+    logs: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the ledger.")] = None,
+    state: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the bus's own state.")] = None,
+    log_level: Annotated[str | None, typer.Option(metavar="LEVEL", help="debug, info, warning or error.")] = None,
 ) -> None:
     """Serve the overlays over HTTP, until SIGINT or SIGTERM.
 
@@ -133,17 +155,23 @@ def invoke(
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Data. JSON where it is JSON, else text; KEY=@FILE is a file's text."),
     ] = None,
-    phase: Annotated[Phase, typer.Option(help="What the call is for.", case_sensitive=False)] = Phase.OPEN,
+    phase: Annotated[
+        Phase, typer.Option(parser=one_of(Phase), metavar="|".join(Phase), help="What the call is for.")
+    ] = Phase.OPEN,
     data: Annotated[
         str | None, typer.Option(metavar="JSON|@FILE|-", help="Data as one JSON object; - is stdin.")
     ] = None,
-    profile: Annotated[str | None, typer.Option(help="A memory profile's name, or a rune.")] = None,
-    seed: Annotated[str | None, typer.Option(help="A whole number or a text.")] = None,
-    timeout_ms: Annotated[int | None, typer.Option(min=1, help="Lowers the overlay's own timeout.")] = None,
-    record: Annotated[bool, typer.Option("--record", help="Then print the line that the call left.")] = False,
+    profile: Annotated[str | None, typer.Option(metavar="NAME", help="A memory profile's name, or a rune.")] = None,
+    seed: Annotated[str | None, typer.Option(metavar="SEED", help="A whole number or a text.")] = None,
+    timeout_ms: Annotated[
+        int | None, typer.Option(parser=whole(1), metavar="MS", help="Lowers the overlay's own timeout.")
+    ] = None,
+    record: Annotated[bool, typer.Option("--record", help="Print the line that the call left, too.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Make one call, without a server. Exit 1 where it fails, 2 where it is no request.
+
+    With --json the answer, as HTTP would give it; with --json --record {"outcome": answer, "record": line}.
 
     Example: aal invoke abraxas prompt=@README.md intent=test --phase CLEAR
     """
@@ -157,12 +185,14 @@ def invoke(
     settings = workplace(ctx).settings()
     with LocalBus(settings) as bus:
         answer = bus.invoke(request, overlay, capability or None)
+        has_none = answer.body["code"] == "ERR_UNKNOWN_OVERLAY" and not bus.registry.entries()
+    line = read_line(settings.ledger, answer.record["seq"]) if record and answer.record else None
     if as_json:
-        print_json(answer.body)
+        print_json({"outcome": answer.body, "record": line} if record else answer.body)
     else:
-        _print_answer(answer)
-    if record and answer.record:
-        cli_ledger.print_line(read_line(settings.ledger, answer.record["seq"]))
+        _print_answer(answer, _where_overlays_may_be(settings) if has_none else None)
+        if line:
+            print_pretty(cut(line))
     if not answer.ok:
         raise typer.Exit(Exit.USAGE if answer.status == _BAD_REQUEST else Exit.FAILED)
 
@@ -177,13 +207,15 @@ def _utf_8(target: str) -> str:
 
 def _payload(data: str | None, members: Sequence[str]) -> dict[str, Any]:
     """The call's data: that of `--data`, with each KEY=VALUE put over it. Raises `typer.BadParameter`."""
-    payload = _document(data) if data is not None else {}
+    given: dict[str, Any] = {}
     for member in members:
         key, mark_, value = member.partition("=")
         if not mark_ or not key:
             raise typer.BadParameter(f"{member!r} is not KEY=VALUE", param_hint="KEY=VALUE")
-        payload[key] = _read_text(value[1:]) if value.startswith("@") else _value(value)
-    return payload
+        if key in given:
+            raise typer.BadParameter(f"{key!r} is said twice", param_hint="KEY=VALUE")
+        given[key] = _read_text(value[1:]) if value.startswith("@") else _value(value)
+    return (_document(data) if data is not None else {}) | given
 
 
 def _document(data: str) -> dict[str, Any]:
@@ -224,17 +256,30 @@ def _seed(text: str | None) -> str | int | None:
         raise typer.BadParameter(f"a number of {len(text)} digits", param_hint="--seed") from None
 
 
-def _print_answer(answer: "Answer") -> None:
-    """The result, a failure's code, detail and hint on stderr, and how the call went."""
+def _print_answer(answer: "Answer", hint: str | None) -> None:
+    """The result, a failure's code, error, log and hint on stderr, and how the call went."""
     body = answer.body
     if body["result"] is not None or body["ok"]:
         print_pretty(body["result"])
     if not body["ok"]:
-        complain(body["code"], body["error"], body["hint"])
+        log = body["detail"] if body["detail"] != body["error"] else None
+        complain(body["code"], body["error"], hint or body["hint"], log or "")
     called = " ".join(filter(None, (_joined(body["overlay"], body["capability"]), body["phase"], body["code"])))
     line = body["provenance"]
     left = f"line {line['seq']} {line['hash']}" if line else "no ledger line"
     say(f"{called} {body['duration_ms']} ms, {left}", "dim")
+
+
+def _where_overlays_may_be(settings: Settings) -> str:
+    """What to do in a folder without overlays."""
+    beside = settings.state / "overlays"
+    if not settings.overlays.exists() and beside.is_dir():
+        shown = os.path.relpath(beside, settings.overlays.parent)
+        return f"{beside} is a folder: set AAL_OVERLAYS={shown}, or overlays = {json.dumps(shown)} in {FILE}."
+    return (
+        f"There are none in {settings.overlays}: aal init DIR makes a folder with one, "
+        "and AAL_OVERLAYS=DIR (aal serve --overlays DIR) names another."
+    )
 
 
 def _joined(overlay: str | None, capability: str | None) -> str:
@@ -274,19 +319,47 @@ def _monitor(ctx: typer.Context) -> "StressMonitor":
 
 @app.command()
 def config(ctx: typer.Context, as_json: AsJson = False) -> None:
-    """Every setting: its value, where that comes from, its default, what it is.
+    """Every setting: its value, where that comes from, its default, what it is. Exit 2 where one cannot be.
 
     Example: AAL_SLOTS=8 aal config
     """
-    _, rows = explain(workplace(ctx).folder)
+    folder = workplace(ctx).folder
+    try:
+        _, rows = explain(folder)
+    except SettingError as error:
+        if not as_json:
+            _print_refused(folder, error)
+        raise
     if not as_json:
-        print_table(
-            ("setting", "value", "source", "default", "about"),
-            ((row.name, row.value, row.source, row.default, row.help) for row in rows),
-        )
+        _print_settings(rows)
         return
     columns = ("name", "env", "value", "source", "default", "help", "allowed")
     print_json({"settings": [{name: _plain(getattr(row, name)) for name in columns} for row in rows]})
+
+
+def _print_refused(folder: Path, error: SettingError) -> None:
+    """The settings as they would be without the variables that `error` refuses, and those marked.
+
+    Nothing where the file has faults too: then what it sets is not known.
+    """
+    refused = {fault.path.partition(": ")[2].upper().removeprefix(PREFIX) for fault in error.faults}
+    env = {name: text for name, text in os.environ.items() if name.removeprefix(PREFIX) not in refused}
+    with contextlib.suppress(SettingError):
+        _print_settings(explain(folder, env)[1], error)
+
+
+def _print_settings(rows: list[Row], error: SettingError | None = None) -> None:
+    """The table for people, with what `error` refuses marked."""
+    refused = {fault.path.partition(": ")[2]: fault for fault in error.faults} if error else {}
+    print_table(
+        ("setting", "value", "source", "default", "about"), (_cells(row, refused.get(row.name)) for row in rows)
+    )
+
+
+def _cells(row: Row, fault: Fault | None) -> tuple[object, ...]:
+    if fault is None:
+        return row.name, row.value, row.source, row.default, row.help
+    return mark("fail", row.name), fault.found, "environment", row.default, f"allowed: {fault.allowed}"
 
 
 def _plain(value: object) -> object:
@@ -319,8 +392,12 @@ def doctor(ctx: typer.Context, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Made where it is not there.")]) -> None:
-    """Lay out a working folder: an example overlay, aal.toml, .gitignore. What is there already stays.
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Made where it is not there.")], as_json: AsJson = False
+) -> None:
+    """Lay out a working folder: an example overlay, aal.toml, .gitignore.
+
+    An aal.toml or .gitignore that is there already stays as it is. A folder that has overlays is refused.
 
     Example: aal init my-bus
     """
@@ -332,9 +409,13 @@ def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Made where 
             resources.path(f"overlays/{EXAMPLE}"), overlays / EXAMPLE, ignore=shutil.ignore_patterns("__pycache__")
         )
         files = {FILE: templates.settings_file(table()), ".gitignore": templates.GITIGNORE}
-        templates.write(folder, {name: text for name, text in files.items() if not (folder / name).exists()})
+        missing = {name: text for name, text in files.items() if not (folder / name).exists()}
+        templates.write(folder, missing)
     except OSError as error:
         raise OperatorError("ERR_FILES", f"cannot lay out {folder}: {error}") from None
+    if as_json:
+        print_json({"folder": str(folder), "overlays": [EXAMPLE], "files": list(missing)})
+        return
     say(f"made {folder} with the overlay {EXAMPLE}", "green")
     for command in (f"cd {folder}", f"aal invoke {EXAMPLE} prompt='Hello, bus.'", "aal serve"):
         out().print(f"  {printable(command)}", soft_wrap=True)

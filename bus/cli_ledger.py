@@ -29,9 +29,10 @@ from bus.console import (
     printable,
     say,
     tell,
+    whole,
     workplace,
 )
-from bus.errors import BusError, NotFoundError, ReplayError
+from bus.errors import BusError, NotFoundError, OperatorError, ReplayError
 from bus.model import Record
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ _MARK: dict[Verdict, Literal["ok", "warn", "fail"]] = {
     "SKIPPED": "warn",
 }
 _HASH_SHOWN = 8
+_STORE = "Make calls with AAL_DEV_LOG_PAYLOAD=1: then their lines hold what a replay needs."
+_NO_CALL_YET = "No call was made here yet."
 
 
 # --- aal provenance ----------------------------------------------------------------------------------------------
@@ -57,8 +60,8 @@ _HASH_SHOWN = 8
 @app.command()
 def tail(
     ctx: typer.Context,
-    count: Annotated[int, typer.Option("-n", min=1, help="How many lines.")] = 10,
-    overlay: Annotated[str | None, typer.Option(help="Only this overlay's.")] = None,
+    count: Annotated[int, typer.Option("-n", parser=whole(1), metavar="N", help="How many lines.")] = 10,
+    overlay: Annotated[str | None, typer.Option(metavar="NAME", help="Only this overlay's.")] = None,
     ok: Annotated[bool | None, typer.Option("--ok/--failed", help="Only what succeeded, or failed.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -68,12 +71,15 @@ def tail(
     """
     from bus import provenance
 
-    records = provenance.tail(_ledger(ctx), count, overlay=overlay, ok=ok)
-    if not as_json:
+    path = _ledger(ctx)
+    records = provenance.tail(path, count, overlay=overlay, ok=ok)
+    if not as_json and not path.exists():
+        say(_NO_CALL_YET, "dim")
+    elif not as_json:
         print_table(("seq", "time", "type", "overlay", "phase", "code", "ms", "hash"), map(_tail_row, records))
-        return
-    for record in records:
-        print_line(record)
+    else:
+        for record in records:
+            _print_line(record)
 
 
 def _tail_row(record: Record) -> tuple[object, ...]:
@@ -103,16 +109,18 @@ def _called(record: Record) -> str:
 
 
 @app.command()
-def show(ctx: typer.Context, seq: Annotated[int, typer.Argument(metavar="N", min=1)], as_json: AsJson = False) -> None:
+def show(
+    ctx: typer.Context,
+    seq: Annotated[int, typer.Argument(parser=whole(1), metavar="N", help="The line's number.")],
+    as_json: AsJson = False,
+) -> None:
     """Line N, after a check of its hash; with --json the line's own bytes.
 
     Example: aal provenance show 1
     """
-    from bus import provenance
-
-    record = provenance.read_line(_ledger(ctx), seq)
+    record = _read_line(_ledger(ctx), seq)
     if as_json:
-        print_line(record)
+        _print_line(record)
     else:
         print_pretty(record)
 
@@ -152,16 +160,48 @@ def _verify(path: Path) -> "VerifyReport":
 
     console = err()
     columns = (SpinnerColumn(), TextColumn("{task.completed:,.0f} lines"))
+    if not path.exists():
+        raise NotFoundError("ERR_NOT_FOUND", f"there is no ledger {path}", hint=_NO_CALL_YET)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=None)
         return provenance.verify(path, lambda lines: progress.update(task, completed=lines))
+
+
+def _read_line(path: Path, seq: int) -> Record:
+    """Line `seq`. Raises `NotFoundError`, and `OperatorError` that names the line where it is broken."""
+    from bus import provenance
+    from bus.records import BrokenLineError
+
+    try:
+        return provenance.read_line(path, seq)
+    except BrokenLineError as error:
+        raise _broken(seq, error) from None
+
+
+def _lines(path: Path, start: int = 1) -> Iterator[Record]:
+    """The lines from `start` on. Raises as `_read_line`."""
+    from bus import provenance
+    from bus.records import BrokenLineError
+
+    seq = start
+    try:
+        for record in provenance.iter_lines(path, start):
+            yield record
+            seq += 1
+    except BrokenLineError as error:
+        raise _broken(seq, error) from None
+
+
+def _broken(seq: int, error: BusError) -> OperatorError:
+    hint = "aal provenance verify tells what is still good."
+    return OperatorError(error.code, f"line {seq}: {error.detail}", hint=hint)
 
 
 def _ledger(ctx: typer.Context) -> Path:
     return workplace(ctx).settings().ledger
 
 
-def print_line(record: Record) -> None:
+def _print_line(record: Record) -> None:
     """A record's line as it stands in the file: its canonical form is what was written."""
     from bus.canonical import canonical
 
@@ -190,8 +230,10 @@ def replay(
     *,
     lines: Annotated[list[str] | None, typer.Argument(metavar="N|A-B", help="Numbers of lines.")] = None,
     every: Annotated[bool, typer.Option("--all", help="Every recorded call.")] = False,
-    last: Annotated[int | None, typer.Option(min=1, help="The last calls that can be replayed.")] = None,
-    overlay: Annotated[str | None, typer.Option(help="Only this overlay's.")] = None,
+    last: Annotated[
+        int | None, typer.Option(parser=whole(1), metavar="K", help="The last K calls that can be replayed.")
+    ] = None,
+    overlay: Annotated[str | None, typer.Option(metavar="NAME", help="Only this overlay's.")] = None,
     live: Annotated[bool, typer.Option("--live", help="Also what could change something.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -235,22 +277,18 @@ def _range(text: str) -> range:
 
 def _select(path: Path, ranges: list[range], last: int | None, overlay: str | None) -> Iterator[Record]:
     """The records to run. Raises `NotFoundError` where a number is beyond the last line."""
-    from bus import provenance
-
     if last is not None:
         yield from _last_replayable(path, last, overlay)
         return
-    chosen: Iterator[Record] = (record for record in provenance.iter_lines(path) if record["type"] == "invoke")
+    chosen: Iterator[Record] = (record for record in _lines(path) if record["type"] == "invoke")
     if ranges:
         chosen = itertools.chain.from_iterable(_read_range(path, wanted) for wanted in ranges)
     yield from (record for record in chosen if overlay in (None, record.get("overlay")))
 
 
 def _read_range(path: Path, wanted: range) -> Iterator[Record]:
-    from bus import provenance
-
-    yield provenance.read_line(path, wanted[0])
-    rest = provenance.iter_lines(path, wanted[0] + 1)
+    yield _read_line(path, wanted[0])
+    rest = _lines(path, wanted[0] + 1)
     for seq in wanted[1:]:
         if (record := next(rest, None)) is None:
             raise NotFoundError("ERR_NOT_FOUND", f"the ledger has no line {seq}")
@@ -315,23 +353,34 @@ def _replay_many(bus: "LocalBus", records: list[Record], live: bool, as_json: bo
     totals = {verdict.lower(): counts[verdict] for verdict in _MARK}
     if as_json:
         print_json({"replays": [row.body() for row in rows], "totals": totals})
-    else:
+    elif rows:
         print_table(("seq", "overlay", "phase", "verdict", "differs"), map(_cells, rows))
         say(", ".join(f"{count} {name}" for name, count in totals.items()))
     if counts["DRIFT"] or counts["FAILED"]:
         return Exit.FAILED
-    return Exit.OK if counts["MATCH"] else Exit.NOT_REPLAYABLE
+    if counts["MATCH"]:
+        return Exit.OK
+    if not as_json:
+        tell(ReplayError("ERR_NOT_REPLAYABLE", _why_none(records), hint=_STORE), as_json=False)
+    return Exit.NOT_REPLAYABLE
+
+
+def _why_none(records: list[Record]) -> str:
+    """Why of these records nothing was run."""
+    if any("payload" in record for record in records):
+        return "none of these lines can be replayed"
+    return "there is no line with a stored payload"
 
 
 def _row(bus: "LocalBus", record: Record, live: bool) -> Row:
-    """One line run again. Raises only `BusError` of a broken ledger: no verdict is worth anything there."""
+    """One line run again. Raises only `OperatorError` of a broken ledger: no verdict is worth anything there."""
     try:
         done = bus.replay(record["seq"], live=live)
     except ReplayError as error:
         return Row(record, "SKIPPED", error.detail)
     except BusError as error:
         if error.code == "ERR_LEDGER_BROKEN":
-            raise
+            raise _broken(record["seq"], error) from None
         return Row(record, "FAILED", f"{error.code}: {error.detail}")
     return Row(record, done.verdict, ", ".join(done.differs), done)
 

@@ -3,10 +3,13 @@
 # ruff: noqa: PLC0415  # what is slow to import is imported by the command that needs it: `aal --help` stays quick
 
 import enum
+import itertools
 import os
+import shlex
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 
@@ -16,21 +19,27 @@ from bus.console import (
     Exit,
     make_app,
     mark,
+    one_of,
     out,
     print_json,
-    print_pretty,
     print_table,
     printable,
     say,
+    whole,
     workplace,
 )
 from bus.errors import Fault, NotFoundError, OperatorError
 from bus.settings import Settings
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from bus.overlays import Entry, Registry
 
 app = make_app("See, check, make, add, switch and remove overlays; a running server follows.")
+
+_FIRST_PORT = 8101
+"""Port of the first service that `aal overlays new` writes."""
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The overlay's name.")]
 
@@ -52,6 +61,20 @@ def open_registry(settings: Settings, root: Path | None = None) -> "Registry":
 
 def _registry(ctx: typer.Context) -> "Registry":
     return open_registry(workplace(ctx).settings())
+
+
+def _named(registry: "Registry", name: str) -> "Entry":
+    """One of the entries, also of a folder whose name no overlay can have, as the list shows it.
+
+    Raises `NotFoundError`.
+    """
+    from bus.manifests import NAME
+
+    if not NAME.fullmatch(name):
+        for entry in registry.entries():
+            if name in (entry.name, printable(entry.name), entry.summary()["name"]):
+                return entry
+    return registry.entry(name)
 
 
 @app.command("list")
@@ -85,12 +108,50 @@ def _row(entry: "Entry") -> tuple[object, ...]:
 
 @app.command()
 def show(ctx: typer.Context, name: Name, as_json: AsJson = False) -> None:
-    """One overlay with everything that its manifest says.
+    """One overlay with everything that its manifest says; its schemas with --json only.
 
     Example: aal overlays show abraxas
     """
-    detail = _registry(ctx).entry(name).detail()
-    (print_json if as_json else print_pretty)(detail)
+    detail = _named(_registry(ctx), name).detail()
+    if as_json:
+        print_json(detail)
+    else:
+        _print_detail(detail)
+
+
+def _print_detail(detail: dict[str, Any]) -> None:
+    """What an overlay is, what is wrong with it, and a paragraph for each of its capabilities."""
+    members = ("name", "version", "status", "description", "phases", "permissions", "deterministic")
+    print_table(("", ""), ((name, _shown(detail[name])) for name in members if _says(detail[name])))
+    _print_findings(detail)
+    for name, capability in detail["details"].items():
+        say(f"\ncapability {name}", "bold")
+        print_table(("", ""), ((member, _shown(value)) for member, value in _told(capability) if _says(value)))
+
+
+def _told(capability: dict[str, Any]) -> "Iterator[tuple[str, Any]]":
+    """Those members of a capability that say something, the most telling first."""
+    memory, rights = capability["memory"], capability["rights"]
+    yield "about", capability["description"]
+    yield "runner", capability["runner"]
+    yield from ((name, capability[name]) for name in ("method", "url") if capability["url"])
+    yield "command", shlex.join(capability["argv"])
+    yield "phases", capability["phases"]
+    yield "timeout", f"{capability['timeout_s']} s"
+    yield "memory", f"{memory['profile']}: {memory['soft_mb']} to {memory['hard_mb']} MiB"
+    yield from rights.items()
+    yield "payload needs", (capability["input_schema"] or {}).get("required", [])
+
+
+def _says(value: Any) -> bool:  # noqa: ANN401
+    return value not in ("", None, [])
+
+
+def _shown(value: Any) -> str:  # noqa: ANN401
+    """A value in a table for people."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 @app.command()
@@ -105,21 +166,33 @@ def check(
     """
     settings = workplace(ctx).settings()
     registry = open_registry(settings)
-    entries = [_find(registry, settings, given) for given in overlays] if overlays else registry.entries()
-    if as_json:
-        print_json({"overlays": [_verdict(entry) for entry in entries]})
+    if overlays:
+        verdicts = [_verdict_on(registry, settings, given) for given in overlays]
     else:
-        for entry in entries:
-            _print_verdict(entry)
-    if any(entry.error for entry in entries):
+        verdicts = [_verdict(entry) for entry in registry.entries()]
+    if as_json:
+        print_json({"overlays": verdicts})
+    else:
+        for verdict in verdicts:
+            _print_verdict(verdict)
+    if not all(verdict["ok"] for verdict in verdicts):
         raise typer.Exit(Exit.FAILED)
+
+
+def _verdict_on(registry: "Registry", settings: Settings, given: str) -> dict[str, Any]:
+    """That of what was named; a name of nothing fails by itself, and the others are still checked."""
+    try:
+        return _verdict(_find(registry, settings, given))
+    except (NotFoundError, OperatorError) as error:
+        unknown = {"name": given, "ok": False, "version": None, "error": error.detail}
+        return unknown | {"faults": [], "warnings": [], "links": []}
 
 
 def _find(registry: "Registry", settings: Settings, given: str) -> "Entry":
     """What was named. A text with a slash is a path, and so is one that only leads to a folder."""
     if "/" not in given:
         try:
-            return registry.entry(given)
+            return _named(registry, given)
         except NotFoundError:
             if not Path(given).is_dir():
                 raise
@@ -132,28 +205,38 @@ def _at(folder: Path, settings: Settings) -> "Entry":
     from bus.overlays import Entry
 
     if not folder.is_dir():
-        raise OperatorError("ERR_FILES", f"there is no folder {folder}")
+        raise _no_folder(folder)
     if not NAME.fullmatch(folder.name):
         fault = Fault("folder", repr(folder.name), f"a name that matches {NAME.pattern}")
         return Entry(folder.name, folder, error=ManifestError(folder.name, [fault]))
     return open_registry(settings, folder.parent).entry(folder.name)
 
 
+def _no_folder(path: Path) -> OperatorError:
+    return OperatorError("ERR_FILES", f"there is no folder {path}", hint="Give the path of an overlay's folder.")
+
+
 def _verdict(entry: "Entry") -> dict[str, Any]:
     summary = entry.summary()
-    return {"name": entry.name, "ok": entry.error is None} | {
-        key: summary[key] for key in ("version", "error", "faults", "warnings", "links")
-    }
+    members = ("version", "error", "faults", "warnings", "links")
+    return {"name": summary["name"], "ok": entry.error is None} | {name: summary[name] for name in members}
 
 
-def _print_verdict(entry: "Entry") -> None:
-    out().print(mark("fail" if entry.error else "ok"), printable(entry.name), soft_wrap=True)
-    for fault in entry.error.faults if entry.error else ():
-        say(f"  fault    {fault}", "red")
-    for warning in entry.manifest.warnings if entry.manifest else ():
-        say(f"  warning  {warning}", "yellow")
-    for link in entry.links:
-        say(f"  link     {link}", "dim")
+def _print_verdict(verdict: dict[str, Any]) -> None:
+    out().print(mark("ok" if verdict["ok"] else "fail"), printable(verdict["name"]), soft_wrap=True)
+    _print_findings(verdict)
+
+
+def _print_findings(found: dict[str, Any]) -> None:
+    """The faults, warnings and links of a verdict or of an overlay's detail."""
+    faults = [str(Fault(**fault)) for fault in found["faults"]] or list(filter(None, [found["error"]]))
+    for kind, texts, style in (
+        ("fault", faults, "red"),
+        ("warning", found["warnings"], "yellow"),
+        ("link", found["links"], "dim"),
+    ):
+        for text in texts:
+            say(f"  {kind:7}  {text}", style)
 
 
 class Kind(enum.StrEnum):
@@ -166,12 +249,24 @@ class Kind(enum.StrEnum):
 @app.command()
 def new(
     ctx: typer.Context,
+    *,
     name: Name,
-    runner: Annotated[Kind, typer.Option(help="A program for each call, or an HTTP service.")] = Kind.PROC,
+    runner: Annotated[
+        Kind,
+        typer.Option(parser=one_of(Kind), metavar="proc|http", help="A program for each call, or an HTTP service."),
+    ] = Kind.PROC,
     folder: Annotated[
-        Path | None, typer.Option("--dir", help="Where it goes; default: the folder of overlays.")
+        Path | None, typer.Option("--dir", metavar="DIR", help="Where it goes; default: the folder of overlays.")
     ] = None,
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the service (http only).")] = 8101,
+    port: Annotated[
+        int | None,
+        typer.Option(
+            parser=whole(1, 65535),
+            metavar="N",
+            help=f"Port of the service (http only); default: the first from {_FIRST_PORT} that no overlay uses.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write a working overlay, with its test.
 
@@ -184,52 +279,104 @@ def new(
     registry = open_registry(workplace(ctx).settings(), folder and folder.absolute())
     with tempfile.TemporaryDirectory() as scratch:
         draft = Path(scratch) / name
-        templates.write(draft, templates.overlay_files(name, runner.value, port))
-        made = registry.add(draft).folder
-    shown = os.path.relpath(made)
+        templates.write(draft, templates.overlay_files(name, runner.value, port or _free_port(registry)))
+        made = registry.add(draft)
+    if as_json:
+        _print_entry(made)
+        return
+    shown = os.path.relpath(made.folder)
     say(f"made {shown}", "green")
-    say(f"its test:  python3 -m pytest {shown}")
+    say(f"its test:  python3 {shlex.quote(f'{shown}/{templates.path_of_test(name)}')}")
     if runner is Kind.HTTP:
-        say(f"start it:  python3 {shown}/service.py")
+        say(f"start it:  python3 {shlex.quote(f'{shown}/service.py')}")
     if folder is None:
         say(f"call it:   aal invoke {name} text='two words'")
 
 
+def _free_port(registry: "Registry") -> int:
+    """The first port from `_FIRST_PORT` on that no manifest has its service on."""
+    manifests = [entry.manifest for entry in registry.entries() if entry.manifest]
+    urls = {offered.url for manifest in manifests for offered in manifest.capabilities.values() if offered.url}
+    used = {urlsplit(url).port for url in urls}
+    return next(port for port in itertools.count(_FIRST_PORT) if port not in used)
+
+
+def _print_entry(entry: "Entry") -> None:
+    """An overlay that was made or added, for programs: `path` is where it lies."""
+    print_json(entry.summary() | {"path": str(entry.folder)})
+
+
 @app.command()
-def add(ctx: typer.Context, path: Annotated[Path, typer.Argument(metavar="PATH", help="An overlay's folder.")]) -> None:
+def add(
+    ctx: typer.Context,
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="An overlay's folder.")],
+    as_json: AsJson = False,
+) -> None:
     """Copy an overlay's folder in; one with faults is refused.
 
     Example: aal overlays add ../elsewhere/my-tool
     """
-    entry = _registry(ctx).add(Path(os.path.abspath(path)))  # noqa: PTH100  # as in _find
-    say(f"added {entry.name}", "green")
+    source = Path(os.path.abspath(path))  # noqa: PTH100  # as in _find
+    if not source.is_dir():
+        raise _no_folder(source)
+    entry = _registry(ctx).add(source)
+    if as_json:
+        _print_entry(entry)
+    else:
+        say(f"added {entry.name}", "green")
 
 
 @app.command()
-def enable(ctx: typer.Context, name: Name) -> None:
+def enable(ctx: typer.Context, name: Name, as_json: AsJson = False) -> None:
     """Let calls through again.
 
     Example: aal overlays enable my-tool
     """
     _registry(ctx).enable(name)
-    say(f"enabled {name}", "green")
+    _print_switched(name, as_json, enabled=True)
 
 
 @app.command()
-def disable(ctx: typer.Context, name: Name) -> None:
+def disable(ctx: typer.Context, name: Name, as_json: AsJson = False) -> None:
     """Refuse calls from now on, after restarts too.
 
     Example: aal overlays disable my-tool
     """
     _registry(ctx).disable(name)
-    say(f"disabled {name}", "green")
+    _print_switched(name, as_json, enabled=False)
+
+
+def _print_switched(name: str, as_json: bool, *, enabled: bool) -> None:
+    if as_json:
+        print_json({"name": name, "enabled": enabled})
+    else:
+        say(f"{'enabled' if enabled else 'disabled'} {name}", "green")
 
 
 @app.command()
-def remove(ctx: typer.Context, name: Name) -> None:
+def remove(ctx: typer.Context, name: Name, as_json: AsJson = False) -> None:
     """Move an overlay away; nothing is deleted.
 
     Example: aal overlays remove my-tool
     """
-    moved = _registry(ctx).remove(name)
-    say(f"removed {name}; it lies in {moved}", "green")
+    settings = workplace(ctx).settings()
+    registry = open_registry(settings)
+    entry = _named(registry, name)
+    moved = _move_away(registry, settings, entry)
+    if as_json:
+        print_json({"name": entry.summary()["name"], "path": str(moved)})
+        return
+    say(f"removed {entry.name}; it lies in {moved}", "green")
+    if entry.error is None:
+        say(f"bring it back:  aal overlays add {shlex.quote(os.path.relpath(moved))}")
+
+
+def _move_away(registry: "Registry", settings: Settings, entry: "Entry") -> Path:
+    """Remove an overlay, or a folder that can be none for its name; gives the path where it lies now."""
+    from bus.manifests import NAME
+    from bus.overlay_files import locked, move_out
+
+    if NAME.fullmatch(entry.name):
+        return registry.remove(entry.name)
+    with locked(settings.state):
+        return move_out(entry.folder, settings.state)

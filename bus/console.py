@@ -8,17 +8,18 @@ import enum
 import io
 import json
 import os
+import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from bus import settings as bus_settings
 from bus.errors import BusError, OperatorError, ReplayError, RequestError, SettingError
@@ -27,6 +28,14 @@ from bus.settings import Settings
 _WIDE = 10_000
 """Columns of what is no terminal, so that nothing is folded or cut in a pipe."""
 
+_LONG_TEXT = 200
+"""Characters of a text that people are shown of a record."""
+
+_NAMED = 80
+"""Characters of an argument that its refusal repeats."""
+
+Word = TypeVar("Word", bound=enum.StrEnum)
+Function = TypeVar("Function", bound=Callable[..., Any])
 Mark = Literal["ok", "warn", "fail"]
 _STYLE: dict[Mark, str] = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
@@ -67,8 +76,33 @@ def _speak_json(ctx: typer.Context, value: bool) -> bool:
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.", callback=_speak_json)]
 
 
+def _first_sentence(text: str | None) -> str:
+    """What a list of commands says of one: never cut short, as typer's own would be."""
+    found = re.match(r"(.*?\.)(?=\s|$)", text or "", re.DOTALL)
+    return " ".join((found[1] if found else text or "").split())
+
+
+class Command(TyperCommand):
+    """A command whose help names its arguments as its usage line does, without types of Python."""
+
+    def get_short_help_str(self, limit: int = 0) -> str:
+        return _first_sentence(self.help)
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401
+        arguments = [param for param in self.params if param.param_type_name == "argument"]
+        options = [param.get_help_record(ctx) for param in self.get_params(ctx) if param.param_type_name == "option"]
+        rows = [(param.metavar or param.name, getattr(param, "help", None) or "") for param in arguments]
+        for title, shown in (("Arguments", rows), ("Options", list(filter(None, options)))):
+            if shown:
+                with formatter.section(title):
+                    formatter.write_dl(shown)
+
+
 class Commands(TyperGroup):
     """A group whose commands may raise `BusError` or `OSError`: it is told on stderr, and becomes the exit code."""
+
+    def get_short_help_str(self, limit: int = 0) -> str:
+        return _first_sentence(self.help)
 
     def invoke(self, ctx: Any) -> Any:  # noqa: ANN401
         try:
@@ -83,17 +117,52 @@ class Commands(TyperGroup):
         raise typer.Exit(exit_code(refusal))
 
 
-def make_app(about: str, **options: Any) -> typer.Typer:  # noqa: ANN401
+class App(typer.Typer):
+    """A `typer.Typer` whose commands are of the class `Command`."""
+
+    def command(self, name: str | None = None, **options: Any) -> Callable[[Function], Function]:  # noqa: ANN401
+        return super().command(name, **{"cls": Command} | options)
+
+
+def make_app(about: str) -> App:
     """A group of commands. Its help is plain text, and typer's own tracebacks are off."""
-    return typer.Typer(
+    return App(
         help=about,
+        cls=Commands,
         no_args_is_help=True,
         add_completion=False,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
-        **options,
     )
+
+
+def whole(low: int, high: int | None = None) -> Callable[[object], int]:
+    """A parser of whole numbers from `low` to `high`, for an argument or an option."""
+    allowed = f"a whole number of {low} or more" if high is None else f"a whole number from {low} to {high}"
+
+    def parse(text: object) -> int:
+        try:
+            number = int(str(text)) if re.fullmatch("-?[0-9]+", str(text)) else None
+        except ValueError:  # Python reads no more digits than sys.get_int_max_str_digits()
+            number = None
+        if number is None or number < low or (high is not None and number > high):
+            raise typer.BadParameter(f"{str(text)[:_NAMED]!r} is not {allowed}")
+        return number
+
+    return parse
+
+
+def one_of(choices: type[Word]) -> Callable[[object], Word]:
+    """A parser of one of some words, in whatever case."""
+    known = {choice.lower(): choice for choice in choices}
+
+    def parse(text: object) -> Word:
+        if (found := known.get(str(text).lower())) is None:
+            raise typer.BadParameter(f"{str(text)[:_NAMED]!r} is not one of {', '.join(choices)}")
+        return found
+
+    return parse
 
 
 def exit_code(error: BusError) -> Exit:
@@ -149,9 +218,11 @@ def tell(error: BusError, *, as_json: bool) -> None:
             err().print(printable(f"  {fault}"), soft_wrap=True)
 
 
-def complain(code: str, detail: str, hint: str | None) -> None:
-    """A failure on stderr."""
+def complain(code: str, detail: str, hint: str | None, log: str = "") -> None:
+    """A failure on stderr. `log` is what a program said of it."""
     err().print(Text.assemble((code, "bold red"), ": ", printable(detail)), soft_wrap=True)
+    for line in log.splitlines():
+        err().print(printable(f"  {line}"), soft_wrap=True)
     if hint:
         err().print(printable(f"hint: {hint}"), style="dim", soft_wrap=True)
 
@@ -170,6 +241,17 @@ def print_json(value: object) -> None:
 def print_pretty(value: object) -> None:
     """Indented JSON for people, coloured on a terminal."""
     out().print_json(json.dumps(value, ensure_ascii=False), ensure_ascii=False)
+
+
+def cut(value: Any) -> Any:  # noqa: ANN401
+    """A JSON value with its long texts cut, for people."""
+    if isinstance(value, dict):
+        return {name: cut(member) for name, member in value.items()}
+    if isinstance(value, list):
+        return [cut(member) for member in value]
+    if isinstance(value, str) and len(value) > _LONG_TEXT:
+        return f"{value[:_LONG_TEXT]}… {len(value)} characters"
+    return value
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

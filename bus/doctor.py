@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import platform
-import shutil
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -16,7 +14,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from bus.model import Manifest
     from bus.overlays import Entry, Registry
     from bus.provenance import VerifyReport
     from bus.settings import Settings
@@ -125,29 +122,13 @@ def overlays_folder(folder: Path, entries: list[Entry]) -> Finding:
 
 
 def overlay(entry: Entry) -> Finding:
-    """Whether its manifest is sound, and its programs are there."""
+    """Whether its manifest is sound, its programs being there included. A disabled one keeps no call waiting."""
     name = f"overlay {entry.name}"
+    if not entry.enabled:
+        return Finding(name, "ok", "disabled")
     if entry.manifest is None:
         reason = entry.error.detail if entry.error else "its manifest cannot be read"
         return Finding(name, "fail", reason, f"aal overlays check {entry.name}")
-    if not entry.enabled:
-        return Finding(name, "ok", "disabled")
-    if missing := sorted(missing_programs(entry.manifest)):
-        hint = "Install what is missing, or mend the manifest."
-        return Finding(name, "fail", f"no program {', '.join(missing)} on the PATH", hint)
     if entry.manifest.warnings:
         return Finding(name, "warn", "; ".join(entry.manifest.warnings), f"aal overlays check {entry.name}")
     return Finding(name, "ok", entry.manifest.version)
-
-
-def missing_programs(manifest: Manifest) -> set[str]:
-    """Programs of its capabilities that a call would not find. A `.venv` in its folder stands first on the PATH."""
-    path = os.pathsep.join((str(manifest.folder / ".venv" / "bin"), os.environ.get("PATH", os.defpath)))
-    programs = {capability.argv[0] for capability in manifest.capabilities.values() if capability.argv}
-    return {program for program in programs if not _is_found(program, manifest.folder, path)}
-
-
-def _is_found(program: str, folder: Path, path: str) -> bool:
-    if "/" in program:
-        return os.access(folder / program, os.X_OK) and not (folder / program).is_dir()
-    return shutil.which(program, path=path) is not None

@@ -125,6 +125,7 @@ def _address(listener: socket.socket) -> str:
 
 def _log_to_stderr(level: str) -> None:
     logging.basicConfig(level=level.upper(), format=_LOG_FORMAT)
+    logging.getLogger("watchfiles").setLevel(logging.WARNING)
     if level != "debug":
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
 
@@ -180,8 +181,13 @@ class _Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """As uvicorn's, which raises the signal once more at the end, so that the process would die of it."""
-        wishes = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        """As uvicorn's, which raises the signal once more at the end, so that the process would die of it.
+
+        A hangup that is ignored (`nohup`) stays so.
+        """
+        wishes = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            wishes.append(signal.SIGHUP)
         before = {wish: signal.signal(wish, self.handle_exit) for wish in wishes}
         try:
             yield

@@ -194,17 +194,25 @@ if __name__ == "__main__":
 
 def overlay_files(name: str, kind: Kind, port: int) -> dict[str, str]:
     """The files of a new overlay by their path in its folder. `port` is that of a service."""
-    words = re.findall(r"[a-z0-9]+", name)
-    names = {"name": name, "module": "_".join(words), "title": "".join(map(str.capitalize, words))}
+    names = {"name": name, "module": "_".join(_words(name)), "title": "".join(map(str.capitalize, _words(name)))}
     if not names["title"][0].isalpha():
         names["title"] = f"Overlay{names['title']}"
     programs = (
-        {"src/run.py": _PROGRAM, f"tests/test_{names['module']}.py": _PROGRAM_TEST}
+        {"src/run.py": _PROGRAM, path_of_test(name): _PROGRAM_TEST}
         if kind == "proc"
-        else {"service.py": _SERVICE, f"tests/test_{names['module']}.py": _SERVICE_TEST}
+        else {"service.py": _SERVICE, path_of_test(name): _SERVICE_TEST}
     )
     manifest = json.dumps(_manifest(name, kind, port), indent=2) + "\n"
     return {"manifest.json": manifest} | {path: text.substitute(names) for path, text in programs.items()}
+
+
+def path_of_test(name: str) -> str:
+    """Where the test of a new overlay lies in its folder."""
+    return f"tests/test_{'_'.join(_words(name))}.py"
+
+
+def _words(name: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+", name)
 
 
 def write(folder: Path, files: Mapping[str, str]) -> None:

@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -24,7 +25,7 @@ from bus import cli, doctor, provenance, templates
 from bus.canonical import canonical
 from bus.console import Exit, printable
 from bus.settings import explain, load, table
-from tests.support import PATIENCE_S, REPO, add_overlay, add_script
+from tests.support import PATIENCE_S, REPO, add_overlay, add_script, eventually, is_alive
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -89,6 +90,27 @@ def commands() -> Iterator[tuple[str, Any]]:
 @pytest.mark.parametrize(("name", "command"), [*commands()], ids=lambda value: value if isinstance(value, str) else "")
 def test_every_command_explains_itself_with_an_example(name: str, command: Any) -> None:
     assert f"aal {name}" in command.help.partition("Example: ")[2]
+
+
+@pytest.mark.parametrize(("name", "command"), [*commands()], ids=lambda value: value if isinstance(value, str) else "")
+def test_help_names_no_types_of_python_and_cuts_nothing_short(aal: Callable[..., Ran], name: str, command: Any) -> None:
+    told = aal(*name.split(), "--help").out + aal(*name.split()[:-1], "--help").out
+    assert not re.search(r"<\w|range>|list\[|[^]]\.\.\.$", told, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ("invoke echo --phase NOPE", "'NOPE' is not one of OPEN, ALIGN, ASCEND, CLEAR, SEAL"),
+        ("overlays new x --runner ftp", "'ftp' is not one of proc, http"),
+        ("invoke echo --timeout-ms x", "'x' is not a whole number of 1 or more"),
+        ("serve --port 65536", "'65536' is not a whole number from 0 to 65535"),
+    ],
+)
+def test_a_wrong_value_is_told_with_what_is_allowed(aal: Callable[..., Ran], arguments: str, why: str) -> None:
+    ran = aal(*arguments.split())
+    assert (ran.code, why in ran.err) == (Exit.USAGE, True)
+    assert not re.search("Value error|Input should", ran.err)
 
 
 def test_help_stays_quick_since_nothing_heavy_is_imported_for_it() -> None:
@@ -288,12 +310,70 @@ def test_people_see_the_result_and_a_line_on_how_it_went(aal: Callable[..., Ran]
     assert "\x1b" not in ran.out
 
 
-def test_record_prints_the_line_as_it_stands_in_the_file(
+def test_record_prints_the_line_too_with_long_texts_cut_for_people(
     aal: Callable[..., Ran], overlays: Path, tmp_path: Path
 ) -> None:
-    printed = aal("invoke", "fixed", "text=Grüße", "--json", "--record").out.splitlines()
-    assert json.loads(printed[0])["provenance"]["seq"] == 1
-    assert printed[1] == (tmp_path / LEDGER).read_text().splitlines()[0]
+    told = aal("invoke", "fixed", "text=Grüße" + "x" * 500, "--json", "--record").json
+    assert (told["outcome"]["result"], told["outcome"]["provenance"]["seq"]) == ({"answer": 42}, 1)
+    assert canonical(told["record"]).decode() == (tmp_path / LEDGER).read_text().splitlines()[0]
+    shown = aal("invoke", "fixed", "text=Grüße" + "x" * 500, "--record").out
+    assert f"Grüße{'x' * 195}… 505 characters" in shown
+    assert '"payload_hash": ' in shown
+    assert aal("invoke", "no.body", "--json", "--record").json["record"]["code"] == "ERR_UNKNOWN_OVERLAY"
+
+
+def test_a_member_that_is_said_twice_is_refused_and_one_over_data_is_not(
+    aal: Callable[..., Ran], overlays: Path
+) -> None:
+    ran = aal("invoke", "echo", "a=1", "a=2")
+    assert (ran.code, "'a' is said twice" in ran.err) == (Exit.USAGE, True)
+    assert aal("invoke", "echo", "a=1", "--data", '{"a": 2}').code == Exit.OK
+
+
+def test_a_failed_call_shows_what_the_program_said(aal: Callable[..., Ran], overlays: Path) -> None:
+    add_script(overlays, "crashes", "echo 'no \x1b tea' >&2; exit 3")
+    ran = aal("invoke", "crashes")
+    first, second, third = ran.err.splitlines()
+    assert first.startswith("ERR_OVERLAY_CRASH: ")
+    assert (second, third.startswith("hint: ")) == ("  no \\x1b tea", True)
+
+
+def test_a_call_where_there_are_no_overlays_tells_where_they_could_be(aal: Callable[..., Ran], tmp_path: Path) -> None:
+    ran = aal("invoke", "echo")
+    assert (ran.code, "aal init" in ran.err, "AAL_OVERLAYS" in ran.err) == (Exit.FAILED, True, True)
+    add_overlay(tmp_path / ".aal/overlays")
+    assert "set AAL_OVERLAYS=.aal/overlays, or" in aal("invoke", "echo").err
+    add_overlay(tmp_path / "overlays", "other")
+    assert "AAL_OVERLAYS" not in aal("invoke", "echo").err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("in_background", [False, True], ids=["in front", "in the background"])
+def test_a_call_ended_by_a_signal_leaves_its_line_and_no_process(
+    overlays: Path, tmp_path: Path, number: signal.Signals, in_background: bool
+) -> None:
+    add_script(overlays, "slow", "echo $$ > ../slow.pid.new; mv ../slow.pid.new ../slow.pid; sleep 600")
+    command = [sys.executable, "-m", "bus.cli", "-C", str(tmp_path), "invoke", "slow"]
+    if in_background:  # as a shell starts it
+        command = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *command]
+    with process(command) as running:
+        eventually((overlays / "slow.pid").exists, "the program runs")
+        running.send_signal(number)
+        _, errors = running.communicate(timeout=PATIENCE_S)
+    assert (running.returncode, errors) == (128 + signal.SIGINT, "")
+    assert not is_alive(int((overlays / "slow.pid").read_text()))
+    assert [line["code"] for line in provenance.tail(tmp_path / LEDGER, 1, overlay="slow")] == ["ERR_CANCELLED"]
+
+
+def test_a_hangup_that_is_ignored_stays_ignored(overlays: Path, tmp_path: Path) -> None:
+    add_script(overlays, "waits", "echo > ../waits.new; until [ -e ../go ]; do sleep 0.01; done; echo 7")
+    command = [sys.executable, "-m", "bus.cli", "-C", str(tmp_path), "invoke", "waits", "--json"]
+    with process(["sh", "-c", 'trap "" HUP; exec "$@"', "sh", *command]) as running:
+        eventually((overlays / "waits.new").exists, "the program runs")
+        running.send_signal(signal.SIGHUP)
+        (overlays / "go").touch()
+        out, _ = running.communicate(timeout=PATIENCE_S)
+    assert (running.returncode, json.loads(out)["result"]) == (Exit.OK, 7)
 
 
 def test_a_failed_call_exits_with_1_and_tells_why_on_stderr(aal: Callable[..., Ran], overlays: Path) -> None:
@@ -326,7 +406,10 @@ def test_list_shows_broken_and_disabled_overlays_too(aal: Callable[..., Ran], ov
 def test_show_has_everything_about_each_capability(aal: Callable[..., Ran], overlays: Path) -> None:
     shown = aal("overlays", "show", "fixed", "--json").json
     assert shown["details"]["run"]["argv"] == ["sh", "run.sh"]
-    assert json.loads(aal("overlays", "show", "fixed").out) == shown
+    told = aal("overlays", "show", "fixed").out
+    assert re.search(r"^name +fixed$", told, re.MULTILINE)
+    assert re.search(r"^command +sh run.sh$", told, re.MULTILINE)
+    assert not re.search(r"^\w+$", told, re.MULTILINE)
 
 
 def test_check_prints_every_fault_and_warning(aal: Callable[..., Ran], overlays: Path, tmp_path: Path) -> None:
@@ -344,12 +427,53 @@ def test_check_prints_every_fault_and_warning(aal: Callable[..., Ran], overlays:
     assert (verdict["ok"], len(verdict["faults"])) == (False, 2)
 
 
+def test_only_what_could_be_added_again_is_offered_back(aal: Callable[..., Ran], overlays: Path) -> None:
+    (overlays / "half").mkdir()
+    ran = aal("overlays", "remove", "half")
+    assert (ran.code, "it lies in" in ran.out, "overlays add" in ran.out) == (Exit.OK, True, False)
+
+
+def test_check_shows_the_warnings_beside_the_faults(aal: Callable[..., Ran], overlays: Path) -> None:
+    add_overlay(overlays, "odd", phases=["SHUT"], colour="red")
+    told = aal("overlays", "check", "odd").out
+    assert "  fault    $.phases[0]" in told
+    assert "  warning  $.colour" in told
+
+
+def test_check_goes_on_after_a_name_of_nothing(aal: Callable[..., Ran], overlays: Path) -> None:
+    ran = aal("overlays", "check", "ecco", "/no/where", "echo")
+    assert ran.code == Exit.FAILED
+    heads = [line for line in ran.out.splitlines() if not line.startswith(" ")]
+    assert heads == ["fail ecco", "fail /no/where", "ok echo"]
+    assert "did you mean echo?" in ran.out
+    assert [found["ok"] for found in aal("overlays", "check", "ecco", "echo", "--json").json["overlays"]] == [
+        False,
+        True,
+    ]
+
+
+@pytest.mark.parametrize("name", ["minA", "\udcff", "a b"])
+def test_a_folder_whose_name_no_overlay_can_have_is_checked_shown_and_removed(
+    aal: Callable[..., Ran], tmp_path: Path, name: str
+) -> None:
+    add_overlay(tmp_path / "drafts", "fine").rename(tmp_path / "drafts" / name)
+    (tmp_path / "drafts").rename(tmp_path / "overlays")
+    shown = aal("overlays", "list", "--json").json["overlays"][0]["name"]
+    for given in {name, shown, printable(name)}:
+        ran = aal("overlays", "check", given)
+        assert (ran.code, ran.out.startswith("fail "), "did you mean" in ran.out) == (Exit.FAILED, True, False)
+        assert aal("overlays", "show", given).code == Exit.OK
+    moved = Path(aal("overlays", "remove", shown, "--json").json["path"])
+    assert list((tmp_path / "overlays").iterdir()) == []
+    assert (moved / "manifest.json").is_file()
+
+
 def test_check_refuses_a_folder_that_no_overlay_can_have(aal: Callable[..., Ran], tmp_path: Path) -> None:
     add_overlay(tmp_path, "UPPER")
     ran = aal("overlays", "check", f"{tmp_path}/UPPER")
     assert (ran.code, "'UPPER'" in ran.out) == (Exit.FAILED, True)
-    assert "there is no folder" in aal("overlays", "check", f"{tmp_path}/none").err
-    assert "no overlay 'none'" in aal("overlays", "check", "none").err
+    assert "there is no folder" in aal("overlays", "check", f"{tmp_path}/none").out
+    assert "no overlay 'none'" in aal("overlays", "check", "none").out
 
 
 def test_disable_enable_and_remove_persist(aal: Callable[..., Ran], overlays: Path, tmp_path: Path) -> None:
@@ -357,9 +481,13 @@ def test_disable_enable_and_remove_persist(aal: Callable[..., Ran], overlays: Pa
     assert aal("invoke", "fixed", "--json").json["code"] == "ERR_OVERLAY_DISABLED"
     aal("overlays", "enable", "fixed")
     assert aal("invoke", "fixed").code == Exit.OK
-    assert aal("overlays", "remove", "fixed").code == Exit.OK
+    ran = aal("overlays", "remove", "fixed")
+    assert ran.code == Exit.OK
     assert not (overlays / "fixed").exists()
-    assert list((tmp_path / ".aal/removed").glob("fixed-*/manifest.json"))
+    back = shlex.split(ran.out.partition("bring it back:")[2])
+    assert aal(*back[1:]).code == Exit.OK
+    assert aal("invoke", "fixed").code == Exit.OK
+    assert list((tmp_path / ".aal/removed").glob("*/fixed/manifest.json"))
 
 
 def test_add_copies_a_sound_overlay_in_and_refuses_another(
@@ -372,6 +500,43 @@ def test_add_copies_a_sound_overlay_in_and_refuses_another(
     assert "ERR_EXISTS" in aal("overlays", "add", str(source)).err
     (source / "manifest.json").write_text("{")
     assert "ERR_OVERLAY_BROKEN" in aal("overlays", "add", str(source)).err
+
+
+def test_what_changes_overlays_tells_programs_so(aal: Callable[..., Ran], tmp_path: Path) -> None:
+    made = aal("overlays", "new", "counter", "--json").json
+    assert (made["name"], made["path"], made["status"]) == ("counter", f"{tmp_path}/overlays/counter", "active")
+    assert aal("overlays", "disable", "counter", "--json").json == {"name": "counter", "enabled": False}
+    assert aal("overlays", "enable", "counter", "--json").json == {"name": "counter", "enabled": True}
+    moved = aal("overlays", "remove", "counter", "--json").json["path"]
+    assert aal("overlays", "add", moved, "--json").json["path"] == made["path"]
+    assert aal("init", f"{tmp_path}/new", "--json").json == {
+        "folder": f"{tmp_path}/new",
+        "overlays": ["abraxas"],
+        "files": ["aal.toml", ".gitignore"],
+    }
+
+
+def test_add_of_no_folder_says_so(aal: Callable[..., Ran]) -> None:
+    ran = aal("overlays", "add", "/no/where")
+    assert (ran.code, ran.err.splitlines()[0]) == (Exit.FAILED, "ERR_FILES: there is no folder /no/where")
+    assert "check NAME" not in ran.err
+
+
+def test_new_services_have_ports_of_their_own(aal: Callable[..., Ran]) -> None:
+    for name in ("one", "two"):
+        aal("overlays", "new", name, "--runner", "http")
+    urls = [aal("overlays", "show", name, "--json").json["details"]["count"]["url"] for name in ("one", "two")]
+    assert urls == ["http://127.0.0.1:8101/count", "http://127.0.0.1:8102/count"]
+
+
+def test_new_prints_a_command_that_runs_its_test(
+    aal: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = aal("overlays", "new", "my-tool").out
+    command = shlex.split(told.partition("its test:")[2].splitlines()[0])
+    assert command == ["python3", "overlays/my-tool/tests/test_my_tool.py"]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True, check=False).returncode == 0
 
 
 def test_new_overlays_pass_the_tests_that_they_come_with(aal: Callable[..., Ran], tmp_path: Path) -> None:
@@ -455,6 +620,9 @@ def test_tail_shows_people_one_row_a_line(aal: Callable[..., Ran], ledger: Path)
 
 def test_tail_of_no_ledger_is_empty(aal: Callable[..., Ran]) -> None:
     assert aal("provenance", "tail", "--json") == (Exit.OK, "", "")
+    assert aal("provenance", "tail").out == "No call was made here yet.\n"
+    ran = aal("provenance", "verify")
+    assert (ran.code, ran.err.splitlines()[1]) == (Exit.FAILED, "hint: No call was made here yet.")
 
 
 STRANGE = [
@@ -594,6 +762,19 @@ def test_replay_of_no_such_line_exits_with_2(aal: Callable[..., Ran], ledger: Pa
         assert (ran.code, "no line" in ran.err) == (Exit.USAGE, True)
 
 
+@pytest.mark.parametrize("command", ["provenance show 3", "replay 3", "replay 1 3", "replay 1-4"])
+def test_a_broken_line_is_named(aal: Callable[..., Ran], ledger: Path, command: str) -> None:
+    written = ledger.read_bytes().splitlines(keepends=True)
+    ledger.write_bytes(b"".join([*written[:2], b"{}\n", *written[3:]]))
+    ran = aal(*command.split())
+    assert (ran.code, ran.err.startswith("ERR_LEDGER_BROKEN: line 3: ")) == (Exit.LEDGER_BROKEN, True)
+
+
+def test_a_changed_line_among_several_is_named(aal: Callable[..., Ran], ledger: Path) -> None:
+    change_line(ledger, 1)
+    assert aal("replay", "--all").err.startswith("ERR_LEDGER_BROKEN: line 1: ")
+
+
 def test_replay_of_a_broken_line_exits_with_4(aal: Callable[..., Ran], ledger: Path) -> None:
     change_line(ledger, 1)
     assert aal("replay", "1").code == Exit.LEDGER_BROKEN
@@ -641,8 +822,13 @@ def test_a_call_of_an_overlay_that_has_gone_fails_beside_the_others(
 
 
 def test_nothing_to_replay_exits_with_3(aal: Callable[..., Ran]) -> None:
-    assert aal("replay", "--all").code == Exit.NOT_REPLAYABLE
-    assert aal("replay", "--last", "2").code == Exit.NOT_REPLAYABLE
+    for which in (["--all"], ["--last", "2"]):
+        ran = aal("replay", *which)
+        assert (ran.code, ran.out) == (Exit.NOT_REPLAYABLE, "")
+        first, second = ran.err.splitlines()
+        assert first == "ERR_NOT_REPLAYABLE: there is no line with a stored payload"
+        assert "AAL_DEV_LOG_PAYLOAD=1" in second
+        assert aal("replay", *which, "--json").json["replays"] == []
 
 
 def test_the_script_replays_as_the_command_does(ledger: Path, tmp_path: Path) -> None:
@@ -696,6 +882,22 @@ def test_config_names_the_source_of_each_value(
     assert (told["slots"], told["port"]) == ((3, "aal.toml"), (0, "environment"))
     assert told["overlays"] == (str(tmp_path / "overlays"), "default")
     assert len(aal("config").out.splitlines()) == len(told) + 1
+
+
+def test_config_shows_the_table_with_what_cannot_be_marked(
+    aal: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "aal.toml").write_text("port = 3\n")
+    monkeypatch.setenv("AAL_SLOTS", "many")
+    monkeypatch.setenv("AAL_PROT", "1")
+    ran = aal("config")
+    assert (ran.code, "AAL_PROT" in ran.err) == (Exit.USAGE, True)
+    rows = {row.split()[0]: row for row in ran.out.splitlines()}
+    assert re.fullmatch(r"slots +'many' +environment +64 +allowed: 1 to 4096", rows["slots"])
+    assert rows["port"].split()[:3] == ["port", "3", "aal.toml"]
+    (tmp_path / "aal.toml").write_text("port = 'x'\n")
+    ran = aal("config")
+    assert (ran.code, "slots" in ran.err, "port" in ran.err) == (Exit.USAGE, True, True)
 
 
 def test_doctor_is_content_with_a_sound_folder(aal: Callable[..., Ran], ledger: Path) -> None:
@@ -829,6 +1031,16 @@ def test_serve_answers_until_it_is_told_to_end_and_then_exits_with_0(overlays: P
     assert (server.returncode, out) == (0, "")
     assert "Traceback" not in err
     assert provenance.verify(tmp_path / LEDGER).ok
+
+
+@pytest.mark.parametrize("level", ["info", "debug"])
+def test_the_log_of_a_server_has_no_line_for_each_file_that_changes(level: str) -> None:
+    program = (
+        f"import logging, bus.serve; bus.serve._log_to_stderr({level!r});"
+        "logging.getLogger('watchfiles.main').info('1 change detected'); logging.getLogger('bus').info('heard')"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], cwd=REPO, capture_output=True, text=True, check=True)
+    assert ("heard" in ran.stderr, "change" in ran.stderr) == (True, False)
 
 
 def test_a_folder_has_one_server(aal: Callable[..., Ran], overlays: Path, tmp_path: Path) -> None:
