@@ -20,6 +20,7 @@ in a loop, is a `link`. More than `MAX_FILES` or `MAX_MB` is refused: an overlay
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import hashlib
 import os
@@ -33,6 +34,7 @@ from bus.canonical import shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
+    from io import BufferedReader
     from pathlib import Path
 
     Ignores = Callable[[str, bool], bool]
@@ -94,9 +96,14 @@ class Look:
         """`places` found by what began at `began_ns`, of `time.time_ns`."""
         return cls(places, all(stamp is None or stamp.is_settled(began_ns) for _, stamp in places))
 
+    def with_places(self, places: Sequence[Place], began_ns: int) -> Look:
+        """This look and a further one."""
+        further = Look.of(places, began_ns)
+        return Look([*self.places, *places], self.is_settled and further.is_settled)
+
     def holds(self) -> bool:
         """Whether every place is sure to be as it was; one `stat` each."""
-        return self.is_settled and all(_stamp(path) == stamp for path, stamp in self.places)
+        return self.is_settled and all(stamp_of(path) == stamp for path, stamp in self.places)
 
 
 class File(NamedTuple):
@@ -276,16 +283,37 @@ def code_hash(folder: Path) -> str:
     return CodeHash(folder).get()
 
 
-def _name(entry: os.DirEntry[str]) -> str:
-    return entry.name
+def open_file(path: str | Path) -> BufferedReader:
+    """Open a regular file to read its bytes. Raises `OSError`, also for what is no regular file.
+
+    `O_NONBLOCK`: opening a FIFO would wait for its writer for ever.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _must_be_file(os.fstat(handle).st_mode)
+        return open(handle, "rb")  # noqa: PTH123  # a descriptor, not a path
+    except BaseException:  # open() does not close a descriptor that it refuses
+        os.close(handle)
+        raise
 
 
-def _stamp(path: str) -> Stamp | None:
+def _must_be_file(mode: int) -> None:
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "something that is no file")
+
+
+def stamp_of(path: str) -> Stamp | None:
     """What a path leads to now; None where that is nothing."""
     try:
         return Stamp.of(os.stat(path))  # noqa: PTH116  # a string all along: this runs for every call
     except OSError:
         return None
+
+
+def _name(entry: os.DirEntry[str]) -> str:
+    return entry.name
 
 
 def _combine(records: Iterable[_Record]) -> str:
@@ -299,8 +327,7 @@ def _combine(records: Iterable[_Record]) -> str:
 def _digest(path: str) -> str | None:
     """SHA-256 of a file's content in hex; None where it cannot be read."""
     try:
-        # O_NONBLOCK: what was a file at the walk may be a FIFO by now.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:  # noqa: PTH123
+        with open_file(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
         return None
@@ -309,7 +336,7 @@ def _digest(path: str) -> str | None:
 def _ignores(root: str) -> Ignores | None:
     """Tells of a relative path, and whether it is a folder, if the folder's `.aalignore` names it."""
     try:
-        with open(os.open(f"{root}/{IGNORE_FILE}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:  # noqa: PTH123
+        with open_file(f"{root}/{IGNORE_FILE}") as file:
             text = file.read(_MAX_IGNORE_BYTES).decode("utf-8", "surrogateescape")
     except OSError:
         return None

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import re
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from jsonschema import Draft202012Validator
 from referencing import Registry
@@ -23,7 +24,7 @@ from bus.canonical import LARGEST_INTEGER
 from bus.errors import Fault
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from jsonschema import ValidationError
     from referencing._core import Resolver
@@ -31,8 +32,13 @@ if TYPE_CHECKING:
 
 Shape = Literal["A", "B", "native"]
 Path = tuple[str | int, ...]
+_T = TypeVar("_T")
 
 _DEFINITION: Mapping[Shape, str] = {"A": "shape_a", "B": "shape_b", "native": "native"}
+MAX_FAULTS = 100
+"""What is said of one manifest: a large one can be wrong a hundred thousand times, and nobody reads on."""
+
+_SHOWN = 120
 _UNFIT_TEXT = re.compile("[\0\ud800-\udfff]")
 _PLAIN_KEY = re.compile("[a-zA-Z][a-zA-Z0-9_]*")
 _TOO_DEEP = "a schema that can be checked"
@@ -50,25 +56,35 @@ class Form:
 
 
 def examine(value: object) -> Form:
-    """The form of a parsed manifest. Raises nothing, whatever JSON value it is given."""
-    unfit = dict(_unfit(value, ()))
+    """The form of a parsed manifest. Raises nothing, whatever JSON value it is given.
+
+    One with more than `MAX_FAULTS` faults has an empty `document`: there is no use in looking further.
+    """
+    unfit = dict(_some(_unfit(value, ())))
     value = _without(value, unfit)
     shape = _shape(value)
-    errors = [e for e in _validator(_DEFINITION[shape]).iter_errors(value) if e.validator != "additionalProperties"]
+    found = _validator(_DEFINITION[shape]).iter_errors(value)
+    errors = list(_some(error for error in found if error.validator != "additionalProperties"))
     unknown = dict(_unknown_keys(_definition(_DEFINITION[shape]), value, ()))
-    refused = {path for path in unknown if len(path) > 1 and shape == "native"}
-    faults = [*unfit.values(), *(unknown[path] for path in unknown if path in refused)]
+    refused = {path: known for path, known in unknown.items() if len(path) > 1 and shape == "native"}
+    faults = [*unfit.values(), *_unknown(refused)]
     said = {fault.path for fault in faults}
     faults += [fault for error in errors for fault in _faults_of(error) if fault.path not in said]
     culprits = [tuple(error.absolute_path) for error in errors if error.validator != "required"]
-    document = _without(value, [*culprits, *unknown])
+    document = None if len(faults) > MAX_FAULTS else _without(value, [*culprits, *unknown])
+    tolerated = {path: known for path, known in unknown.items() if path not in refused}
     return Form(
         shape=shape,
         given=value if isinstance(value, dict) else {},
         document=document if isinstance(document, dict) else {},
         faults=tuple(faults),
-        warnings=tuple(_warning(fault) for path, fault in unknown.items() if path not in refused),
+        warnings=at_most([_warning(fault) for fault in _unknown(tolerated)], "there are more warnings"),
     )
+
+
+def at_most(items: Sequence[_T], last: _T) -> tuple[_T, ...]:
+    """The first `MAX_FAULTS` of them, and `last` where there are more."""
+    return tuple(items) if len(items) <= MAX_FAULTS else (*items[:MAX_FAULTS], last)
 
 
 def json_path(*parts: str | int) -> str:
@@ -82,15 +98,20 @@ def schema_faults(schema: Mapping[str, Any], at: str) -> list[Fault]:
     References must lead to a schema within it; nothing is ever fetched.
     """
     try:
-        if faults := schemas.from_errors(_meta_validator().iter_errors(schema), at):
+        if faults := schemas.from_errors(_some(_meta_validator().iter_errors(schema)), at):
             return faults
         resource: SchemaResource = DRAFT202012.create_resource(schema)
         registry: SchemaRegistry = Registry()
-        return list(_broken_references(resource, registry.resolver_with_root(resource), at))
+        return list(_some(_broken_references(resource, registry.resolver_with_root(resource), at)))
     except RecursionError:
         return [Fault(at, "a schema that nests too deep", _TOO_DEEP)]
     except OverflowError:  # of the re module, for a{99999999999}
         return [Fault(at, "a regular expression with a huge count", _TOO_DEEP)]
+
+
+def _some(items: Iterable[_T]) -> Iterator[_T]:
+    """As many as can be shown, and one more, which tells that there are more."""
+    return itertools.islice(items, MAX_FAULTS + 1)
 
 
 def _step(part: str | int) -> str:
@@ -104,7 +125,24 @@ def _step(part: str | int) -> str:
 def _shape(value: object) -> Shape:
     if _validator("is_shape_a").is_valid(value):
         return "A"
-    return "native" if _validator("is_native").is_valid(value) else "B"
+    if not isinstance(value, dict):
+        return "B"
+    # The library is a hundred times slower at this than a loop, and there may be thousands of capabilities.
+    capabilities = value.get("capabilities")
+    if isinstance(capabilities, dict) and any(map(_has_native_key, capabilities.values())):
+        return "native"
+    others = {key: child for key, child in value.items() if key != "capabilities"}
+    return "native" if _validator("is_native").is_valid(others) else "B"
+
+
+def _has_native_key(capability: object) -> bool:
+    return isinstance(capability, dict) and not _native_keys().isdisjoint(capability)
+
+
+@cache
+def _native_keys() -> frozenset[str]:
+    """The keys of a capability that only the native shape has."""
+    return frozenset(key for branch in _definition("has_native_key")["anyOf"] for key in branch["required"])
 
 
 @cache
@@ -154,9 +192,10 @@ def _unfit(value: object, path: Path) -> Iterator[tuple[Path, Fault]]:
 
 
 def _without(value: object, paths: Iterable[Path]) -> object:
-    """A copy of `value` without what stands at these paths. The longest and last go first, so that indices hold."""
-    kept = copy.deepcopy(value)
-    for path in sorted(set(paths), reverse=True):
+    """`value` without what stands at these paths: a copy. The longest and last go first, so that indices hold."""
+    in_order = sorted(set(paths), reverse=True)
+    kept = copy.deepcopy(value) if in_order else value
+    for path in in_order:
         if not path:
             return None
         parent: Any = kept
@@ -175,8 +214,10 @@ def _faults_of(error: ValidationError) -> list[Fault]:
     return [dataclasses.replace(fault, allowed=f"{fault.allowed} ({note})") for fault in faults] if note else faults
 
 
-def _unknown_keys(schema: Mapping[str, Any], value: object, path: Path) -> Iterator[tuple[Path, Fault]]:
-    """Every key that the schema does not know, with the fault that it is where unknown keys are faults."""
+def _unknown_keys(
+    schema: Mapping[str, Any], value: object, path: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
+    """The path of every key that the schema does not know, with the keys that it knows there."""
     if not isinstance(value, dict):
         return
     known: Mapping[str, Any] | None = schema.get("properties")
@@ -186,12 +227,19 @@ def _unknown_keys(schema: Mapping[str, Any], value: object, path: Path) -> Itera
         if below is not None:
             yield from _unknown_keys(_follow(below), child, (*path, key))
         elif known is not None:
-            fault = schemas.unknown_key("$", key, known)
-            yield (*path, key), dataclasses.replace(fault, path=json_path(*path, key))
+            yield (*path, key), known
+
+
+def _unknown(keys: Mapping[tuple[str, ...], Mapping[str, Any]]) -> list[Fault]:
+    """The faults that unknown keys are where they are faults."""
+    return [
+        dataclasses.replace(schemas.unknown_key("$", path[-1], known), path=json_path(*path))
+        for path, known in _some(keys.items())
+    ]
 
 
 def _warning(fault: Fault) -> str:
-    return f"{fault.path} is not read ({fault.found}; {fault.allowed})"
+    return f"{fault.path[:_SHOWN]} is not read ({fault.found}; {fault.allowed})"
 
 
 def _broken_references(resource: SchemaResource, resolver: Resolver[Schema], at: str) -> Iterator[Fault]:

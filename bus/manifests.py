@@ -7,19 +7,22 @@ manifest refused, or normalised.
 from __future__ import annotations
 
 import difflib
+import errno
 import hashlib
+import ipaddress
+import itertools
 import os
 import re
 import shlex
-import stat
 import urllib.parse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bus import manifest_form, runes
 from bus.canonical import shown
+from bus.codehash import open_file
 from bus.errors import BusError, Fault
-from bus.manifest_form import json_path, schema_faults
+from bus.manifest_form import MAX_FAULTS, at_most, json_path, schema_faults
 from bus.model import Capability, Degradation, Manifest, Permission, Phase
 from runners.base import JsonError, parse_json
 
@@ -45,13 +48,27 @@ STDIN_FLAG = "--stdin-json"
 """The last argument of every proc capability of shapes B and native."""
 
 _SAID_AT_ONCE = 3
+_SHOWN = 120
+_SHOWN_ALLOWED = 400
+_LABEL = r"\w(?:[\w-]{0,61}\w)?"
+_HOST_NAME = re.compile(rf"{_LABEL}(?:\.{_LABEL})*\.?")
 
 
 class ManifestError(BusError):
-    """A manifest that cannot be used; `faults` has everything that is wrong with it."""
+    """A manifest that cannot be used; `faults` has what is wrong with it, `warnings` what else people should know.
 
-    def __init__(self, overlay: str, faults: Sequence[Fault]) -> None:
-        faults = [Fault(shown(fault.path), shown(fault.found), shown(fault.allowed)) for fault in faults]
+    `is_lasting`: the same files will give the same error, while one that is not may pass without a change of them.
+    """
+
+    def __init__(
+        self, overlay: str, faults: Sequence[Fault], *, warnings: Sequence[str] = (), is_lasting: bool = True
+    ) -> None:
+        faults = [
+            Fault(_cut(fault.path, _SHOWN), _cut(fault.found, _SHOWN), _cut(fault.allowed, _SHOWN_ALLOWED))
+            for fault in at_most(faults, Fault("$", "more faults", "none"))
+        ]
+        self.warnings = tuple(warnings)
+        self.is_lasting = is_lasting
         said = "; ".join(map(str, faults[:_SAID_AT_ONCE]))
         more = f"; and {len(faults) - _SAID_AT_ONCE} more" if len(faults) > _SAID_AT_ONCE else ""
         super().__init__("ERR_OVERLAY_BROKEN", f"overlay {shown(overlay)!r}: {said}{more}", faults=faults)
@@ -72,7 +89,7 @@ def read(folder: Path, *, default_timeout_s: float = 30.0, runners: Collection[s
     reading = _Reading(name, folder.resolve(), form, default_timeout_s, runners)
     manifest = reading.manifest(hashlib.sha256(text).hexdigest())
     if reading.faults:
-        raise ManifestError(name, sorted(set(reading.faults), key=str))
+        raise ManifestError(name, sorted(set(reading.faults), key=str), warnings=manifest.warnings)
     return manifest
 
 
@@ -89,18 +106,19 @@ def local_name(overlay: str, capability: str) -> str:
 def _read_bytes(folder: Path, name: str) -> bytes:
     allowed = f"a readable file of at most {MAX_BYTES} bytes"
     try:
-        # O_NONBLOCK: opening a FIFO would wait for its writer for ever.
-        handle = os.open(folder / FILE, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(handle, "rb") as file:  # noqa: PTH123  # a descriptor, not a path
-            if not stat.S_ISREG(os.fstat(handle).st_mode):
-                raise ManifestError(name, [Fault(FILE, "something that is no file", allowed)])
+        with open_file(folder / FILE) as file:
             text = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         found = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
-        raise ManifestError(name, [Fault(FILE, found, allowed)]) from None
+        raise ManifestError(name, [Fault(FILE, found, allowed)], is_lasting=_is_lasting(error)) from None
     if len(text) > MAX_BYTES:
         raise ManifestError(name, [Fault(FILE, "a larger file", allowed)])
     return text
+
+
+def _is_lasting(error: Exception) -> bool:
+    """Whether it will not pass before the path leads to something else; that no descriptor is free passes."""
+    return not isinstance(error, OSError) or error.errno in {errno.ENOENT, errno.EISDIR, errno.EINVAL, errno.ELOOP}
 
 
 class _Reading:
@@ -142,7 +160,7 @@ class _Reading:
             stdin=proc.get("stdin", "file"),
             mode=proc.get("mode", "auto"),
             resources=document.get("resources", {}),
-            warnings=(*self.form.warnings, *self._not_kept()),
+            warnings=(*self.form.warnings, *itertools.islice(self._not_kept(), MAX_FAULTS)),
         )
 
     def _not_kept(self) -> Iterator[str]:
@@ -209,6 +227,8 @@ class _Reading:
         self._check_entrypoints()
         found: dict[str, Capability] = {}
         for written, given in self._given_capabilities().items():
+            if len(self.faults) > MAX_FAULTS:
+                break
             name = local_name(self.name, written)
             at = ("capabilities", written)
             if not CAPABILITY_NAME.fullmatch(name):
@@ -318,11 +338,25 @@ def _known_members(given: Mapping[str, Any], *names: str) -> dict[str, Any]:
 def _is_base_url(text: str) -> bool:
     try:
         url = urllib.parse.urlsplit(text)
-        port = url.port
+        plain = text.isprintable() and " " not in text and not url.query and not url.fragment
+        return plain and url.scheme in {"http", "https"} and _is_host(url.hostname or "") and url.port != 0
     except ValueError:
         return False
-    plain = text.isprintable() and " " not in text and not url.query and not url.fragment
-    return plain and url.scheme in {"http", "https"} and bool(url.hostname) and port != 0
+
+
+def _is_host(text: str) -> bool:
+    """Whether it is an IP address or a host name, of letters of any script. Raises `ValueError` for some that are not.
+
+    RFC 1123 section 2.1, and `_` beside its characters, which names in private networks have.
+    """
+    if ":" in text:
+        ipaddress.IPv6Address(text)
+    return ":" in text or (_HOST_NAME.fullmatch(text) is not None and bool(text.encode("idna")))
+
+
+def _cut(text: str, limit: int) -> str:
+    """A text that can be written, cut to a length that fits a message."""
+    return shown(text if len(text) <= limit else text[: limit - 1] + "…")
 
 
 def _join(base_url: str, path: str) -> str:

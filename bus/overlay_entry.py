@@ -39,6 +39,12 @@ class Entry:
             return "broken"
         return self.manifest.status if self.enabled else "disabled"
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What people should know of the manifest, sound or not."""
+        said = self.manifest or self.error
+        return said.warnings if said else ()
+
     def usable(self) -> Manifest:
         """The manifest, for a call. Raises `DeniedError` if the overlay is disabled or broken."""
         if not self.enabled:
@@ -66,7 +72,7 @@ class Entry:
             "runners": sorted({capability.runner for capability in capabilities.values()}),
             "deterministic": manifest.deterministic if manifest else False,
             "enabled": self.enabled,
-            "warnings": list(manifest.warnings) if manifest else [],
+            "warnings": list(map(shown, self.warnings)),
             "error": self.error.detail if self.error else None,
             "faults": [_fault_as_json(fault) for fault in self.error.faults] if self.error else [],
             "links": list(self.links),

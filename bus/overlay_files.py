@@ -121,20 +121,30 @@ def copy_in(source: Path, root: Path, name: str) -> None:
 
 
 def move_out(folder: Path, state: Path) -> Path:
-    """Move an overlay's folder, or the link that it is, to `<state>/removed/<name>-<UTC time>`; gives the new path.
+    """Move an overlay's folder, or the link that it is, to `<state>/removed/<UTC time>/<name>`; gives the new path.
 
-    The caller holds the lock. Raises `OperatorError`, and then the overlay is where it was.
+    Its name stays, so that it can be added again from there. The caller holds the lock. Raises `OperatorError`, and
+    then the overlay is where it was.
     """
-    target = state / REMOVED_FOLDER / f"{folder.name}-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}"
+    target = state / REMOVED_FOLDER / f"{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}" / folder.name
     with failing_as_operator_error(f"move {folder} to {target}"):
-        target.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True)
         try:
-            folder.rename(target)
-        except OSError as error:
-            if error.errno != errno.EXDEV:
-                raise
-            _move_across(folder, target)
+            _move(folder, target)
+        except BaseException:  # also an operator's Ctrl-C
+            with contextlib.suppress(OSError):
+                target.parent.rmdir()
+            raise
     return target
+
+
+def _move(folder: Path, target: Path) -> None:
+    try:
+        folder.rename(target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        _move_across(folder, target)
 
 
 def _move_across(folder: Path, target: Path) -> None:

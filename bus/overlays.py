@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from watchfiles import awatch
 
-from bus import manifests
+from bus import manifests, overlay_programs
 from bus.canonical import shown
-from bus.codehash import EXCLUDED, CodeHash, Look, Stamp, TooLargeError, Walk, code_hash
+from bus.codehash import EXCLUDED, IGNORE_FILE, CodeHash, Look, Stamp, TooLargeError, Walk, code_hash, stamp_of
 from bus.errors import BusError, DeniedError, Fault, NotFoundError
 from bus.manifests import NAME, ManifestError, local_name
 from bus.overlay_entry import Entry, Resolved
@@ -39,6 +39,9 @@ log = logging.getLogger(__name__)
 
 POLL_S = 1.0
 """How often `watch` looks by itself: bind mounts and network folders send no events."""
+
+RETRY_S = 1.0
+"""How soon a broken overlay is read again though nothing about it has changed: what breaks it may lie elsewhere."""
 
 DEBOUNCE_MS = 200
 """How long `watch` gathers events of one change, as a copy of many files, before it looks."""
@@ -67,7 +70,10 @@ _State = tuple[_Seen, bool, tuple[str, ...], str]
 
 @dataclass(slots=True)
 class _Loaded:
-    """An overlay as it was read. `look` has what its entry's links and `folders`, those to watch, were made from."""
+    """An overlay as it was read at `read_at`, of `time.monotonic`.
+
+    `look` has what its entry's links and programs and `folders`, those to watch, were made from.
+    """
 
     seen: _Seen
     settled: bool
@@ -75,6 +81,30 @@ class _Loaded:
     codes: CodeHash
     folders: tuple[str, ...]
     look: Look
+    read_at: float
+
+    def is_current(self, seen: _Seen) -> bool:
+        """Whether the entry is sure to be what another reading would give."""
+        return (
+            self.seen == seen
+            and self.settled
+            and self.look.holds()
+            and (self._is_lasting() or self.is_of_this_moment())
+        )
+
+    def is_of_this_moment(self) -> bool:
+        return time.monotonic() - self.read_at < RETRY_S
+
+    def _is_lasting(self) -> bool:
+        return self.entry.error is None or self.entry.error.is_lasting
+
+
+class _Inspected(NamedTuple):
+    """What was found in a folder; `folders` and `look` as in `_Loaded`."""
+
+    entry: Entry
+    folders: tuple[str, ...] = ()
+    look: Look = Look()
 
 
 def _no_check(_manifest: Manifest, _folder: Path) -> Iterable[str]:
@@ -112,12 +142,12 @@ class Registry:
             if entry.error:
                 log.warning("%s", entry.error.detail)
 
-    def entries(self) -> list[Entry]:
-        """Every overlay there is now, by name; the broken ones too."""
+    def entries(self, *, patient: bool = False) -> list[Entry]:
+        """Every overlay there is now, by name; the broken ones too, or where `patient` as they were `RETRY_S` ago."""
         names = self._names()
         for gone in self._loaded.keys() - names:
             del self._loaded[gone]
-        return [entry for name in sorted(names) if (entry := self._refresh(name))]
+        return [entry for name in sorted(names) if (entry := self._refresh(name, patient=patient))]
 
     def entry(self, name: str) -> Entry:
         """One overlay. Raises `NotFoundError` that names those whose names come near."""
@@ -153,9 +183,8 @@ class Registry:
     def add(self, path: Path) -> Entry:
         """Copy an overlay's folder in. Raises `ManifestError` if it is broken, and `OperatorError`."""
         name = manifests.overlay_name(path)
-        entry, _ = self._inspect(name, path)
-        if entry.error:
-            raise entry.error
+        if error := self._inspect(name, path).entry.error:
+            raise error
         with locked(self._state):
             copy_in(path, self._root, name)
         return self.entry(name)
@@ -177,27 +206,36 @@ class Registry:
 
         A folder of overlays that does not exist is waited for.
         """
-        known = self._states({})
+        known: dict[str, _State] = dict(self._states({}))
         while True:
-            watched = self._watched()
-            async with contextlib.aclosing(_changes(watched)) as changes:
-                async for paths in changes:
-                    touched = {name for path in paths for name in _owners(path, watched)}
-                    for name in touched & self._loaded.keys():
-                        self._loaded[name].settled = False
-                    states = self._states(known)
-                    changed = {name for name in known.keys() | states.keys() if known.get(name) != states.get(name)}
-                    known = states
-                    _tell(changed | (touched & states.keys()), on_change)
-                    if self._watched() != watched:
-                        break
+            try:
+                await self._watch_once(known, on_change)
+            except Exception:  # the edge of this task: nobody would notice that it has ended
+                log.exception("cannot watch the overlays; looking again in %s s", POLL_S)
+                await asyncio.sleep(POLL_S)
+
+    async def _watch_once(self, known: dict[str, _State], on_change: Callable[[str], None] | None) -> None:
+        """Watch the folders of now until there are others; keeps in `known` what was told of."""
+        watched = self._watched()
+        async with contextlib.aclosing(_changes(watched)) as changes:
+            async for paths in changes:
+                touched = {name for path in paths for name in _owners(path, watched)}
+                for name in touched & self._loaded.keys():
+                    self._loaded[name].settled = False
+                states = self._states(known)
+                changed = {name for name in known.keys() | states.keys() if known.get(name) != states.get(name)}
+                known.clear()
+                known.update(states)
+                _tell(changed | (touched & states.keys()), on_change)
+                if self._watched() != watched:
+                    return
 
     def _states(self, known: Mapping[str, _State]) -> Mapping[str, _State]:
         """What `watch` compares; `known` again while the list of disabled overlays cannot be read, as calls tell."""
         try:
-            entries = self.entries()
+            entries = self.entries(patient=True)
         except BusError:
-            return known
+            return dict(known)
         return {e.name: (self._loaded[e.name].seen, e.enabled, e.links, str(e.error or "")) for e in entries}
 
     def _watched(self) -> dict[str, set[str]]:
@@ -206,18 +244,21 @@ class Registry:
         for name, loaded in self._loaded.items():
             for folder in loaded.folders:
                 watched.setdefault(folder, set()).add(name)
-        if self._root.is_dir():
+        if os.path.isdir(self._root):  # noqa: PTH112  # Path.is_dir raises where the way there may not be gone
             watched.setdefault(str(self._root.resolve()), set()).add(_ANY)
         return watched
 
     def _names(self) -> set[str]:
-        """The names in the root that are or lead to folders, or lead nowhere."""
+        """The names in the root that are or lead to folders, or lead nowhere.
+
+        Those that are known already while it cannot be listed, as when no descriptor is free.
+        """
         try:
             found = {path.name for path in self._root.iterdir() if _may_be_overlay(path)}
         except FileNotFoundError:
             found, problem = set[str](), None
         except OSError as error:
-            found, problem = set[str](), f"cannot list the overlays: {error}"
+            found, problem = set(self._loaded), shown(f"cannot list the overlays: {error}")
         else:
             problem = None
         if problem and problem != self._root_error:
@@ -225,10 +266,11 @@ class Registry:
         self._root_error = problem
         return found
 
-    def _refresh(self, name: str) -> Entry | None:
+    def _refresh(self, name: str, *, patient: bool = False) -> Entry | None:
         """The entry as the disk has it now; None where there is no such folder.
 
-        Read again if the manifest or what the folders list has changed, and what is broken every time.
+        Read again if the manifest, the programs or what the folders list has changed. What is broken is read again
+        after `RETRY_S` too where the reason may lie elsewhere, and `patient` does not read it sooner whatever changes.
         """
         now_ns = time.time_ns()
         folder = self._root / name
@@ -237,7 +279,8 @@ class Registry:
             self._loaded.pop(name, None)
             return None
         loaded = self._loaded.get(name)
-        if loaded is None or loaded.seen != seen or not loaded.settled or loaded.entry.error or not loaded.look.holds():
+        can_wait = patient and loaded is not None and loaded.entry.error is not None and loaded.is_of_this_moment()
+        if loaded is None or not (can_wait or loaded.is_current(seen)):
             loaded = self._loaded[name] = self._read(name, folder, seen)
             loaded.settled = seen.manifest is None or seen.manifest.is_settled(now_ns)
         enabled = name not in self._disabled.get()
@@ -246,27 +289,44 @@ class Registry:
     def _read(self, name: str, folder: Path, seen: _Seen) -> _Loaded:
         before = self._loaded.get(name)
         codes = before.codes if before and before.seen[:2] == seen[:2] else CodeHash(folder)
-        entry, walk = self._inspect(name, folder)
-        folders, look = (tuple(walk.folders), walk.look()) if walk else ((), Look())
-        return _Loaded(seen, settled=False, entry=entry, codes=codes, folders=folders, look=look)
+        inspected = self._inspect(name, folder)
+        return _Loaded(
+            seen,
+            settled=False,
+            entry=inspected.entry,
+            codes=codes,
+            folders=inspected.folders,
+            look=inspected.look,
+            read_at=time.monotonic(),
+        )
 
-    def _inspect(self, name: str, folder: Path) -> tuple[Entry, Walk | None]:
-        """The entry of a folder, wherever it lies, and what lies in it; None where it cannot be listed."""
+    def _inspect(self, name: str, folder: Path) -> _Inspected:
+        """What is in a folder, wherever it lies."""
         entry = Entry(name, folder)
+        began_ns = time.time_ns()
+        surface = [(path, stamp_of(path)) for path in (str(folder), f"{folder}/{IGNORE_FILE}")]
         try:
             walk = Walk.of(folder)
         except (OSError, TooLargeError) as error:
-            return replace(entry, error=ManifestError(name, [_folder_fault(error)])), None
+            broken = ManifestError(name, [_folder_fault(error)], is_lasting=False)
+            return _Inspected(replace(entry, error=broken), look=Look.of(surface, began_ns))
         entry = replace(entry, links=tuple(walk.leading_out))
+        found = _Inspected(entry, tuple(walk.folders), walk.look())
         try:
-            return replace(entry, manifest=self._read_manifest(folder)), walk
+            manifest = self._read_manifest(folder)
         except ManifestError as error:
-            return replace(entry, error=error), walk
+            return found._replace(entry=replace(entry, error=error))
+        programs = overlay_programs.look(manifest)
+        found = found._replace(look=found.look.with_places(programs.places, began_ns))
+        if programs.faults:
+            broken = ManifestError(name, programs.faults, warnings=manifest.warnings)
+            return found._replace(entry=replace(entry, error=broken))
+        return found._replace(entry=replace(entry, manifest=manifest))
 
     def _read_manifest(self, folder: Path) -> Manifest:
         manifest = manifests.read(folder, default_timeout_s=self._default_timeout_s, runners=self._runners)
         if faults := [Fault("$", text, "what the plugins accept") for text in self._check(manifest, manifest.folder)]:
-            raise ManifestError(manifest.name, faults)
+            raise ManifestError(manifest.name, faults, warnings=manifest.warnings, is_lasting=False)
         return manifest
 
     def _unchanged(self, name: str) -> tuple[Manifest, str, tuple[str, ...]] | None:
@@ -313,7 +373,7 @@ def _look(folder: Path) -> _Seen | None:
 def _may_be_overlay(path: Path) -> bool:
     if path.name.startswith(".") or path.name in EXCLUDED:
         return False
-    return path.is_dir() or (path.is_symlink() and not path.exists())
+    return os.path.isdir(path) or (path.is_symlink() and not os.path.exists(path))  # noqa: PTH110, PTH112  # as above
 
 
 def _choose(manifest: Manifest, capability: str | None) -> Capability:
@@ -331,7 +391,8 @@ def _choose(manifest: Manifest, capability: str | None) -> Capability:
 async def _changes(watched: Collection[str]) -> AsyncGenerator[set[str]]:
     """The paths that changed in these folders, not below them, and an empty set every `POLL_S`.
 
-    Ends when it cannot watch, or not any more, after a last `POLL_S`. A folder whose name is no UTF-8 cannot be watched.
+    Ends when it cannot watch, or not any more, after a last `POLL_S`. A folder whose name is no UTF-8 is left out: it
+    cannot be watched.
     """
     if paths := [path for path in watched if path.isascii() or shown(path) == path]:
         try:
@@ -347,8 +408,8 @@ async def _changes(watched: Collection[str]) -> AsyncGenerator[set[str]]:
             async with contextlib.aclosing(watcher) as batches:
                 async for batch in batches:
                     yield {path for _, path in batch}
-        except (OSError, RuntimeError, ExceptionGroup) as error:  # a folder that has gone, or too many watches
-            log.info("cannot watch the overlays, so looking every %s s: %s", POLL_S, error)
+        except (OSError, RuntimeError, ValueError, ExceptionGroup) as error:  # a folder has gone, or too many watches
+            log.info("cannot watch the overlays, so looking every %s s: %s", POLL_S, shown(str(error)))
     await asyncio.sleep(POLL_S)
     yield set()
 
@@ -364,7 +425,7 @@ def _owners(path: str, watched: Mapping[str, set[str]]) -> set[str]:
 
 def _tell(names: Iterable[str], on_change: Callable[[str], None] | None) -> None:
     for name in sorted(names):
-        log.info("overlay %s changed", shown(name))
+        log.info("overlay %r changed", shown(name))
         if on_change:
             on_change(shown(name))
 

@@ -22,7 +22,7 @@ FLOORS = [
     ["model"],
     ["settings", "hookspecs", "schemas"],
     ["codehash", "manifest_form", "metrics", "overlay_entry", "records"],
-    ["manifests", "overlay_files", "provenance"],
+    ["manifests", "overlay_files", "overlay_programs", "provenance"],
     ["overlays", "policy", "scheduler", "ledger", "plugins"],
     ["envelopes"],
     ["course"],

@@ -102,6 +102,9 @@ def add_process_overlays(root: Path) -> None:
     (state / "overlays.json").write_text(json.dumps({"disabled": ["off"]}))
     add_overlay(root, "missing", "./nowhere")
     add_overlay(root, "not_executable", "./data.txt", files={"data.txt": "just text"})
+    add_overlay(root, "missing_script", "python3 run.py")
+    shebang = add_overlay(root, "bad_shebang", "./run", files={"run": "#!/nowhere/interpreter\n"})
+    (shebang / "run").chmod(0o755)
     add_native(root, "strict", {"run": {"runner": "proc", "input_schema": {"required": ["text"]}}})
     write_overlay(root, "broken", {"name": "broken"})
     for program in (*PROGRAMS.glob("*.sh"), PROGRAMS / "grandchild.py"):
@@ -232,8 +235,10 @@ def test_a_hundred_megabytes_in_chunks_are_refused_without_being_kept(server: Se
 # --- Programs ----------------------------------------------------------------------------------------------------
 
 PROGRAM_FAULTS = {
-    "missing": (502, "ERR_OVERLAY_START", "nowhere"),
-    "not_executable": (502, "ERR_OVERLAY_START", "data.txt"),
+    "missing": (409, "ERR_OVERLAY_BROKEN", "nowhere"),
+    "not_executable": (409, "ERR_OVERLAY_BROKEN", "data.txt"),
+    "missing_script": (409, "ERR_OVERLAY_BROKEN", "run.py"),
+    "bad_shebang": (502, "ERR_OVERLAY_START", "interpreter"),
     "exits_1": (502, "ERR_OVERLAY_CRASH", "1"),
     "writes_nothing": (502, "ERR_OVERLAY_PROTOCOL", "wrote nothing"),
     "writes_html": (502, "ERR_OVERLAY_PROTOCOL", "html"),

@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,7 +16,6 @@ from bus.codehash import RACY_NS, CodeHash, Stamp, TooLargeError, Walk, code_has
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 
 @pytest.fixture
@@ -39,6 +39,11 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(codehash, "_digest", counting)
     return read
+
+
+def descriptors() -> int:
+    """How many this process has open."""
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def in_the_past(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,14 +219,20 @@ def test_what_a_dangling_link_lacks_is_seen_when_it_comes(
     assert hashes.get() == code_hash(folder)
 
 
-@pytest.mark.parametrize("within", ["lib", "lib/run.py"])
 def test_a_link_outside_that_moves_on_is_seen_through_the_link_to_it(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, within: str
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    point(tmp_path / "current", release(tmp_path / "1", "print(1)"))
-    (folder / "linked").symlink_to(tmp_path / "current" / within.partition("/")[2])
+    """The old release stays as it was, and each of its files stands unchanged in the new one too."""
+    old = release(tmp_path / "1", "print(1)")
+    point(tmp_path / "current", old)
+    (folder / "linked").symlink_to(tmp_path / "current")
     hashes = settled(folder, monkeypatch)
-    point(tmp_path / "current", release(tmp_path / "2", "print(2)"))
+    shutil.copytree(old, tmp_path / "2", copy_function=os.link)
+    hashes.get()  # the further hard link is a change of its own
+    in_the_past(folder, monkeypatch)
+    assert hashes.is_unchanged()
+    (tmp_path / "2" / "more.py").write_text("print(2)")
+    point(tmp_path / "current", tmp_path / "2")
     assert not hashes.is_unchanged()
     assert hashes.get() == code_hash(folder)
 
@@ -302,3 +313,24 @@ def test_an_unreadable_file_is_named_and_not_a_crash(folder: Path) -> None:
 def test_a_folder_that_is_not_there_is_an_os_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         code_hash(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "make", [os.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/null"), lambda path: path.symlink_to(path)]
+)
+def test_what_is_no_regular_file_is_never_opened_and_costs_no_descriptor(
+    folder: Path, make: Callable[[Path], object]
+) -> None:
+    make(folder / ".aalignore")
+    before = descriptors()
+    for _ in range(3):
+        with pytest.raises(OSError, match=r"directory|no file|links"):
+            codehash.open_file(folder / ".aalignore")
+        assert codehash._digest(f"{folder}/.aalignore") is None
+        assert len(code_hash(folder)) == 64
+    assert descriptors() == before
+
+
+def test_a_regular_file_is_opened_and_read(folder: Path) -> None:
+    with codehash.open_file(folder / "src" / "run.py") as file:
+        assert file.read() == b"print(1)"

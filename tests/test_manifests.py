@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
-from bus import manifests, resources, runes
+from bus import manifest_form, manifests, resources, runes
 from bus.canonical import LARGEST_INTEGER, canonical
 from bus.manifests import ManifestError
 from bus.model import Degradation, Permission, Phase
@@ -136,6 +136,17 @@ def test_every_key_in_the_schema_has_a_description() -> None:
 
     shapes = ("shape_a", "shape_b", "native", "capability_b", "capability_native", "resources", "policy")
     assert [missing for shape in shapes for missing in undescribed(definitions[shape], shape)] == []
+
+
+def test_the_shape_that_is_read_is_the_one_that_the_schema_tells() -> None:
+    definitions = resources.load_json("schemas/manifest.schema.json")["$defs"]
+    is_native = Draft202012Validator({"$ref": "#/$defs/is_native", "$defs": definitions})
+    plain = shape_b(entrypoints={"proc": {"command": ["cat"]}}, capabilities=PLAIN)
+    changes: list[dict[str, Any]] = [{}, {"env": []}, {"capabilities": {"x": {"runner": "proc"}, "y": {"rights": {}}}}]
+    keys = ("phases", "input_schema", "output_schema", "memory", "concurrency", "cost_cents", "idempotent", "x")
+    changes += [{"capabilities": {"x": {"runner": "proc"}, "y": {"runner": "proc", key: 1}}} for key in keys]
+    for document in (plain | change for change in changes):
+        assert (manifest_form.examine(document).shape == "native") == is_native.is_valid(document)
 
 
 def test_shape_a_becomes_one_capability_called_run(tmp_path: Path) -> None:
@@ -338,11 +349,97 @@ def test_a_fault_names_the_path_and_what_is_allowed(
 
 @pytest.mark.parametrize(
     "url",
-    ["ftp://host", "host:80", "http://", "http://h:99999", "http://[x", "http://h/?a=1", "http://h/#a", "http://h o"],
+    [
+        "ftp://host",
+        "host:80",
+        "http://",
+        "http://h:99999",
+        "http://[x",
+        "http://h/?a=1",
+        "http://h/#a",
+        "http://h o",
+        "http://...",
+        "http://.",
+        "http://-",
+        "http://a..b",
+        "http://.a",
+        "http://[::x]",
+        "http://a%20b",
+        "http://a,b",
+        f"http://{'a' * 64}",
+        "http://u@",
+        "http://:80",
+    ],
 )
 def test_a_base_url_must_be_http_with_a_host_and_no_query(tmp_path: Path, url: str) -> None:
     document = shape_b(entrypoints={"http": {"base_url": url}}, capabilities={"a": {"runner": "http"}})
     assert list(faults_of(tmp_path, document)) == ["$.entrypoints.http.base_url"]
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://localhost:1", "https://a-b.example.com./x", "http://my_service/", "http://127.0.0.1", "http://[::1]:80",
+     "http://bücher.example", "http://user:secret@h", "http://1.example"],
+)  # fmt: skip
+def test_a_host_is_a_name_or_an_address(tmp_path: Path, url: str) -> None:
+    document = shape_b(entrypoints={"http": {"base_url": url}}, capabilities={"a": {"runner": "http"}})
+    assert read(tmp_path, document).capabilities["a"].url == url
+
+
+LARGE = {
+    "unknown phases": shape_a(phases=["NAP"] * 50_000),
+    "surrogates": shape_a(phases=["\ud800"] * 5_000),
+    "unknown keys in native": native(
+        capabilities={"a": {"runner": "proc", "concurrency": 1} | {f"k{number}": 1 for number in range(50_000)}}
+    ),
+    "capabilities without a runner": shape_b(capabilities={f"c{number}": {} for number in range(50_000)}),
+    "capabilities with a bad rune": shape_b(
+        capabilities={f"c{number}": {"runner": "proc", "default_profile": "x"} for number in range(2_000)}
+    ),
+    "bad schemas": native(
+        capabilities={"a": {"runner": "proc", "input_schema": {"anyOf": [{"type": f"t{n}"} for n in range(5_000)]}}}
+    ),
+    "bad references": native(
+        capabilities={"a": {"runner": "proc", "input_schema": {"anyOf": [{"$ref": f"#/{n}"} for n in range(500)]}}}
+    ),
+}
+
+
+@pytest.mark.parametrize("document", LARGE.values(), ids=LARGE.keys())
+def test_of_a_manifest_that_is_wrong_all_over_some_is_said_and_that_there_is_more(
+    tmp_path: Path, document: dict[str, Any]
+) -> None:
+    with pytest.raises(ManifestError) as caught:
+        manifests.read(put(tmp_path, document))
+    faults = caught.value.faults
+    assert len(faults) == 101
+    assert faults[-1].found == "more faults"
+    assert len(json.dumps(caught.value.body())) < 100_000
+
+
+def test_what_is_said_of_one_fault_has_an_end(tmp_path: Path) -> None:
+    long = "x" * 100_000
+    capabilities = {long: {"runner": long, "memory": long, long: 1}}
+    with pytest.raises(ManifestError) as caught:
+        manifests.read(put(tmp_path, native(version=[long], name=long, capabilities=capabilities), name="tool"))
+    assert len(caught.value.faults) >= 3
+    for fault in caught.value.faults:
+        assert max(len(fault.path), len(fault.found)) <= 120
+        assert len(fault.allowed) <= 400
+    assert len(caught.value.detail) < 3_000
+
+
+def test_a_manifest_with_faults_has_its_warnings_too(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError) as caught:
+        manifests.read(put(tmp_path, native(version=1, extra=1)))
+    assert "$.extra" in caught.value.warnings[0]
+    assert "$.secrets is not passed on by this version" in caught.value.warnings
+
+
+def test_warnings_have_an_end(tmp_path: Path) -> None:
+    manifest = read(tmp_path, shape_a(**{f"k{number}": 1 for number in range(1000)}))
+    assert len(manifest.warnings) == 101
+    assert manifest.warnings[-1] == "there are more warnings"
 
 
 @pytest.mark.parametrize(

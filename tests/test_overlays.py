@@ -185,14 +185,214 @@ def test_what_comes_changes_and_goes_is_seen_at_the_next_use(root: Path, registr
 def test_a_half_copied_folder_is_broken_and_heals_by_itself(root: Path, registry: Registry) -> None:
     (root / "a").mkdir()
     assert statuses(registry) == {"a": "broken"}
-    whole = json.dumps({"name": "a", "version": "1", "entrypoint": "x"})
+    whole = json.dumps({"name": "a", "version": "1", "entrypoint": "./run.sh"})
     (root / "a" / "manifest.json").write_text(whole[:20])
     with pytest.raises(DeniedError) as caught:
         registry.resolve("a")
     assert caught.value.code == "ERR_OVERLAY_BROKEN"
     assert caught.value.faults
     (root / "a" / "manifest.json").write_text(whole)
-    assert registry.resolve("a").capability.argv == ("x",)
+    with pytest.raises(DeniedError, match="which is not there"):
+        registry.resolve("a")
+    (root / "a" / "run.sh").write_text("#!/bin/sh\n")
+    with pytest.raises(DeniedError, match="cannot be executed"):
+        registry.resolve("a")
+    (root / "a" / "run.sh").chmod(0o755)
+    assert registry.resolve("a").capability.argv == ("./run.sh",)
+
+
+@pytest.mark.usefixtures("settled")
+@pytest.mark.parametrize(
+    ("command", "path"),
+    [
+        ("./late.sh --fast", "late.sh"),
+        ("sh -eu src/late.sh", "src/late.sh"),
+        ("late", ".venv/bin/late"),
+        ("build/late", "build/late"),
+    ],
+)
+def test_a_program_that_comes_after_its_manifest_heals_it_and_one_that_goes_breaks_it(
+    root: Path, registry: Registry, command: str, path: str
+) -> None:
+    put(root / "a", entrypoint=command)
+    (root / "a" / ".aalignore").write_text("build/")
+    for folder in ("build", ".venv/bin"):
+        (root / "a" / folder).mkdir(parents=True)
+    for _ in range(2):
+        assert statuses(registry) == {"a": "broken"}
+        assert [fault.path for fault in error_of(registry).faults] == ["$.entrypoint"]
+        assert "late" in str(error_of(registry))
+        (root / "a" / path).write_text("#!/bin/sh\n")
+        (root / "a" / path).chmod(0o755)
+        assert statuses(registry) == {"a": "active"}
+        (root / "a" / path).unlink()
+
+
+@pytest.mark.usefixtures("settled")
+def test_a_program_that_loses_its_right_to_be_executed_is_seen(root: Path, registry: Registry) -> None:
+    put(root / "a", entrypoint="src/run.py")
+    (root / "a" / "src" / "run.py").chmod(0o755)
+    assert statuses(registry) == {"a": "active"}
+    (root / "a" / "src" / "run.py").chmod(0o644)
+    assert statuses(registry) == {"a": "broken"}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python3 -m mod",
+        "python3 -c 'import nowhere.py'",
+        "python3 -W ignore nowhere.py",
+        "sh -c ./nowhere.sh",
+        "bash -ec ./nowhere.sh",
+        "sh run",
+        "sh",
+        "python3 - nowhere.py",
+        "python3 --version nowhere.py",
+        "/bin/sh /nowhere/run.sh",
+        "cat nowhere.py",
+        "env python3 nowhere.py",
+        "sh src/run.py nowhere.sh",
+    ],
+)
+def test_only_a_script_that_an_interpreter_is_sure_to_run_must_be_there(
+    root: Path, registry: Registry, command: str
+) -> None:
+    put(root / "a", entrypoint=command)
+    assert statuses(registry) == {"a": "active"}
+
+
+@pytest.mark.parametrize("command", ["python3 nowhere.py", "python3.11 -Bu nowhere.py", "/bin/sh -x ./nowhere.sh x"])
+def test_a_script_that_is_not_there_is_a_fault(root: Path, registry: Registry, command: str) -> None:
+    put(root / "a", entrypoint=command)
+    assert "nowhere" in " ".join(fault.found for fault in error_of(registry).faults)
+
+
+def test_missing_programs_are_told_with_the_warnings_and_once_each(root: Path, registry: Registry) -> None:
+    document = json.loads((put(root / "a") / "manifest.json").read_text())
+    document |= {"entrypoints": {"proc": {"command": ["./nowhere"]}}, "secrets": ["KEY"]}
+    document["capabilities"] = {name: {"runner": "proc", "path": name} for name in ("x", "y")}
+    del document["entrypoint"]
+    (root / "a" / "manifest.json").write_text(json.dumps(document))
+    summary = registry.entry("a").summary()
+    assert [fault["path"] for fault in summary["faults"]] == ["$.entrypoints.proc.command[0]"]
+    assert summary["warnings"] == ["$.secrets is not passed on by this version"]
+
+
+def error_of(registry: Registry) -> ManifestError:
+    """What is wrong with the overlay `a`."""
+    error = registry.entry("a").error
+    assert error is not None
+    return error
+
+
+# What is broken is not read over and over
+
+
+@pytest.fixture
+def readings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The overlays whose manifest was read, in order."""
+    names: list[str] = []
+    read = manifests.read
+
+    def counting(folder: Path, **options: Any) -> Manifest:
+        names.append(folder.name)
+        return read(folder, **options)
+
+    monkeypatch.setattr(manifests, "read", counting)
+    return names
+
+
+@pytest.mark.usefixtures("settled")
+@pytest.mark.parametrize("change", [{"version": 1}, {"entrypoint": "./nowhere"}])
+def test_a_broken_overlay_that_stands_still_is_read_once(
+    root: Path, registry: Registry, readings: list[str], monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    put(root / "a", **change)
+    monkeypatch.setattr(overlays, "RETRY_S", 0.0)
+    for _ in range(3):
+        assert statuses(registry) == {"a": "broken"}
+    assert readings == ["a"]
+    put(root / "a")
+    assert registry.resolve("a").manifest.version == "1"
+
+
+@pytest.mark.usefixtures("settled")
+def test_what_may_pass_without_a_change_is_read_again_after_a_while(
+    root: Path, tmp_path: Path, readings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(root / "a")
+    said = ["no license"]
+    registry = Registry(root, tmp_path / "state", check=lambda _manifest, _folder: said)
+    monkeypatch.setattr(overlays, "RETRY_S", 3600.0)
+    assert [statuses(registry) for _ in range(2)] == [{"a": "broken"}] * 2
+    assert readings == ["a"]
+    said.clear()
+    monkeypatch.setattr(overlays, "RETRY_S", 0.0)
+    assert statuses(registry) == {"a": "active"}
+
+
+def test_a_patient_look_lets_a_broken_overlay_rest_and_a_call_does_not(
+    root: Path, registry: Registry, readings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overlays, "RETRY_S", 3600.0)
+    put(root / "a", version=1)
+    for _ in range(3):
+        assert [entry.status for entry in registry.entries(patient=True)] == ["broken"]
+    assert readings == ["a"]
+    put(root / "a")
+    assert registry.resolve("a").manifest.name == "a"
+
+
+def test_what_is_too_large_heals_as_soon_as_it_is_left_out(
+    root: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(root / "a")
+    (root / "a" / "x.bin").write_text("")
+    monkeypatch.setattr(codehash, "MAX_FILES", 3)
+    monkeypatch.setattr(overlays, "RETRY_S", 3600.0)
+    (root / "a" / "y.bin").write_text("")
+    assert statuses(registry) == {"a": "broken"}
+    (root / "a" / ".aalignore").write_text("*.bin")
+    assert statuses(registry) == {"a": "active"}
+
+
+def test_a_manifest_that_is_a_folder_costs_no_descriptors(root: Path, registry: Registry) -> None:
+    (root / "a" / "manifest.json").mkdir(parents=True)
+    registry.entries()
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(5):
+        assert [entry.status for entry in registry.entries()] == ["broken"]
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+@pytest.mark.usefixtures("settled")
+def test_overlays_are_kept_while_their_folder_cannot_be_listed(
+    root: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(root / "a")
+    registry.load()
+
+    def refuse(_path: Path) -> object:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", refuse)
+        assert statuses(registry) == {"a": "active"}
+    shutil.rmtree(root)
+    assert registry.entries() == []
+
+
+@pytest.mark.usefixtures("bound_by_modes")
+def test_a_link_into_a_closed_folder_harms_no_other_overlay(root: Path, tmp_path: Path, registry: Registry) -> None:
+    put(root / "sound")
+    (tmp_path / "closed").mkdir()
+    (root / "a").symlink_to(tmp_path / "closed" / "a")
+    (tmp_path / "closed").chmod(0)
+    try:
+        assert statuses(registry) == {"a": "broken", "sound": "active"}
+    finally:
+        (tmp_path / "closed").chmod(0o755)
 
 
 def test_an_overlay_behind_a_link_is_followed_when_the_link_moves(
@@ -498,11 +698,10 @@ def test_a_removed_overlay_is_kept_and_is_no_longer_disabled(root: Path, tmp_pat
     put(root / "a")
     registry.disable("a")
     moved = registry.remove("a")
-    assert moved.parent == tmp_path / "state" / "removed"
+    assert (moved.name, moved.parent.parent) == ("a", tmp_path / "state" / "removed")
     assert (moved / "src" / "run.py").exists()
     assert registry.entries() == []
-    shutil.copytree(moved, root / "a")
-    assert statuses(registry) == {"a": "active"}
+    assert registry.add(moved).status == "active"
     assert registry.remove("a") != moved
     with pytest.raises(NotFoundError):
         registry.remove("a")
@@ -608,7 +807,7 @@ def test_the_paths_of_rights_are_text_whatever_folder_the_overlays_lie_in(tmp_pa
     root = tmp_path / os.fsdecode(b"bad\xff")
     capability = {"runner": "proc", "rights": {"read": ["data"], "write": ["out"]}}
     put(root / "a", entrypoint=None)
-    document = {"name": "a", "version": "1", "entrypoints": {"proc": {"command": ["x"]}}}
+    document = {"name": "a", "version": "1", "entrypoints": {"proc": {"command": ["cat"]}}}
     (root / "a" / "manifest.json").write_text(json.dumps(document | {"capabilities": {"run": capability}}))
     rights = Registry(root, tmp_path / "state").entry("a").detail()["details"]["run"]["rights"]
     assert rights["read"] == [rf"{tmp_path.resolve()}/bad\xff/a/data"]
@@ -702,6 +901,41 @@ async def test_watch_lives_on_beside_a_folder_whose_name_is_no_text(root: Path, 
         await tells(told, r"bad\xfe gone")
         put(root / "a", version="2")
         await tells(told, "a 2")
+
+
+async def test_watch_outlives_what_nobody_expected(
+    root: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(overlays, "POLL_S", 0.02)
+    owners, trouble = overlays._owners, [ValueError("no UTF-8"), KeyError("a")]
+
+    def failing(path: str, watched: Any) -> set[str]:
+        if trouble:
+            raise trouble.pop()
+        return owners(path, watched)
+
+    monkeypatch.setattr(overlays, "_owners", failing)
+    async with watching(registry) as told:
+        put(root / "a")
+        await tells(told, "a 1")
+        while trouble:
+            put(root / "a", version="2")
+            await asyncio.sleep(0.01)
+        put(root / "a", version="3")
+        await tells(told, "a 3")
+    assert [record.levelname for record in caplog.records if "cannot watch" in record.message] == ["ERROR", "ERROR"]
+
+
+async def test_a_name_of_two_lines_is_told_in_one_line_of_the_log(
+    root: Path, registry: Registry, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "bus.overlays")
+    async with watching(registry) as told:
+        put(root / "a\nb")
+        await tells(told, "a\nb broken")
+    assert [record.getMessage() for record in caplog.records if "changed" in record.msg][:1] == [
+        r"overlay 'a\nb' changed"
+    ]
 
 
 async def test_watch_tells_of_code_that_changes_at_any_depth(root: Path, registry: Registry) -> None:
