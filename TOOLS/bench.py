@@ -16,7 +16,12 @@ Ends with 0, 1 where a call failed, 2 where the bench could not run.
 from __future__ import annotations
 
 import runpy
+import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    runpy.run_path(str(Path(__file__).with_suffix("")), run_name="__main__")
+    try:
+        runpy.run_path(str(Path(__file__).with_suffix("")), run_name="__main__")
+    except ModuleNotFoundError as missing:
+        print(f"bench.py: {missing}. Install the test extra first: pip install -e '.[test]'", file=sys.stderr)
+        sys.exit(2)
