@@ -23,7 +23,7 @@ def settings_table() -> str:
 
 
 def errors_table() -> str:
-    rows = [f"| `{e.code}` | {e.status} | {e.category} | {e.message} |" for e in CATALOGUE.values()]
+    rows = [f"| `{e.code}` | {e.http_status} | {e.category} | {e.message} |" for e in CATALOGUE.values()]
     return "\n".join(["| code | HTTP | category | what it says |", "|---|---|---|---|", *rows])
 
 

@@ -271,11 +271,11 @@ def _respond(answer: Answer) -> Response:
     headers = {"X-Request-Id": answer.body["request_id"]}
     if answer.retry_after_s is not None:
         headers["Retry-After"] = str(answer.retry_after_s)
-    return JsonResponse(answer.json(), status_code=answer.status, headers=headers)
+    return JsonResponse(answer.json(), status_code=answer.http_status, headers=headers)
 
 
 def _error_response(error: BusError) -> Response:
-    return JsonResponse(error.body(), status_code=error.entry.status)
+    return JsonResponse(error.body(), status_code=error.entry.http_status)
 
 
 def _too_large(found: str, limit: int) -> RequestError:

@@ -194,7 +194,7 @@ def invoke(
         if line:
             print_pretty(cut(line))
     if not answer.ok:
-        raise typer.Exit(Exit.USAGE if answer.status == _BAD_REQUEST else Exit.FAILED)
+        raise typer.Exit(Exit.USAGE if answer.http_status == _BAD_REQUEST else Exit.FAILED)
 
 
 def _utf_8(target: str) -> str:

@@ -27,12 +27,12 @@ _NAME_LIMIT = 129
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a caller gets. `status` is the HTTP status; `body` has the form of `schemas/outcome.schema.json`.
+    """What a caller gets; `body` has the form of `schemas/outcome.schema.json`.
 
     `record` is the ledger's line, None where it could not be written.
     """
 
-    status: int
+    http_status: int
     body: dict[str, Any]
     record: Record | None
     retry_after_s: int | None = None
@@ -159,7 +159,7 @@ class Course:
         told = dataclasses.replace(
             outcome, code="ERR_LEDGER", error=self.refusal.detail, retryable=False, replied=False
         )
-        return dataclasses.replace(self._answer(told, None, None), status=500)
+        return dataclasses.replace(self._answer(told, None, None), http_status=500)
 
     def _answer(self, outcome: Outcome, record: Record | None, provenance: dict[str, Any] | None) -> Answer:
         known = CATALOGUE[Code.FAILED] if outcome.replied else entry(outcome.code)
@@ -194,8 +194,8 @@ class Course:
             body["hint"] = self.refusal.hint
             if self.refusal.faults:
                 body["faults"] = self.refusal.body()["faults"]
-        status = 200 if outcome.ok or outcome.replied else known.status
-        return Answer(status, body, record, self.refusal.retry_after_s if self.refusal else None)
+        http_status = 200 if outcome.ok or outcome.replied else known.http_status
+        return Answer(http_status, body, record, self.refusal.retry_after_s if self.refusal else None)
 
     def _type(self) -> str:
         if self.call and self.call.replay_of:

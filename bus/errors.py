@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class CodeEntry:
-    """What the catalogue says of one code. `status` is the HTTP status of an answer that carries it."""
+    """What the catalogue says of one code. `http_status` is that of an answer that carries it."""
 
     code: str
-    status: int
+    http_status: int
     category: Literal["TRANSIENT", "PERMANENT", "RESOURCE", "PERMISSION", "VALIDATION"]
     retryable: bool
     message: str
@@ -44,7 +44,7 @@ class CodeEntry:
 def _read_catalogue() -> dict[str, CodeEntry]:
     entries: dict[str, Any] = resources.load_json("schemas/error_catalog.json")
     return {
-        code: CodeEntry(code, e["status"], e["category"], e["retryable"], e["message"], tuple(e["actions"]))
+        code: CodeEntry(code, e["http_status"], e["category"], e["retryable"], e["message"], tuple(e["actions"]))
         for code, e in entries.items()
     }
 

@@ -85,7 +85,7 @@ async def test_a_call_runs_and_leaves_a_line_that_says_what_its_answer_says(sett
         answer = await bus.invoke(a_call("echo", data={"text": "hello"}, seed=7, session="s"))
         assert_told_alike(answer, settings)
     (line,) = calls(settings)
-    assert (answer.status, answer.ok, answer.body["code"], answer.body["status"]) == (200, True, "OK", "success")
+    assert (answer.http_status, answer.ok, answer.body["code"], answer.body["status"]) == (200, True, "OK", "success")
     assert answer.body["result"]["payload"] == {"text": "hello"}
     assert (line["type"], line["seq"], line["overlay"], line["capability"]) == ("invoke", 1, "echo", "run")
     assert (line["payload"], line["result"]) == ({"text": "hello"}, answer.body["result"])
@@ -123,7 +123,7 @@ async def test_an_overlay_that_answers_ok_false_has_done_its_job_and_so_has_the_
     async with running_bus(settings) as bus:
         answer = await bus.invoke(a_call("no"))
         assert_told_alike(answer, settings)
-    assert answer.status == 200
+    assert answer.http_status == 200
     assert (answer.body["ok"], answer.body["error"], answer.body["code"]) == (False, "not today", "ERR_MINE")
     assert (answer.body["status"], answer.body["result"]) == ("partial", [1])
     assert "the overlay answered" in answer.body["message"].lower()
@@ -134,7 +134,7 @@ async def test_an_overlay_that_uses_a_code_of_the_bus_does_not_speak_for_the_bus
     add_script(settings.overlays, "sly", """echo '{"ok":false,"error":"e","code":"ERR_BUSY","retryable":false}'""")
     async with running_bus(settings) as bus:
         answer = await bus.invoke(a_call("sly"))
-    assert (answer.status, answer.body["code"], answer.body["retryable"]) == (200, "ERR_OVERLAY_FAILED", False)
+    assert (answer.http_status, answer.body["code"], answer.body["retryable"]) == (200, "ERR_OVERLAY_FAILED", False)
     assert answer.retry_after_s is None
 
 
@@ -143,7 +143,7 @@ async def test_a_result_that_does_not_fit_the_output_schema_is_502(settings: Set
     async with running_bus(settings) as bus:
         answer = await bus.invoke(a_call("strict", data={"text": "x"}))
         assert_told_alike(answer, settings)
-    assert (answer.status, answer.body["code"]) == (502, "ERR_OUTPUT_SCHEMA")
+    assert (answer.http_status, answer.body["code"]) == (502, "ERR_OUTPUT_SCHEMA")
     assert "$.result.absent" in answer.body["error"]
     assert calls(settings)[0]["type"] == "invoke"
 
@@ -157,7 +157,7 @@ async def test_a_wrong_result_in_a_reply_of_the_right_form_is_502_too(
     async with running_bus(settings) as bus:
         answer = await bus.invoke(a_call("strict"))
         assert_told_alike(answer, settings)
-    assert (answer.status, answer.body["code"]) == (502, code)
+    assert (answer.http_status, answer.body["code"]) == (502, code)
 
 
 async def test_a_crash_is_502_and_its_detail_is_the_overlays_log(settings: Settings) -> None:
@@ -165,7 +165,7 @@ async def test_a_crash_is_502_and_its_detail_is_the_overlays_log(settings: Setti
     async with running_bus(settings) as bus:
         answer = await bus.invoke(a_call("bad"))
         assert_told_alike(answer, settings)
-    assert (answer.status, answer.body["code"]) == (502, "ERR_OVERLAY_CRASH")
+    assert (answer.http_status, answer.body["code"]) == (502, "ERR_OVERLAY_CRASH")
     assert answer.body["detail"] == "no model file"
     assert calls(settings)[0]["exit_code"] == 3
 
@@ -236,7 +236,7 @@ async def test_a_refusal_leaves_a_line_and_starts_nothing(
         answer = await bus.invoke(a_call(**{"overlay": "echo"} | request_))
         assert_told_alike(answer, overlays)
     (line,) = calls(overlays)
-    assert (answer.status, answer.body["code"], line["type"]) == (status, code, "denied")
+    assert (answer.http_status, answer.body["code"], line["type"]) == (status, code, "denied")
     assert answer.body["detail"]
     assert answer.body["hint"]
     assert (line["memory"], line["sandbox"], line["queue_ms"], line["cost_cents"]) == (None, None, None, 0)
@@ -249,7 +249,7 @@ async def test_the_bus_refuses_while_memory_is_short(settings: Settings) -> None
     async with running_bus(settings, stress) as bus:
         answer = await bus.invoke(a_call("echo"))
         assert_told_alike(answer, settings)
-        assert (answer.status, answer.body["code"]) == (503, "ERR_STRESS")
+        assert (answer.http_status, answer.body["code"]) == (503, "ERR_STRESS")
         assert answer.retry_after_s
         assert (await bus.invoke(a_call("echo", profile="PERFORMANCE"))).ok
 
@@ -262,7 +262,7 @@ async def test_a_full_queue_refuses_and_says_when_to_come_again(settings: Settin
         await until(lambda: bus.scheduler.running == 1)
         answer = await bus.invoke(a_call("echo"))
         assert_told_alike(answer, settings)
-        assert (answer.status, answer.body["code"], answer.body["retryable"]) == (503, "ERR_BUSY", True)
+        assert (answer.http_status, answer.body["code"], answer.body["retryable"]) == (503, "ERR_BUSY", True)
         assert answer.retry_after_s
         gate.open.set()
         assert (await first).ok
@@ -277,7 +277,7 @@ async def test_waiting_counts_against_the_deadline(settings: Settings) -> None:
         await until(lambda: bus.scheduler.running == 1)
         answer = await bus.invoke(a_call("echo", timeout_ms=1))
         assert_told_alike(answer, settings)
-        assert (answer.status, answer.body["code"]) == (504, "ERR_DEADLINE")
+        assert (answer.http_status, answer.body["code"]) == (504, "ERR_DEADLINE")
         gate.open.set()
         assert (await first).ok
     assert len(runner.jobs) == 1
@@ -304,7 +304,7 @@ async def test_a_fault_of_the_bus_itself_is_500_and_leaves_its_line(
         answer = await bus.invoke(a_call("echo"))
         assert_told_alike(answer, settings)
         assert bus.scheduler.running == 0
-    assert (answer.status, answer.body["code"]) == (500, "ERR_INTERNAL")
+    assert (answer.http_status, answer.body["code"]) == (500, "ERR_INTERNAL")
     assert "in a runner" in caplog.text
 
 
@@ -317,7 +317,7 @@ async def test_what_cannot_be_written_down_does_not_start_and_starts_again_when_
     runner = InProcessRunner()
     async with running_bus(settings, runner) as bus:
         answer = await bus.invoke(a_call("echo"))
-        assert (answer.status, answer.body["code"], answer.record) == (503, "ERR_LEDGER", None)
+        assert (answer.http_status, answer.body["code"], answer.record) == (503, "ERR_LEDGER", None)
         assert answer.body["provenance"] is None
         assert answer.retry_after_s
         assert misfits("outcome", answer.json()) == []
@@ -345,7 +345,7 @@ async def test_a_call_whose_line_cannot_be_written_answers_500_with_its_outcome(
         await bus.invoke(a_call("echo"))
         runner.answer = lose_the_folder
         answer = await bus.invoke(a_call("echo"))
-        assert (answer.status, answer.body["code"], answer.record) == (500, "ERR_LEDGER", None)
+        assert (answer.http_status, answer.body["code"], answer.record) == (500, "ERR_LEDGER", None)
         assert answer.body["result"] == "precious"
         assert "ended with OK" in answer.body["error"]
         assert answer.body["retryable"] is False
@@ -482,7 +482,7 @@ async def test_an_outcome_that_no_line_can_hold_is_an_internal_error_with_a_line
     runner = InProcessRunner(lambda _: Outcome(result=1, cpu_ms=float("nan")))
     async with running_bus(settings, runner) as bus:
         answer = await bus.invoke(a_call("echo"))
-    assert (answer.status, answer.body["code"]) == (500, "ERR_INTERNAL")
+    assert (answer.http_status, answer.body["code"]) == (500, "ERR_INTERNAL")
     (line,) = calls(settings)
     assert (line["type"], line["code"], misfits("record", line)) == ("invoke", "ERR_INTERNAL", [])
 
@@ -544,7 +544,7 @@ async def test_a_closed_bus_refuses_with_503(settings: Settings) -> None:
     add_overlay(settings.overlays, "echo")
     async with running_bus(settings) as bus:
         await bus.close()
-        assert (await bus.invoke(a_call("echo"))).status == 503
+        assert (await bus.invoke(a_call("echo"))).http_status == 503
 
 
 # --- What a call gets --------------------------------------------------------------------------------------------
@@ -641,7 +641,7 @@ async def test_a_state_folder_that_cannot_be_made_refuses_the_call_and_says_whic
         settings.state.mkdir(exist_ok=True)
         (settings.state / "state").write_text("in the way")
         answer = await bus.invoke(a_call("echo"))
-    assert (answer.status, answer.body["code"]) == (500, "ERR_FILES")
+    assert (answer.http_status, answer.body["code"]) == (500, "ERR_FILES")
     assert str(settings.state / "state" / "echo") in answer.body["detail"]
     assert [line["code"] for line in calls(settings)] == ["ERR_FILES"]
 

@@ -57,12 +57,12 @@ def test_an_entry_of_the_catalogue_is_whole(code: str) -> None:
     found = CATALOGUE[code]
     assert CODE.fullmatch(code)
     assert found.category in CATEGORIES
-    assert found.status in NOT_IN_HTTP or found.status in set(HTTPStatus)
+    assert found.http_status in NOT_IN_HTTP or found.http_status in set(HTTPStatus)
     assert found.message.endswith(".")
     assert found.message[0].isupper()
     assert len(found.message) <= 80
     assert all(action == action.strip() != "" for action in found.actions)
-    assert found.actions or found.status in NOT_IN_HTTP
+    assert found.actions or found.http_status in NOT_IN_HTTP
 
 
 @pytest.mark.parametrize("code", CATALOGUE)

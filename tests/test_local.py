@@ -26,7 +26,7 @@ def test_a_request_that_cannot_be_read_is_answered_and_written_down(settings: Se
     add_overlay(settings.overlays, "echo")
     with LocalBus(settings) as bus:
         answer = bus.invoke({"phase": "NOPE"}, "echo")
-    assert (answer.status, answer.body["code"]) == (400, "ERR_UNKNOWN_PHASE")
+    assert (answer.http_status, answer.body["code"]) == (400, "ERR_UNKNOWN_PHASE")
     assert [(line["type"], line["overlay"], line["code"]) for line in calls(settings)] == [
         ("denied", "echo", "ERR_UNKNOWN_PHASE")
     ]

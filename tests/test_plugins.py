@@ -159,7 +159,7 @@ async def test_whatever_a_gate_raises_denies(settings: Settings, error: Exceptio
     runner = InProcessRunner()
     async with running_bus(settings, runner, Gate()) as bus:
         answer = await bus.invoke(a_call("echo"))
-    assert (answer.status, answer.body["code"]) == (403, code)
+    assert (answer.http_status, answer.body["code"]) == (403, code)
     assert "the plugin's words" in answer.body["detail"]
     assert runner.jobs == []
     assert calls(settings)[0]["type"] == "denied"

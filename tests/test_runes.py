@@ -125,7 +125,7 @@ def test_the_error_is_an_input_error_with_the_catalogues_code() -> None:
     with pytest.raises(InputError) as caught:
         runes.parse("?")
     assert caught.value.code == "ERR_BAD_RUNE"
-    assert caught.value.entry.status == 422
+    assert caught.value.entry.http_status == 422
 
 
 def test_a_long_text_is_refused_before_it_is_read() -> None:
