@@ -1,8 +1,20 @@
 """AAL-Core: an overlay bus.
 
 A folder with a manifest becomes callable; every call is authorized by phase, admitted by memory, run by a runner and
-written to a hash-chained ledger. Read `dispatch.py` first: `Bus.invoke` is the story. Then, as it calls them:
-overlays, policy, scheduler, provenance; and runners/ for what happens to the process.
+written to a hash-chained ledger. Read `dispatch` first: `Bus.invoke` is the story. Then, in the order of a call:
+
+    app, local          how a call comes in: HTTP, or Python without an event loop
+    envelopes, course   what is said (request, overlay's request, reply), and what is known of one call so far
+    overlays            which overlays there are, now; with overlay_entry, overlay_files, overlay_programs, codehash
+    manifests           one manifest.json, whatever its shape, as a Manifest; manifest_form says what is wrong with it
+    policy              phases times permissions -> rights
+    scheduler           slots, queue, degradation; with runes (the memory language) and stress (the signal)
+    runners/            a process or an HTTP service: job in, outcome out
+    ledger, provenance  writing and reading the ledger; records is what a line is, canonical its JSON
+    replay              a line run again through the same Bus, and the verdict
+
+Around it: plugins and hookspecs (the plugin API), metrics (a plugin); settings, errors, schemas, model, resources; and
+the command line: cli, cli_overlays, cli_ledger, console, serve, doctor, templates.
 """
 
 from bus.hookspecs import hookimpl

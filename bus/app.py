@@ -176,6 +176,9 @@ class Api:
         media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if media_type != "application/json" and not media_type.endswith("+json"):
             raise RequestError("ERR_CONTENT_TYPE", f"content type {media_type or 'none'!r}, allowed: application/json")
+        encoding = request.headers.get("content-encoding", "identity").strip().lower()
+        if encoding != "identity":
+            raise RequestError("ERR_CONTENT_TYPE", f"content encoding {show(encoding)}, allowed: identity")
         limit = self._bus.settings.max_body_bytes
         declared = request.headers.get("content-length", "")
         if declared.isdecimal() and int(declared) > limit:

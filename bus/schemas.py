@@ -85,6 +85,13 @@ def unknown_key(path: str, key: str, known: Iterable[str]) -> Fault:
     return Fault(f"{path}.{key[:_FOUND_LIMIT]}", "an unknown key", allowed)
 
 
+def _required(schema: Any, key: str) -> str:  # noqa: ANN401
+    """What a missing key may be: its choices where the schema lists them."""
+    member = schema.get("properties", {}).get(key, {})
+    choices = member.get("enum") if isinstance(member, dict) else None
+    return "one of " + ", ".join(map(show, choices)) if choices else "a value; the key is required"
+
+
 def _faults_of(error: ValidationError, root: str) -> Iterator[Fault]:
     path = root + error.json_path.removeprefix("$")
     wanted: Any = error.validator_value
@@ -92,7 +99,7 @@ def _faults_of(error: ValidationError, root: str) -> Iterator[Fault]:
     match error.validator:
         case "required":  # one error for each missing key, which only its message names
             key = ast.literal_eval(error.message.removesuffix(" is a required property"))
-            yield Fault(f"{path}.{key}", "nothing", "a value; the key is required")
+            yield Fault(f"{path}.{key}", "nothing", _required(error.schema, key))
         case "additionalProperties" if wanted is False:
             schema: Any = error.schema
             known, patterns = schema.get("properties", {}), schema.get("patternProperties", {})

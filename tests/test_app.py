@@ -179,6 +179,12 @@ def test_one_line_is_told_as_it_stands(client: TestClient, settings: Settings) -
         assert (response.status_code, response.json()["code"]) == (404, "ERR_NOT_FOUND")
 
 
+def test_a_body_that_is_encoded_is_refused_with_what_is_allowed(client: TestClient) -> None:
+    response = client.post("/invoke/echo", json=OPEN, headers={"Content-Encoding": "gzip"})
+    assert (response.status_code, response.json()["code"]) == (415, "ERR_CONTENT_TYPE")
+    assert 'content encoding "gzip", allowed: identity' in response.json()["detail"]
+
+
 @pytest.mark.parametrize(
     ("query", "said"),
     [

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from typing import TYPE_CHECKING
 
 import pytest
 
+import bus
 from tests.support import REPO
 
 if TYPE_CHECKING:
@@ -68,6 +70,11 @@ def statements(node: ast.AST, *, of_types: bool) -> Iterator[ast.AST]:
 def is_module(name: str) -> bool:
     path = REPO.joinpath(*name.split("."))
     return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+
+
+def test_every_module_stands_on_the_map() -> None:
+    named = set(re.findall(r"\w+", bus.__doc__ or ""))
+    assert {file.stem for file in (REPO / "bus").glob("*.py")} - {"__init__"} - named == set()
 
 
 def test_every_module_has_its_floor() -> None:

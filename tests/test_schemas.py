@@ -76,6 +76,7 @@ MISFITS = [
     ({"type": "object"}, [], ("$", "[]", "object")),
     ({"type": ["string", "null"]}, 1, ("$", "1", "string or null")),
     ({"required": ["it's"]}, {}, ("$.it's", "nothing", "a value; the key is required")),
+    ({"required": ["a"], "properties": {"a": {"enum": ["x", 1]}}}, {}, ("$.a", "nothing", 'one of "x", 1')),
     ({"properties": {"phase": {}}, "additionalProperties": False}, {"phse": 1},
      ("$.phse", "an unknown key", "did you mean 'phase'?")),
     ({"properties": {"phase": {}}, "additionalProperties": False}, {"xyz": 1},
