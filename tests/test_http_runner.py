@@ -17,38 +17,15 @@ from runners import http
 from runners.base import Code, HttpTarget
 from runners.http import HttpRunner
 from tests import programs
+from tests.runner_fixtures import anyio_backend, nothing_left
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
     from runners.base import Outcome
 
-PATIENCE = 200
-"""Turns of the event loop that closed connections may take to be gone."""
 
 OK_ANSWER = b'HTTP/1.1 200 OK\r\nContent-Length: 11\r\n\r\n{"ok":true}'
-
-
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(("asyncio", {}), id="asyncio"),
-        pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop"),
-    ],
-)
-def anyio_backend(request: pytest.FixtureRequest) -> Any:
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-async def nothing_left() -> AsyncIterator[None]:
-    before = programs.held()
-    yield
-    for _ in range(PATIENCE):
-        if programs.held() == before:
-            break
-        await asyncio.sleep(0)
-    assert programs.held() == before
 
 
 @pytest.fixture(autouse=True)

@@ -15,30 +15,13 @@ import pytest
 from runners.base import Code, ProcessTarget
 from runners.process import ProcessRunner
 from tests import programs
+from tests.runner_fixtures import anyio_backend, nothing_left
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
     from pathlib import Path
 
     from runners.base import Outcome
-
-
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(("asyncio", {}), id="asyncio"),
-        pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop"),
-    ],
-)
-def anyio_backend(request: pytest.FixtureRequest) -> Any:
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-async def nothing_left() -> AsyncIterator[None]:
-    before = programs.held()
-    yield
-    assert programs.held() == before
 
 
 async def run(name: str, payload: Mapping[str, Any] | None = None, **limits: Any) -> Outcome:

@@ -14,37 +14,13 @@ from runners.http import HttpRunner
 from runners.process import ProcessRunner
 from tests import programs
 from tests.programs import echo
+from tests.runner_fixtures import anyio_backend, nothing_left
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
     from runners.base import Outcome, Runner
-
-PATIENCE = 200
-"""Turns of the event loop that closed connections may take to be gone."""
-
-
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(("asyncio", {}), id="asyncio"),
-        pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop"),
-    ],
-)
-def anyio_backend(request: pytest.FixtureRequest) -> Any:
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-async def nothing_left() -> AsyncIterator[None]:
-    before = programs.held()
-    yield
-    for _ in range(PATIENCE):
-        if programs.held() == before:
-            break
-        await asyncio.sleep(0)
-    assert programs.held() == before
 
 
 @pytest.fixture(params=["proc", "http"])
