@@ -193,7 +193,7 @@ class Api:
 
 
 class _Query:
-    """Reads a query string; everything wrong in it is ERR_BAD_REQUEST."""
+    """Reads a query string; everything wrong in it is ERR_BAD_QUERY."""
 
     def __init__(self, params: Mapping[str, str]) -> None:
         self._params = params

@@ -281,7 +281,7 @@ class Bus:
         if not written.cancelled() and written.exception() is None:
             receipt = written.result()
             record |= {"seq": receipt.seq, "hash": receipt.hash}
-            self.plugins.finished({name: record[name] for name in record if name not in {"payload", "result"}})
+            self.plugins.finished(record)
 
     async def _finish_alone(self, course: Course, outcome: Outcome) -> None:
         """Finish a call whose caller has gone; a second cancellation does not keep its line from being written."""

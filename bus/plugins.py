@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_KEPT_BACK = frozenset({"payload", "result"})
+
 
 class BuiltIn:
     """What every bus has: the two runners and the two sources of stress."""
@@ -110,7 +112,7 @@ class Plugins:
     def finished(self, record: Record) -> None:
         for impl in self._observers:
             try:
-                _call(impl, record=dict(record))
+                _call(impl, record={name: record[name] for name in record if name not in _KEPT_BACK})
             except Exception:
                 log.exception("plugin %s failed on a finished invocation", impl.plugin_name)
 
