@@ -28,7 +28,7 @@ from bus.records import collect_environment, environment_hash
 from bus.scheduler import Scheduler, memory_block
 from bus.settings import stores_payload
 from bus.stress import StressMonitor
-from runners.base import LARGE_BYTES, Code, HttpTarget, Job, Outcome, ProcessTarget
+from runners.base import LARGE_BYTES, Code, HttpTarget, Job, Outcome, ProcessTarget, ServiceTarget
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -218,14 +218,32 @@ class Bus:
             deadline=deadline,
             hard_mb=told.memory["hard_mb"],
             max_output_bytes=self.settings.max_output_bytes,
+            code_hash=resolved.code_hash,
         )
 
     def _target(self, manifest: Manifest, capability: Capability, call: Invocation) -> ProcessTarget | HttpTarget:
         if capability.argv:
-            return ProcessTarget(capability.argv, self._child_env(manifest), manifest.stdin)
+            env = self._child_env(manifest)
+            return ProcessTarget(
+                capability.argv, env, manifest.stdin, manifest.mode, manifest.preload, manifest.workers
+            )
         repeatable = capability.idempotent or manifest.deterministic
         query = _query(call.payload) if capability.method == "GET" else {}
-        return HttpTarget(capability.url, capability.method, query, repeatable)
+        return HttpTarget(capability.url, capability.method, query, repeatable, self._service(manifest))
+
+    def _service(self, manifest: Manifest) -> ServiceTarget | None:
+        """The service that this overlay's calls go to, where the bus is to start it."""
+        service = manifest.service
+        if service is None:
+            return None
+        return ServiceTarget(
+            service.argv,
+            self._child_env(manifest),
+            service.ready_path,
+            service.start_timeout_s,
+            service.idle_s,
+            service.max_mb,
+        )
 
     def _child_env(self, manifest: Manifest) -> Mapping[str, str]:
         """What a program of this overlay sees, made once for each reading of its manifest."""

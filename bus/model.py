@@ -8,11 +8,14 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from runners.base import Workers
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
     from bus.runes import MemoryProfile
+    from runners.base import Mode
 
 
 class Phase(enum.StrEnum):
@@ -65,11 +68,23 @@ class Capability:
 
 
 @dataclass(frozen=True, slots=True)
+class Service:
+    """An HTTP service that the bus starts for an overlay; as `runners.base.ServiceTarget`, without its environment."""
+
+    argv: tuple[str, ...]
+    ready_path: str | None = None
+    start_timeout_s: float = 30.0
+    idle_s: float = 300.0
+    max_mb: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """An overlay as the rest of the code sees it, whichever shape its manifest had.
 
     `folder` is resolved. `manifest_hash` is the SHA-256 of the file's bytes. `op_policy` maps an `op` of the payload to
-    the permissions it needs; None where the manifest has none. `warnings` are for people.
+    the permissions it needs; None where the manifest has none. `service` is set where the bus starts the HTTP service:
+    then the `url` of a capability is the path alone. `warnings` are for people.
     """
 
     name: str
@@ -89,7 +104,10 @@ class Manifest:
     env: tuple[str, ...] = ()
     secrets: tuple[str, ...] = ()
     stdin: Literal["file", "pipe"] = "file"
-    mode: Literal["auto", "spawn", "fork"] = "auto"
+    mode: Mode = "auto"
+    preload: tuple[str, ...] = ()
+    workers: Workers = field(default_factory=Workers)
+    service: Service | None = None
     resources: Mapping[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 

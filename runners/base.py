@@ -51,29 +51,74 @@ class Rights:
     write_paths: tuple[str, ...] = ()
 
 
+Mode = Literal["auto", "spawn", "fork", "worker"]
+"""How a call gets its process. `auto` is `fork` where the command is a Python script, else `spawn`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """The pool of an overlay in mode `worker`: `count` processes, each replaced after `max_calls` calls.
+
+    A worker whose memory is above `max_mb` after a call is replaced, too; None takes the HARD of the call's profile.
+    """
+
+    count: int = 1
+    max_calls: int = 10_000
+    max_mb: int | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class ProcessTarget:
-    """A program to start. `argv[0]` is looked up on the PATH of `env`; `stdin="file"` gives the envelope as a memfd."""
+    """A program to start. `argv[0]` is looked up on the PATH of `env`; `stdin="file"` gives the envelope as a memfd.
+
+    `preload` names modules that a `fork` loads before the calls, beside those that the script is seen to import.
+    """
 
     argv: tuple[str, ...]
     env: Mapping[str, str]
     stdin: Literal["file", "pipe"] = "file"
+    mode: Mode = "auto"
+    preload: tuple[str, ...] = ()
+    workers: Workers = Workers()
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceTarget:
+    """An HTTP service that the bus starts, with its port in `OVERLAY_PORT`.
+
+    It is ready once a GET of `ready_path` answers 2xx (None: once it listens), for which it has `start_timeout_s`. It
+    is stopped after `idle_s` without a call, and replaced where its memory is above `max_mb`.
+    """
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    ready_path: str | None = None
+    start_timeout_s: float = 30.0
+    idle_s: float = 300.0
+    max_mb: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class HttpTarget:
-    """A service to call. GET sends `query` and no body; every other method sends the envelope as its JSON body."""
+    """A service to call. GET sends `query` and no body; every other method sends the envelope as its JSON body.
+
+    Of a `service` that the bus starts, `url` is the path alone: the port is known once it runs.
+    """
 
     url: str
     method: str = "POST"
     query: Mapping[str, str] = field(default_factory=dict)
     repeatable: bool = False
     """True where sending twice does no harm (idempotent or deterministic capability)."""
+    service: ServiceTarget | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """An admitted invocation, as a runner gets it. `deadline` is in seconds on the `time.monotonic` clock."""
+    """An admitted invocation, as a runner gets it. `deadline` is in seconds on the `time.monotonic` clock.
+
+    What keeps running from call to call serves only jobs with the `code_hash` that it was started from.
+    """
 
     request_id: str
     overlay: str
@@ -87,6 +132,7 @@ class Job:
     hard_mb: int
     max_output_bytes: int
     max_log_bytes: int = 64 * 1024
+    code_hash: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +180,9 @@ class Runner(Protocol):
 
         Raises nothing but `asyncio.CancelledError`, and that only after all it started has ended.
         """
+
+    def state(self, overlay: str) -> dict[str, Any]:
+        """What it keeps for an overlay from call to call, as JSON for people; empty where nothing."""
 
     async def close(self) -> None:
         """End all that still runs and let go of pooled resources."""

@@ -79,6 +79,9 @@ class HttpRunner:
             waited_s = time.monotonic() - began
             return Outcome(Code.TIMEOUT, error=f"{_place(target)} had not answered after {waited_s:.3f} s")
 
+    def state(self, overlay: str) -> dict[str, Any]:
+        return {}
+
     async def close(self) -> None:
         """Close every connection; what still runs on one ends."""
         self._closed = True

@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import json
 import os
 import shutil
 import signal
@@ -23,10 +22,10 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from runners.base import LARGE_BYTES, Code, JsonError, Outcome, ProcessTarget, parse_json
+from runners.base import LARGE_BYTES, Code, Outcome, ProcessTarget
+from runners.output import Input, Log, Output, Reply, join_log, judge, read_reply
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from runners.base import Job
@@ -34,14 +33,8 @@ if TYPE_CHECKING:
 PIPE_GRACE_S = 0.25
 """How long, in seconds, output is still read after the program has ended, when another process holds its pipes open."""
 
-READ_SIZE = 64 * 1024
-"""Bytes taken from a pipe at once; a pipe holds that much unless the program enlarged it."""
-
 SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN})
 """What fails to start for want of these may start a moment later."""
-
-PREVIEW_LENGTH = 200
-"""Characters of unreadable output that an error quotes."""
 
 
 class ProcessRunner:
@@ -80,6 +73,9 @@ class ProcessRunner:
         finally:
             self._calls.discard(call)
         return await _outcome(call, exit_)
+
+    def state(self, overlay: str) -> dict[str, Any]:
+        return {}
 
     async def close(self) -> None:
         """End every call that still runs, and start no more."""
@@ -228,7 +224,7 @@ class _Call:
         self.allowed_s = job.deadline - time.monotonic()
         self.reason: Code | None = None
         self.ended: asyncio.Future[_Exit] = loop.create_future()
-        self.log = _Log(job.max_log_bytes)
+        self.log = Log(job.max_log_bytes)
         self.max_output_bytes = job.max_output_bytes
         self._loop = loop
         self._started = started
@@ -236,9 +232,9 @@ class _Call:
         self._chunks: list[bytes] = []
         self.size = 0
         self._exit: _Exit | None = None
-        self._stdout = _Output(loop, started.stdout, self._take, self._settle)
-        self._stderr = _Output(loop, started.stderr, self.log.add, self._settle)
-        self._stdin = None if started.stdin is None else _Input(loop, started.stdin, started.input)
+        self._stdout = Output(loop, started.stdout, self._take, self._settle)
+        self._stderr = Output(loop, started.stderr, self.log.add, self._settle)
+        self._stdin = None if started.stdin is None else Input(loop, started.stdin, started.input)
         self._timer = loop.call_later(self.allowed_s, self.stop, Code.TIMEOUT)
         loop.add_reader(started.pidfd, self._exited)
 
@@ -310,156 +306,17 @@ class _Call:
             self.ended.set_result(exit_)
 
 
-class _Output:
-    """Our end of one output pipe: hands on what comes, then says once that it has ended."""
-
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, fd: int, take: Callable[[bytes], None], ended: Callable[[], None]
-    ) -> None:
-        self.closed = False
-        self._loop = loop
-        self._fd = fd
-        self._take = take
-        self._ended = ended
-        loop.add_reader(fd, self._read)
-
-    def _read(self) -> None:
-        """One read for each event, so that a flood does not keep the other calls waiting."""
-        try:
-            data = os.read(self._fd, READ_SIZE)
-        except BlockingIOError:
-            return
-        if data:
-            self._take(data)
-        else:
-            self.close()
-            self._ended()
-
-    def close(self) -> None:
-        if not self.closed:
-            self.closed = True
-            self._loop.remove_reader(self._fd)
-            os.close(self._fd)
-
-
-class _Input:
-    """Our end of a stdin pipe: writes as much as the program takes. A program need not read it."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, fd: int, data: bytes) -> None:
-        self._loop = loop
-        self._fd = fd
-        self._rest = memoryview(data)
-        self._closed = False
-        loop.add_writer(fd, self._write)
-
-    def _write(self) -> None:
-        try:
-            written = os.write(self._fd, self._rest)
-        except BlockingIOError:
-            return
-        except BrokenPipeError:
-            self.close()
-            return
-        self._rest = self._rest[written:]
-        if not self._rest:
-            self.close()
-
-    def close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            self._loop.remove_writer(self._fd)
-            os.close(self._fd)
-
-
-class _Log:
-    """The first and the last half of at most `limit` bytes; what lies between is counted and dropped."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self._size = 0
-        self._head = bytearray()
-        self._tail = bytearray()
-
-    def add(self, data: bytes) -> None:
-        self._size += len(data)
-        room = self.limit // 2 - len(self._head)
-        if room > 0:
-            self._head += data[:room]
-            data = data[room:]
-        self._tail += data
-        if len(self._tail) > 2 * self._tail_limit:
-            self._shorten()
-
-    def kept(self) -> bytes:
-        self._shorten()
-        dropped = self._size - len(self._head) - len(self._tail)
-        gap = b"\n[... %d bytes left out ...]\n" % dropped if dropped else b""
-        return bytes(self._head) + gap + bytes(self._tail)
-
-    @property
-    def _tail_limit(self) -> int:
-        return self.limit - self.limit // 2
-
-    def _shorten(self) -> None:
-        surplus = len(self._tail) - self._tail_limit
-        if surplus > 0:
-            del self._tail[:surplus]
-
-
-@dataclass(frozen=True, slots=True)
-class _Reply:
-    """What stood on stdout: a JSON value and the noise before it, or (`fault` is set) no JSON value and why not."""
-
-    value: Any = None
-    noise: bytes = b""
-    fault: str | None = None
-
-
-def read_reply(stdout: bytes) -> _Reply:
-    """The whole text as JSON, else its last line."""
-    text = stdout.strip()
-    if not text:
-        return _Reply(fault="wrote nothing to stdout")
-    try:
-        return _Reply(parse_json(text))
-    except JsonError as error:
-        fault = error
-    noise, newline, last = text.rpartition(b"\n")
-    if newline and not _is_cut_short(text):
-        try:
-            return _Reply(parse_json(last), noise)
-        except JsonError as error:
-            if last.startswith((b"{", b"[")):
-                fault = error
-    return _Reply(noise=text, fault=f"wrote to stdout what is not JSON ({fault}): {_preview(text)}")
-
-
-def _is_cut_short(text: bytes) -> bool:
-    """Whether the text is JSON that stops before its end: then its last line, a valid value perhaps, is no reply."""
-    try:
-        json.loads(text)
-    except json.JSONDecodeError as error:
-        return error.pos >= len(error.doc)
-    except (ValueError, RecursionError):
-        return False
-    return False
-
-
-def _preview(text: bytes) -> str:
-    return repr(text[: 4 * PREVIEW_LENGTH].decode("utf-8", "replace")[:PREVIEW_LENGTH])
-
-
 async def _outcome(call: _Call, exit_: _Exit) -> Outcome:
     if call.reason is not None:
         return _outcome_of(call, exit_, call.reason, _ended_early(call, call.reason))
     stdout = call.stdout
     reply = read_reply(stdout) if len(stdout) <= LARGE_BYTES else await asyncio.to_thread(read_reply, stdout)
-    code, error = _judge(reply, exit_.code or 0)
+    code, error = judge(reply, exit_.code or 0)
     return _outcome_of(call, exit_, code, error, reply)
 
 
-def _outcome_of(call: _Call, exit_: _Exit, code: Code, error: str | None, reply: _Reply | None = None) -> Outcome:
-    reply = reply or _Reply()
+def _outcome_of(call: _Call, exit_: _Exit, code: Code, error: str | None, reply: Reply | None = None) -> Outcome:
+    reply = reply or Reply()
     return Outcome(
         code=code,
         result=reply.value,
@@ -467,29 +324,9 @@ def _outcome_of(call: _Call, exit_: _Exit, code: Code, error: str | None, reply:
         exit_code=exit_.code,
         cpu_ms=exit_.cpu_ms,
         peak_mb=exit_.peak_mb,
-        log=_join_log(reply.noise, call.log),
+        log=join_log(reply.noise, call.log),
         output_bytes=call.size,
     )
-
-
-def _judge(reply: _Reply, exit_code: int) -> tuple[Code, str | None]:
-    """A protocol reply counts whatever the exit status; any other output only where that is 0."""
-    if exit_code == 0:
-        return (Code.OK, None) if reply.fault is None else (Code.PROTOCOL, f"the program {reply.fault}")
-    if reply.fault is not None:
-        return Code.CRASH, f"the program {_describe(exit_code)} and {reply.fault}"
-    if isinstance(reply.value, dict) and "ok" in reply.value:
-        return Code.OK, None
-    return Code.CRASH, f"the program {_describe(exit_code)}"
-
-
-def _describe(exit_code: int) -> str:
-    if exit_code > 0:
-        return f"ended with exit status {exit_code}"
-    try:
-        return f"was ended by {signal.Signals(-exit_code).name}"
-    except ValueError:  # the real-time signals have no names
-        return f"was ended by signal {-exit_code}"
 
 
 def _ended_early(call: _Call, reason: Code) -> str:
@@ -498,11 +335,3 @@ def _ended_early(call: _Call, reason: Code) -> str:
     if reason == Code.TIMEOUT:
         return f"the program had not ended within its {call.allowed_s:.3f} s, and was ended"
     return "the program still ran when the runner was closed, and was ended"
-
-
-def _join_log(noise: bytes, log: _Log) -> str:
-    if noise:
-        joined = _Log(log.limit)
-        joined.add(noise + b"\n" + log.kept())
-        log = joined
-    return log.kept().decode("utf-8", "replace")

@@ -174,6 +174,9 @@ class InProcessRunner:
         answer = self.answer(job)
         return answer if isinstance(answer, Outcome) else await answer
 
+    def state(self, overlay: str) -> dict[str, Any]:
+        return {}
+
     async def close(self) -> None:
         self.closed = True
 

@@ -1,0 +1,188 @@
+"""What a program says: our ends of its pipes, what is kept of its stderr, the reply that stands on its stdout."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from runners.base import Code, JsonError, parse_json
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable
+
+READ_SIZE = 64 * 1024
+"""Bytes taken from a pipe at once; a pipe holds that much unless the program enlarged it."""
+
+PREVIEW_LENGTH = 200
+"""Characters of unreadable output that an error quotes."""
+
+
+class Output:
+    """Our end of one output pipe: hands on what comes, then says once that it has ended."""
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, fd: int, take: Callable[[bytes], None], ended: Callable[[], None]
+    ) -> None:
+        self.closed = False
+        self._loop = loop
+        self._fd = fd
+        self._take = take
+        self._ended = ended
+        loop.add_reader(fd, self._read)
+
+    def _read(self) -> None:
+        """One read for each event, so that a flood does not keep the other calls waiting."""
+        try:
+            data = os.read(self._fd, READ_SIZE)
+        except BlockingIOError:
+            return
+        if data:
+            self._take(data)
+        else:
+            self.close()
+            self._ended()
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            self._loop.remove_reader(self._fd)
+            os.close(self._fd)
+
+
+class Input:
+    """Our end of a stdin pipe: writes as much as the program takes. A program need not read it."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, fd: int, data: bytes) -> None:
+        self._loop = loop
+        self._fd = fd
+        self._rest = memoryview(data)
+        self._closed = False
+        loop.add_writer(fd, self._write)
+
+    def _write(self) -> None:
+        try:
+            written = os.write(self._fd, self._rest)
+        except BlockingIOError:
+            return
+        except BrokenPipeError:
+            self.close()
+            return
+        self._rest = self._rest[written:]
+        if not self._rest:
+            self.close()
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._loop.remove_writer(self._fd)
+            os.close(self._fd)
+
+
+class Log:
+    """The first and the last half of at most `limit` bytes; what lies between is counted and dropped."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._size = 0
+        self._head = bytearray()
+        self._tail = bytearray()
+
+    def add(self, data: bytes) -> None:
+        self._size += len(data)
+        room = self.limit // 2 - len(self._head)
+        if room > 0:
+            self._head += data[:room]
+            data = data[room:]
+        self._tail += data
+        if len(self._tail) > 2 * self._tail_limit:
+            self._shorten()
+
+    def kept(self) -> bytes:
+        self._shorten()
+        dropped = self._size - len(self._head) - len(self._tail)
+        gap = b"\n[... %d bytes left out ...]\n" % dropped if dropped else b""
+        return bytes(self._head) + gap + bytes(self._tail)
+
+    @property
+    def _tail_limit(self) -> int:
+        return self.limit - self.limit // 2
+
+    def _shorten(self) -> None:
+        surplus = len(self._tail) - self._tail_limit
+        if surplus > 0:
+            del self._tail[:surplus]
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What stood on stdout: a JSON value and the noise before it, or (`fault` is set) no JSON value and why not."""
+
+    value: Any = None
+    noise: bytes = b""
+    fault: str | None = None
+
+
+def read_reply(stdout: bytes) -> Reply:
+    """The whole text as JSON, else its last line."""
+    text = stdout.strip()
+    if not text:
+        return Reply(fault="wrote nothing to stdout")
+    try:
+        return Reply(parse_json(text))
+    except JsonError as error:
+        fault = error
+    noise, newline, last = text.rpartition(b"\n")
+    if newline and not _is_cut_short(text):
+        try:
+            return Reply(parse_json(last), noise)
+        except JsonError as error:
+            if last.startswith((b"{", b"[")):
+                fault = error
+    return Reply(noise=text, fault=f"wrote to stdout what is not JSON ({fault}): {_preview(text)}")
+
+
+def _is_cut_short(text: bytes) -> bool:
+    """Whether the text is JSON that stops before its end: then its last line, a valid value perhaps, is no reply."""
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return error.pos >= len(error.doc)
+    except (ValueError, RecursionError):
+        return False
+    return False
+
+
+def _preview(text: bytes) -> str:
+    return repr(text[: 4 * PREVIEW_LENGTH].decode("utf-8", "replace")[:PREVIEW_LENGTH])
+
+
+def judge(reply: Reply, exit_code: int) -> tuple[Code, str | None]:
+    """A protocol reply counts whatever the exit status; any other output only where that is 0."""
+    if exit_code == 0:
+        return (Code.OK, None) if reply.fault is None else (Code.PROTOCOL, f"the program {reply.fault}")
+    if reply.fault is not None:
+        return Code.CRASH, f"the program {describe(exit_code)} and {reply.fault}"
+    if isinstance(reply.value, dict) and "ok" in reply.value:
+        return Code.OK, None
+    return Code.CRASH, f"the program {describe(exit_code)}"
+
+
+def describe(exit_code: int) -> str:
+    if exit_code > 0:
+        return f"ended with exit status {exit_code}"
+    try:
+        return f"was ended by {signal.Signals(-exit_code).name}"
+    except ValueError:  # the real-time signals have no names
+        return f"was ended by signal {-exit_code}"
+
+
+def join_log(noise: bytes, log: Log) -> str:
+    if noise:
+        joined = Log(log.limit)
+        joined.add(noise + b"\n" + log.kept())
+        log = joined
+    return log.kept().decode("utf-8", "replace")
