@@ -38,6 +38,7 @@ class Code(enum.StrEnum):
     CANCELLED = "ERR_CANCELLED"
     UNREACHABLE = "ERR_HTTP_UNREACHABLE"
     HTTP_STATUS = "ERR_HTTP_STATUS"
+    CIRCUIT_OPEN = "ERR_CIRCUIT_OPEN"
 
 
 @dataclass(frozen=True, slots=True)

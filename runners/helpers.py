@@ -1,29 +1,72 @@
-"""Starts programs for the bus, outside of it: by small helper processes that limit, reap and kill.
+"""The bus's side of the helpers: small processes that start an overlay's programs, reap and kill them.
 
-`Helpers.start` is the door for whoever needs a process: a call, a worker, a service. The process that comes back is a
-`Process`, whatever started it.
+The bus itself is big, threaded and busy, so it starts nothing but `launcher.py`: one helper for each `Home` and way of
+starting that is in use, a second one where two cores have work for it, none that was idle for long. `Helper.launch` is
+the door for a call, `Helpers.start` for what keeps running; both give a `Process`.
+
+A helper that ends takes its processes with it. They end with `Exit.lost`, and the next call gets a new helper.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import itertools
+import json
+import logging
 import os
+import secrets
 import signal
+import socket
+import struct
 import subprocess
+import sys
+import time
+from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import orjson
+
+from runners.output import Log, Output
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from runners.base import Rights
+
+log = logging.getLogger(__name__)
+
+LAUNCHER = Path(__file__).with_name("launcher.py")
+MESSAGE_BYTES = 128 * 1024
+"""The longest message that `launcher.py` takes."""
+
+IDLE_S = 60.0
+"""Seconds that a helper without a process is kept."""
+
+GONE_S = 5.0
+"""How long, in seconds, a helper and what it killed may take to be gone before the helper itself is killed."""
+
+LOG_BYTES = 8 * 1024
+"""What is kept of what a helper writes: the words of an interpreter that does not start, of a module that prints."""
+
+SPAWNER = (sys.executable, "-I", "-S")
+"""The interpreter of a helper that runs nobody's Python: the bus's own, without site-packages."""
+
+SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN})
+"""What fails to start for want of these may start a moment later."""
 
 
 @dataclass(frozen=True, slots=True)
 class Home:
-    """Where a process belongs. Processes with equal homes are started by the same helper, with the same rights."""
+    """Where a process belongs. Processes with equal homes are started by the same helper, with the same rights.
+
+    `env` is made anew for each reading of the manifest. Another one, though it says the same, is of another folder: a
+    helper stands in the folder that it was started in, even if that was replaced.
+    """
 
     overlay: str
     phase: str
@@ -34,17 +77,28 @@ class Home:
 
 
 @dataclass(frozen=True, slots=True)
+class Script:
+    """A Python script that is forked for calls: the interpreter with its options, and `run.py` or `-m`, `module`."""
+
+    interpreter: tuple[str, ...]
+    arguments: tuple[str, ...]
+    preload: tuple[str, ...] = ()
+    stdin: Literal["file", "pipe"] = "file"
+
+
+@dataclass(frozen=True, slots=True)
 class Exit:
     """How a process ended.
 
-    `code` is negative for a signal, as in `subprocess`; None where nobody can tell. `lost` says why the process was
-    ended by the end of its helper, where that was the cause.
+    `code` is negative for a signal, as in `subprocess`; None where nobody can tell. `failed` says why it did not start
+    at all. `lost` says what ended it from outside, where that was its helper's doing.
     """
 
     code: int | None
     cpu_ms: float | None = None
     peak_mb: float | None = None
     lost: str | None = None
+    failed: OSError | None = None
 
 
 class Process:
@@ -53,58 +107,475 @@ class Process:
     `ended` holds its exit once it was reaped and all that it had started is gone. It never fails, nor is it cancelled.
     """
 
-    def __init__(self, popen: subprocess.Popen[bytes], loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, number: int, helper: Helper, loop: asyncio.AbstractEventLoop) -> None:
         self.ended: asyncio.Future[Exit] = loop.create_future()
-        self._popen = popen
-        self._loop = loop
-        self._pidfd = os.pidfd_open(popen.pid)
-        loop.add_reader(self._pidfd, self._exited)
+        self._number = number
+        self._helper = helper
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to its group. KILL ends also what left the group. Nothing happens once it has ended."""
         if not self.ended.done():
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._popen.pid, number)
+            self._helper.signal(self._number, number)
 
     async def memory_mb(self) -> float | None:
         """The resident memory of the process now, in MiB; None once it has ended."""
-        try:
-            with open(f"/proc/{self._popen.pid}/statm") as file:  # noqa: ASYNC230, PTH123
-                return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-        except (OSError, IndexError):
-            return None
+        return None if self.ended.done() else await self._helper.measure(self._number)
 
-    def _exited(self) -> None:
-        self.signal(signal.SIGKILL)
-        self._loop.remove_reader(self._pidfd)
-        os.close(self._pidfd)
-        _, status, usage = os.wait4(self._popen.pid, 0)
-        self._popen.returncode = os.waitstatus_to_exitcode(status)
-        cpu_ms = round((usage.ru_utime + usage.ru_stime) * 1000, 3)
-        self.ended.set_result(Exit(self._popen.returncode, cpu_ms, round(usage.ru_maxrss / 1024, 3)))
+
+class _Told(Exception):  # noqa: N818
+    """Instead of being ready a helper told that it has to be started another way: `verb` as in `launcher.py`."""
+
+    def __init__(self, verb: str, given: Any) -> None:  # noqa: ANN401
+        super().__init__(f"{verb}: {given}")
+        self.verb = verb
+        self.given = given
+
+
+class Helper:
+    """One helper process, from its start until nothing of it is left; then `gone` is done."""
+
+    def __init__(self, pool: Pool, config: Mapping[str, Any], learn: Callable[[_Told], None]) -> None:
+        loop = self._loop = asyncio.get_running_loop()
+        self._pool = pool
+        self.ready: asyncio.Future[dict[str, Any]] = loop.create_future()
+        self.gone: asyncio.Future[None] = loop.create_future()
+        self.processes: dict[int, Process] = {}
+        self.idle_since = time.monotonic()
+        self.log = Log(LOG_BYTES)
+        self._learn = learn
+        self._numbers = itertools.count(1)
+        self._measured: dict[int, asyncio.Future[float | None]] = {}
+        self._outbox: deque[tuple[bytes, list[int]]] = deque()
+        self._pidfds: set[int] = set()
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.setblocking(False)
+        interpreter = SPAWNER if pool.script is None else pool.script.interpreter
+        try:
+            with theirs:
+                argv = [*interpreter, str(LAUNCHER), str(theirs.fileno()), json.dumps(config)]
+                self._popen, said = self._begin(argv, theirs)
+        except BaseException:
+            self._socket.close()
+            raise
+        self._said = Output(loop, said, self.log.add, lambda: None)
+        loop.add_reader(self._socket.fileno(), self._receive)
+
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    @property
+    def is_ready(self) -> bool:
+        return self.ready.done() and self.ready.exception() is None
+
+    def _begin(self, argv: list[str], theirs: socket.socket) -> tuple[subprocess.Popen[bytes], int]:
+        """The process, watched, and our end of the pipe for what it says.
+
+        Its stdin is of the kind that a call gets, since Python looks at that once, at its start.
+        """
+        stdin = self._empty_stdin()
+        said, says = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        os.set_blocking(says, True)
+        try:
+            popen = subprocess.Popen(
+                argv,
+                stdin=stdin,
+                stdout=says,
+                stderr=says,
+                cwd=self._pool.home.folder,
+                env=self._pool.home.env,
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,
+            )
+            try:
+                self._watch(os.pidfd_open(popen.pid))
+            except OSError:
+                popen.kill()
+                popen.wait()
+                raise
+        except BaseException:
+            os.close(said)
+            raise
+        finally:
+            os.close(stdin)
+            os.close(says)
+        return popen, said
+
+    def _empty_stdin(self) -> int:
+        if self._pool.script is None or self._pool.script.stdin == "file":
+            return os.memfd_create("nothing", os.MFD_CLOEXEC)
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        os.close(writer)
+        return reader
+
+    def launch(self, argv: Sequence[str], fds: tuple[int, int, int], env: Mapping[str, str]) -> Process:
+        """Have a program started: `Process.ended` tells if it could not be.
+
+        Raises OSError where the command is too long or the helper is gone.
+        """
+        number = next(self._numbers)
+        message = orjson.dumps({"run": [number, self._pool.argv(argv), env]})
+        if len(message) > MESSAGE_BYTES:
+            raise OSError(errno.E2BIG, os.strerror(errno.E2BIG))
+        self._send(message, fds)
+        process = self.processes[number] = Process(number, self, self._loop)
+        return process
+
+    def signal(self, number: int, signal_number: signal.Signals) -> None:
+        with contextlib.suppress(OSError):  # it is gone, and its processes with it
+            self._send(b'{"kill":[%d,%d]}' % (number, signal_number))
+        if signal_number == signal.SIGKILL:
+            self._loop.call_later(GONE_S, self._insist, number)
+
+    async def measure(self, number: int) -> float | None:
+        waiting = self._measured.get(number)
+        if waiting is None:
+            waiting = self._measured[number] = self._loop.create_future()
+            self._send(b'{"measure":%d}' % number)
+        return await asyncio.shield(waiting)
+
+    def close(self) -> None:
+        """Let it end, and all that it started. `gone` tells when."""
+        if self._socket.fileno() >= 0:
+            self._loop.remove_reader(self._socket.fileno())
+            self._loop.remove_writer(self._socket.fileno())
+            self._socket.close()
+            self._drop_outbox()
+            if self in self._pool.helpers:
+                self._pool.helpers.remove(self)
+            self._loop.call_later(GONE_S, self.kill)
+
+    def kill(self) -> None:
+        """End it by force, and with its namespace all that it started."""
+        if not self.gone.done():
+            self._popen.send_signal(signal.SIGKILL)
+
+    def _insist(self, number: int) -> None:
+        """A process that was killed is still not reported: the helper is stopped, stuck or out of its mind."""
+        if number in self.processes:
+            log.warning("the helper of %s does not end call %d; it is killed", self._pool.home.overlay, number)
+            self.kill()
+
+    def _send(self, message: bytes, fds: Sequence[int] = ()) -> None:
+        if self._outbox:
+            self._outbox.append((message, [os.dup(fd) for fd in fds]))
+            return
+        try:
+            self._socket.sendmsg([message], _rights(fds))
+        except BlockingIOError:
+            self._outbox.append((message, [os.dup(fd) for fd in fds]))
+            self._loop.add_writer(self._socket.fileno(), self._flush)
+
+    def _flush(self) -> None:
+        while self._outbox:
+            message, fds = self._outbox[0]
+            try:
+                self._socket.sendmsg([message], _rights(fds))
+            except BlockingIOError:
+                return
+            except OSError:  # it is gone; the reader sees that, too
+                self._drop_outbox()
+                break
+            self._outbox.popleft()
+            _close_all(fds)
+        self._loop.remove_writer(self._socket.fileno())
+
+    def _drop_outbox(self) -> None:
+        for _, fds in self._outbox:
+            _close_all(fds)
+        self._outbox.clear()
+
+    def _receive(self) -> bool:
+        """Take one message. False where none is there."""
+        try:
+            message, fds, _, _ = socket.recv_fds(self._socket, MESSAGE_BYTES, 1)
+        except BlockingIOError:
+            return False
+        except ConnectionResetError:
+            message, fds = b"", []
+        for fd in fds:
+            self._watch(fd)
+        if message:
+            ((verb, given),) = orjson.loads(message).items()
+            self._take(verb, given)
+        else:
+            self.close()
+        return bool(message)
+
+    def _take(self, verb: str, given: Any) -> None:  # noqa: ANN401
+        if verb == "ended":
+            for number, status, cpu_ms, peak_kib, lost in given:
+                code = os.waitstatus_to_exitcode(status)
+                self._end(number, Exit(code, cpu_ms, round(peak_kib / 1024, 3), lost))
+        elif verb == "failed":
+            number, error_number, words = given
+            self._end(number, Exit(None, failed=OSError(error_number or errno.EINVAL, words)))
+        elif verb == "memory":
+            number, kib = given
+            self._measured.pop(number).set_result(None if kib is None else kib / 1024)
+        elif verb == "ready":
+            self.ready.set_result(given)
+        elif not self.ready.done():
+            told = _Told(verb, given)
+            self._learn(told)
+            self.ready.set_exception(told)
+
+    def _end(self, number: int, exit_: Exit) -> None:
+        process = self.processes.pop(number, None)
+        if process is not None:
+            process.ended.set_result(exit_)
+        if not self.processes:
+            self.idle_since = time.monotonic()
+            if self._pool.retired:
+                self.close()
+
+    def _watch(self, pidfd: int) -> None:
+        self._pidfds.add(pidfd)
+        self._loop.add_reader(pidfd, partial(self._exited, pidfd))
+
+    def _exited(self, pidfd: int) -> None:
+        """Of the process that the bus started, or of the helper in its namespace. With the last, everything is gone."""
+        self._loop.remove_reader(pidfd)
+        os.close(pidfd)
+        self._pidfds.discard(pidfd)
+        if not self._pidfds and not self.gone.done():
+            self._settle()
+
+    def _settle(self) -> None:
+        self._popen.wait()
+        while self._socket.fileno() >= 0 and self._receive():
+            pass  # what it said before it ended
+        self.close()
+        self._said.drain()
+        lost = f"the helper that ran it {_end_of(self._popen.returncode)}"
+        if not self.ready.done():
+            said = self.log.kept().decode("utf-8", "replace").strip()
+            self.ready.set_exception(OSError(errno.ECHILD, f"{lost} before it was ready: {said}"))
+        if not self.ready.cancelled():
+            self.ready.exception()  # seen, whether or not somebody waits for it
+        for future in self._measured.values():
+            future.set_result(None)
+        for number in list(self.processes):
+            self._end(number, Exit(None, lost=lost))
+        self.gone.set_result(None)
+
+
+def _rights(fds: Sequence[int]) -> list[tuple[int, int, bytes]]:
+    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))] if fds else []
+
+
+def _close_all(fds: Iterable[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+def _end_of(code: int) -> str:
+    """Of `Popen.returncode`. The process that waits for one in a namespace says 128 + signal, as shells do."""
+    number = -code if code < 0 else code - 128
+    try:
+        return f"was ended by {signal.Signals(number).name}"
+    except ValueError:
+        return f"ended with status {code}"
+
+
+class UnfitError(Exception):
+    """A script that cannot be run by fork; the message says why. Spawn it."""
+
+
+class Pool:
+    """The helpers of one home and way of starting, and what is known of how to start them."""
+
+    def __init__(self, home: Home, script: Script | None, most: int, begin: Callable[[Pool], Helper]) -> None:
+        self.home = home
+        self.script = script
+        self.helpers: list[Helper] = []
+        self.skip: dict[str, str] = {}
+        self.unfit: str | None = None
+        self.retired = False
+        self._most = most
+        self._begin = begin
+        self._starting: asyncio.Task[Helper] | None = None
+
+    def free(self) -> Helper | None:
+        """The helper with the fewest processes; None where none is ready. Another is begun where all have work."""
+        helper = min(self.helpers, key=_load, default=None)
+        if helper is not None and helper.processes and len(self.helpers) < self._most:
+            self._start()
+        return helper
+
+    async def ready(self) -> Helper:
+        """Wait for a helper that is ready. One that is starting goes on if the caller is cancelled.
+
+        Raises `UnfitError`, or OSError where no helper can be had.
+        """
+        helper = self.free()
+        return await asyncio.shield(self._start()) if helper is None else helper
+
+    def argv(self, argv: Sequence[str]) -> Sequence[str]:
+        """What of a command its helper needs: of a script that is forked not the interpreter, which it is itself."""
+        return argv if self.script is None else argv[len(self.script.interpreter) :]
+
+    def retire(self) -> None:
+        """Let the helpers end as soon as their processes have."""
+        self.retired = True
+        for helper in [helper for helper in self.helpers if not helper.processes]:
+            helper.close()
+
+    def close(self) -> None:
+        self.retired = True
+        if self._starting is not None:
+            self._starting.cancel()
+        for helper in list(self.helpers):
+            helper.close()
+
+    def _start(self) -> asyncio.Task[Helper]:
+        if self._starting is None:
+            self._starting = asyncio.create_task(self._until_ready(), name=f"helper of {self.home.overlay}")
+            self._starting.add_done_callback(self._started)
+        return self._starting
+
+    def _started(self, task: asyncio.Task[Helper]) -> None:
+        self._starting = None
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.debug("no helper for %s: %s", self.home.overlay, error)
+
+    async def _until_ready(self) -> Helper:
+        """Each try that fails teaches something, so that they are few: no namespace, one more module to leave alone."""
+        while True:
+            try:
+                helper = self._begin(self)
+                await helper.ready
+            except _Told as told:
+                self._learn(told)
+            except OSError as error:
+                if self.script is None or error.errno in SHORTAGES:
+                    raise
+                log.warning("%s cannot be forked for calls, so it is spawned: %s", self.home.overlay, error)
+                self._learn(_Told("unfit", str(error)))
+            else:
+                self.helpers.append(helper)
+                return helper
+            if self.unfit is not None:
+                raise UnfitError(self.unfit)
+
+    def _learn(self, told: _Told) -> None:
+        if told.verb == "unclean":
+            self.skip |= told.given
+        elif told.verb == "unfit":
+            self.unfit = told.given
+
+
+def _load(helper: Helper) -> int:
+    return len(helper.processes)
 
 
 class Helpers:
     """Every helper of a bus. Used in one event loop only."""
 
+    def __init__(self, *, idle_s: float = IDLE_S, most: int | None = None, namespace: bool = True) -> None:
+        self._idle_s = idle_s
+        self._most = most or min(2, len(os.sched_getaffinity(0)))
+        self._namespace = namespace
+        self._mark = f"aal-{secrets.token_hex(8)}"
+        self._numbers = itertools.count(1)
+        self._pools: dict[tuple[Home, Script | None], Pool] = {}
+        self._alive: set[Helper] = set()
+        self._looking: asyncio.TimerHandle | None = None
+        self._closed = False
+
+    def pool(self, home: Home, script: Script | None = None) -> Pool:
+        """The pool for calls of this home: of forks where `script` is given and fit for it, else of spawns."""
+        pool = self._pools.get((home, script))
+        if pool is None or pool.home.env is not home.env:
+            pool = self._new_pool(home, script)
+        return pool if pool.unfit is None else self.pool(home)
+
     async def start(
         self, home: Home, argv: Sequence[str], fds: tuple[int, int, int], env: Mapping[str, str] | None = None
     ) -> Process:
-        """Start a program in the folder and environment of its home, with `env` added.
+        """Start a program that keeps running, in the folder and environment of its home, with `env` added.
 
         `fds` become its stdin, stdout and stderr; they stay the caller's to close. Raises OSError, with the errno and
-        the words of the program's failure to start, or ValueError (a NUL in the command).
+        the words of the program's failure to start.
         """
-        popen = subprocess.Popen(  # noqa: ASYNC220
-            argv,
-            stdin=fds[0],
-            stdout=fds[1],
-            stderr=fds[2],
-            cwd=home.folder,
-            env={**home.env, **(env or {})},
-            start_new_session=True,
-        )
-        return Process(popen, asyncio.get_running_loop())
+        helper = await self.pool(home).ready()
+        process = helper.launch(argv, fds, env or {})
+        await process.memory_mb()  # it answers after it has started the program, or told that it could not
+        if process.ended.done() and (failed := process.ended.result().failed) is not None:
+            raise failed
+        return process
+
+    def state(self, overlay: str) -> list[dict[str, Any]]:
+        """The helpers of an overlay, as JSON for people."""
+        return [
+            _as_json(pool, helper)
+            for pool in self._pools.values()
+            if pool.home.overlay == overlay
+            for helper in pool.helpers
+        ]
 
     async def close(self) -> None:
-        """End everything that was started."""
+        """End every helper and with them everything that was started."""
+        self._closed = True
+        if self._looking is not None:
+            self._looking.cancel()
+        for pool in self._pools.values():
+            pool.close()
+        for helper in list(self._alive):
+            helper.close()
+        if self._alive:
+            await asyncio.wait([helper.gone for helper in self._alive])
+
+    def _new_pool(self, home: Home, script: Script | None) -> Pool:
+        for key, pool in list(self._pools.items()):
+            other = pool.home
+            if other.overlay == home.overlay and (other.code_hash, id(other.env)) != (home.code_hash, id(home.env)):
+                del self._pools[key]
+                pool.retire()
+        pool = self._pools[home, script] = Pool(home, script, self._most, self._begin)
+        return pool
+
+    def _begin(self, pool: Pool) -> Helper:
+        if self._closed:
+            raise OSError(errno.ESHUTDOWN, "the bus is shutting down")
+        script = pool.script
+        config = {
+            "mark": f"{self._mark}-{next(self._numbers)}",
+            "namespace": self._namespace,
+            "arguments": None if script is None else script.arguments,
+            "preload": () if script is None else script.preload,
+            "skip": list(pool.skip),
+        }
+        helper = Helper(pool, config, self._learn_of)
+        self._alive.add(helper)
+        helper.gone.add_done_callback(lambda _: self._alive.discard(helper))
+        if self._looking is None:
+            self._look()
+        return helper
+
+    def _learn_of(self, told: _Told) -> None:
+        if told.verb == "no_namespace":
+            log.warning("programs run without a pid namespace: %s", told.given)
+            self._namespace = False
+
+    def _look(self) -> None:
+        """End the helpers that were idle for long."""
+        since = time.monotonic() - self._idle_s
+        for helper in list(self._alive):
+            if helper.is_ready and not helper.processes and helper.idle_since <= since:
+                helper.close()
+        loop = asyncio.get_running_loop()
+        self._looking = loop.call_later(self._idle_s / 2, self._look) if self._alive else None
+
+
+def _as_json(pool: Pool, helper: Helper) -> dict[str, Any]:
+    ready = helper.ready.result()
+    return {
+        "pid": helper.pid,
+        "phase": pool.home.phase,
+        "mode": "spawn" if pool.script is None else "fork",
+        "running": len(helper.processes),
+        "pid_namespace": ready["namespace"],
+        "preloaded": ready["loaded"],
+        "not_preloaded": {**ready["left"], **pool.skip},
+    }

@@ -46,6 +46,18 @@ class Output:
             self.close()
             self._ended()
 
+    def drain(self) -> None:
+        """Take what is left, and close: whoever could write to it is gone."""
+        while not self.closed:
+            try:
+                data = os.read(self._fd, READ_SIZE)
+            except BlockingIOError:
+                data = b""
+            if data:
+                self._take(data)
+            else:
+                self.close()
+
     def close(self) -> None:
         if not self.closed:
             self.closed = True

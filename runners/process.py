@@ -1,52 +1,48 @@
-"""Programs started anew for each call: the envelope on stdin, the reply on stdout, the log on stderr.
+"""Programs that run for one call: the envelope on stdin, the reply on stdout, the log on stderr.
 
-Starting a program blocks the event loop for well under a millisecond (vfork, until the exec); all that follows is
-callbacks on one pidfd, the pipes and a timer. `_Call` is that small state machine. It ends by itself, whoever waits for
-it, so a cancellation at any moment leaves no process, descriptor or reader behind.
+The bus starts none of them itself: a helper does (`helpers.py`), by spawning the command or by forking an interpreter
+that has the script loaded. `_Call` is the bus's side: a small state machine of callbacks on the process, the pipes and
+a timer. It ends by itself, whoever waits for it, so a cancellation at any moment leaves nothing behind.
 
-A call ends in this order, whatever the cause: (TERM to the group, `kill_grace_s`,) KILL to the group while its leader
-is still a zombie, since until it is reaped nobody else can have its number; reap; the pipes read to their end, or for
-`PIPE_GRACE_S` where a process that left the group holds them open.
+A call that is over before its program ends in this order: TERM to the group, `kill_grace_s`, KILL. Its process has
+ended only when all that it started is gone, so the pipes have then no writer left and are read to their end.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import dataclasses
 import errno
 import os
 import shutil
 import signal
-import subprocess
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from runners import python_command
 from runners.base import LARGE_BYTES, Code, Outcome, ProcessTarget
+from runners.helpers import SHORTAGES, Exit, Helpers, Home, Script, UnfitError
 from runners.output import Input, Log, Output, Reply, join_log, judge, read_reply
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from runners.base import Job
-
-PIPE_GRACE_S = 0.25
-"""How long, in seconds, output is still read after the program has ended, when another process holds its pipes open."""
-
-SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN})
-"""What fails to start for want of these may start a moment later."""
+    from runners.helpers import Helper, Process
 
 
 class ProcessRunner:
     """Runs a program for each job. Used in one event loop only.
 
-    `peak_mb` of an outcome has the bus's own peak as its floor: the kernel counts the memory that the child shared with
-    its parent between vfork and exec.
+    `peak_mb` of an outcome has the helper's own size as its floor: the kernel counts what the program shared with it
+    before it was the program.
     """
 
     name = "proc"
 
-    def __init__(self, *, kill_grace_s: float = 2.0) -> None:
+    def __init__(self, helpers: Helpers | None = None, *, kill_grace_s: float = 2.0) -> None:
+        self._helpers = helpers or Helpers()
         self._kill_grace_s = kill_grace_s
         self._calls: set[_Call] = set()
         self._closed = False
@@ -58,24 +54,24 @@ class ProcessRunner:
             raise TypeError(f"the runner {self.name} cannot carry {target!r}")
         if self._closed:
             return Outcome(Code.CANCELLED, error="the runner was closed before the program could start")
-        if job.deadline <= time.monotonic():
-            return Outcome(Code.TIMEOUT, error="the deadline had passed before the program could start")
         try:
-            started = start(target, job.folder, job.envelope)
-        except (OSError, ValueError, subprocess.SubprocessError) as error:
-            reason = _start_failure(error, target, job.folder)
-            short = isinstance(error, OSError) and error.errno in SHORTAGES
-            return Outcome(Code.START, error=f"could not start {target.argv[0]!r}: {reason}", retryable=short)
-        call = _Call(started, job, self._kill_grace_s, asyncio.get_running_loop())
+            call = await self._start(job, target)
+        except TimeoutError:
+            return Outcome(Code.TIMEOUT, error="the deadline had passed before the program could start")
+        except OSError as error:
+            return _not_started(error, target, job.folder)
         self._calls.add(call)
         try:
             exit_ = await call.wait()
         finally:
             self._calls.discard(call)
+        if exit_.failed is not None:
+            return _not_started(exit_.failed, target, job.folder)
         return await _outcome(call, exit_)
 
     def state(self, overlay: str) -> dict[str, Any]:
-        return {}
+        helpers = self._helpers.state(overlay)
+        return {"helpers": helpers} if helpers else {}
 
     async def close(self) -> None:
         """End every call that still runs, and start no more."""
@@ -85,29 +81,40 @@ class ProcessRunner:
             call.stop(Code.CANCELLED)
         if calls:
             await asyncio.wait([call.ended for call in calls])
+        await self._helpers.close()
+
+    async def _start(self, job: Job, target: ProcessTarget) -> _Call:
+        """Raises OSError (no such folder, too many files, ...) or TimeoutError, and then leaves nothing behind."""
+        if job.deadline <= time.monotonic():
+            raise TimeoutError
+        home = Home(job.overlay, job.phase, job.rights, job.folder, target.env, job.code_hash)
+        script = _script(target.argv, target.preload, target.stdin) if target.mode in ("auto", "fork") else None
+        helper = self._helpers.pool(home, script).free()
+        if helper is None:
+            async with asyncio.timeout(job.deadline - time.monotonic()):
+                helper = await self._helper(home, script)
+            if self._closed:
+                raise OSError(errno.ESHUTDOWN, "the runner was closed")
+        return _start(helper, job, target, self._kill_grace_s)
+
+    async def _helper(self, home: Home, script: Script | None) -> Helper:
+        try:
+            return await self._helpers.pool(home, script).ready()
+        except UnfitError:
+            return await self._helpers.pool(home).ready()
 
 
-@dataclass(frozen=True, slots=True)
-class Started:
-    """A running program: its process (leader of its own session and group) and our ends of its pipes, nonblocking.
-
-    `stdin` is None where the envelope was given as a file. `input` is what is still to be written to it.
-    """
-
-    process: subprocess.Popen[bytes]
-    pidfd: int
-    stdin: int | None
-    stdout: int
-    stderr: int
-    input: bytes
+@lru_cache(1024)
+def _script(argv: tuple[str, ...], preload: tuple[str, ...], stdin: Any) -> Script | None:  # noqa: ANN401
+    """What is forked for a command: None where that is no Python script."""
+    command = python_command.split(argv)
+    if command is None:
+        return None
+    length = 2 if command.arguments[0] == "-m" else 1
+    return Script(command.interpreter, command.arguments[:length], preload, stdin)
 
 
-def start(target: ProcessTarget, folder: Path, envelope: bytes) -> Started:
-    """Start the program in `folder` with exactly the environment of the target.
-
-    Raises OSError (no such program or folder, not executable, too many files, ...) or ValueError (a NUL in the command,
-    ...), and then leaves nothing behind.
-    """
+def _start(helper: Helper, job: Job, target: ProcessTarget, kill_grace_s: float) -> _Call:
     ours: list[int] = []
     theirs: list[int] = []
     try:
@@ -117,19 +124,10 @@ def start(target: ProcessTarget, folder: Path, envelope: bytes) -> Started:
             theirs.append(reader)
             _own(stdin, ours)
         else:
-            _envelope_file(envelope, theirs)
-        stdout = _output_pipe(ours, theirs)
-        stderr = _output_pipe(ours, theirs)
-        process = subprocess.Popen(
-            target.argv,
-            stdin=theirs[0],
-            stdout=theirs[1],
-            stderr=theirs[2],
-            cwd=folder,
-            env=target.env,
-            start_new_session=True,
-        )
-        return Started(process, _watch(process), stdin, stdout, stderr, b"" if stdin is None else envelope)
+            _envelope_file(job.envelope, theirs)
+        stdout, stderr = _output_pipe(ours, theirs), _output_pipe(ours, theirs)
+        process = helper.launch(target.argv, (theirs[0], theirs[1], theirs[2]), {})
+        return _Call(process, _Pipes(stdin, stdout, stderr), job, kill_grace_s)
     except BaseException:
         _close_all(ours)
         raise
@@ -163,18 +161,14 @@ def _close_all(fds: list[int]) -> None:
         os.close(fd)
 
 
-def _watch(process: subprocess.Popen[bytes]) -> int:
-    try:
-        return os.pidfd_open(process.pid)
-    except OSError:
-        process.kill()
-        process.wait()
-        raise
+def _not_started(error: OSError, target: ProcessTarget, folder: Path) -> Outcome:
+    reason = _why(error, target, folder)
+    return Outcome(
+        Code.START, error=f"could not start {target.argv[0]!r}: {reason}", retryable=error.errno in SHORTAGES
+    )
 
 
-def _start_failure(error: Exception, target: ProcessTarget, folder: Path) -> str:
-    if not isinstance(error, OSError):
-        return str(error)
+def _why(error: OSError, target: ProcessTarget, folder: Path) -> str:
     if error.filename == folder:
         return f"its folder {str(folder)!r} cannot be entered: {error.strerror}"
     reason = error.strerror or str(error)
@@ -192,25 +186,12 @@ def _is_there(target: ProcessTarget, folder: Path) -> bool:
     return shutil.which(name, path=target.env.get("PATH", os.defpath)) is not None
 
 
-@dataclass(frozen=True, slots=True)
-class _Exit:
-    """How the program ended. `code` is negative for a signal; None where another part of this process reaped it."""
+class _Pipes(NamedTuple):
+    """Our ends, nonblocking. `stdin` is None where the envelope was given as a file."""
 
-    code: int | None
-    cpu_ms: float | None = None
-    peak_mb: float | None = None
-
-
-def _reap(process: subprocess.Popen[bytes]) -> _Exit:
-    """Take the ended process off the kernel's table. `ru_maxrss` is in KiB on Linux (getrusage(2))."""
-    try:
-        _, status, usage = os.wait4(process.pid, 0)
-    except ChildProcessError:  # this process ignores SIGCHLD, so the kernel has reaped it already
-        process.returncode = 0
-        return _Exit(None)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    cpu_ms = round((usage.ru_utime + usage.ru_stime) * 1000, 3)
-    return _Exit(process.returncode, cpu_ms, round(usage.ru_maxrss / 1024, 3))
+    stdin: int | None
+    stdout: int
+    stderr: int
 
 
 class _Call:
@@ -220,29 +201,28 @@ class _Call:
     `size` counts the bytes that it wrote to stdout.
     """
 
-    def __init__(self, started: Started, job: Job, kill_grace_s: float, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, process: Process, pipes: _Pipes, job: Job, kill_grace_s: float) -> None:
+        loop = self._loop = asyncio.get_running_loop()
         self.allowed_s = job.deadline - time.monotonic()
         self.reason: Code | None = None
-        self.ended: asyncio.Future[_Exit] = loop.create_future()
         self.log = Log(job.max_log_bytes)
         self.max_output_bytes = job.max_output_bytes
-        self._loop = loop
-        self._started = started
+        self.size = 0
+        self.ended: asyncio.Future[Exit] = loop.create_future()
+        self._process = process
         self._kill_grace_s = kill_grace_s
         self._chunks: list[bytes] = []
-        self.size = 0
-        self._exit: _Exit | None = None
-        self._stdout = Output(loop, started.stdout, self._take, self._settle)
-        self._stderr = Output(loop, started.stderr, self.log.add, self._settle)
-        self._stdin = None if started.stdin is None else Input(loop, started.stdin, started.input)
+        self._stdout = Output(loop, pipes.stdout, self._take, _nothing)
+        self._stderr = Output(loop, pipes.stderr, self.log.add, _nothing)
+        self._stdin = None if pipes.stdin is None else Input(loop, pipes.stdin, job.envelope)
         self._timer = loop.call_later(self.allowed_s, self.stop, Code.TIMEOUT)
-        loop.add_reader(started.pidfd, self._exited)
+        process.ended.add_done_callback(self._end)
 
     @property
     def stdout(self) -> bytes:
         return b"".join(self._chunks)
 
-    async def wait(self) -> _Exit:
+    async def wait(self) -> Exit:
         """Wait until nothing is left. A cancellation ends the program first, however often it comes."""
         cancelled: asyncio.CancelledError | None = None
         while not self.ended.done():
@@ -257,20 +237,12 @@ class _Call:
 
     def stop(self, reason: Code) -> None:
         """TERM to the group now, KILL after the grace. The first reason stays."""
-        if self.reason is not None or self._exit is not None:
+        if self.reason is not None or self.ended.done():
             return
         self.reason = reason
-        self._signal(signal.SIGTERM)
+        self._process.signal(signal.SIGTERM)
         self._timer.cancel()
-        self._timer = self._loop.call_later(self._kill_grace_s, self._signal, signal.SIGKILL)
-
-    def _signal(self, number: signal.Signals) -> None:
-        """Signal the group, unless its leader was reaped: from then on its number may be a stranger's."""
-        if self._exit is not None:
-            return
-        # Nobody left; or nobody that is ours to signal: a set-user-ID program.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._started.process.pid, number)
+        self._timer = self._loop.call_later(self._kill_grace_s, self._process.signal, signal.SIGKILL)
 
     def _take(self, data: bytes) -> None:
         self.size += len(data)
@@ -280,42 +252,33 @@ class _Call:
         self.reason = self.reason or Code.OUTPUT_TOO_LARGE
         self._chunks.clear()
         self._stdout.close()
-        self._signal(signal.SIGKILL)
-        self._settle()
+        self._process.signal(signal.SIGKILL)
 
-    def _exited(self) -> None:
-        self._signal(signal.SIGKILL)
-        self._loop.remove_reader(self._started.pidfd)
-        os.close(self._started.pidfd)
-        self._exit = _reap(self._started.process)
+    def _end(self, ended: asyncio.Future[Exit]) -> None:
+        self._timer.cancel()
         if self._stdin is not None:
             self._stdin.close()
-        self._timer.cancel()
-        self._timer = self._loop.call_later(PIPE_GRACE_S, self._end, self._exit)
-        self._settle()
-
-    def _settle(self) -> None:
-        if self._exit is not None and self._stdout.closed and self._stderr.closed:
-            self._end(self._exit)
-
-    def _end(self, exit_: _Exit) -> None:
-        self._timer.cancel()
-        self._stdout.close()
-        self._stderr.close()
-        if not self.ended.done():
-            self.ended.set_result(exit_)
+        self._stdout.drain()
+        self._stderr.drain()
+        self.ended.set_result(ended.result())
 
 
-async def _outcome(call: _Call, exit_: _Exit) -> Outcome:
+def _nothing() -> None:
+    pass
+
+
+async def _outcome(call: _Call, exit_: Exit) -> Outcome:
     if call.reason is not None:
         return _outcome_of(call, exit_, call.reason, _ended_early(call, call.reason))
+    if exit_.lost is not None:
+        return dataclasses.replace(_outcome_of(call, exit_, Code.CRASH, exit_.lost), retryable=True)
     stdout = call.stdout
     reply = read_reply(stdout) if len(stdout) <= LARGE_BYTES else await asyncio.to_thread(read_reply, stdout)
     code, error = judge(reply, exit_.code or 0)
     return _outcome_of(call, exit_, code, error, reply)
 
 
-def _outcome_of(call: _Call, exit_: _Exit, code: Code, error: str | None, reply: Reply | None = None) -> Outcome:
+def _outcome_of(call: _Call, exit_: Exit, code: Code, error: str | None, reply: Reply | None = None) -> Outcome:
     reply = reply or Reply()
     return Outcome(
         code=code,

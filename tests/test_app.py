@@ -16,6 +16,7 @@ from starlette.testclient import TestClient
 from bus import provenance, resources
 from bus.app import create_app
 from bus.dispatch import Bus
+from tests.programs import running
 from tests.support import (
     FixedStress,
     InProcessRunner,
@@ -25,7 +26,6 @@ from tests.support import (
     add_script,
     calls,
     eventually,
-    is_alive,
     misfits,
     write_overlay,
 )
@@ -333,9 +333,8 @@ def test_a_client_that_goes_away_takes_its_call_with_it(server: Server, tmp_path
     with socket.create_connection(("127.0.0.1", server.port)) as client:
         client.sendall(head.encode() + b"\r\n" + body)
         eventually(pid_file.exists, "the program runs")
-        pid = int(pid_file.read_text())
-        assert is_alive(pid)
-    eventually(lambda: not is_alive(pid), "the program is gone")
+        assert running(str(tmp_path))
+    eventually(lambda: not running(str(tmp_path)), "the program is gone")
     eventually(lambda: calls(server.settings) != [], "its line is written")
     line = calls(server.settings)[-1]
     assert (line["overlay"], line["code"], line["ok"]) == ("slow", "ERR_CANCELLED", False)

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from bus import provenance
-from tests.support import REPO, Server, add_native, add_overlay, http_service, is_alive, misfits, write_overlay
+from tests.programs import running
+from tests.support import REPO, Server, add_native, add_overlay, http_service, misfits, write_overlay
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -273,15 +274,14 @@ def test_a_program_that_never_reads_eight_megabytes(server: Server) -> None:
     assert assert_told(server, reply, 200, "OK")["result"] == "unread"
 
 
-def test_a_grandchild_that_holds_stdout_and_lives_on(server: Server) -> None:
-    survivor = assert_told(server, server.invoke("grandchild"), 200, "OK")["result"]["survivor"]
-    with suppress(ProcessLookupError):
-        os.kill(survivor, signal.SIGKILL)
+def test_a_grandchild_that_holds_stdout_is_gone_with_its_call(server: Server) -> None:
+    assert_told(server, server.invoke("grandchild"), 200, "OK")
+    assert running(str(server.settings.state)) == []
 
 
 def test_a_child_left_in_the_background_is_gone_with_its_call(server: Server) -> None:
-    child = assert_told(server, server.invoke("background_child"), 200, "OK")["result"]["child"]
-    assert not is_alive(child)
+    assert_told(server, server.invoke("background_child"), 200, "OK")
+    assert running(str(server.settings.state)) == []
 
 
 def test_a_program_that_ignores_sigterm_is_killed_when_its_time_is_over(server: Server, tmp_path: Path) -> None:

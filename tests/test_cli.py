@@ -25,7 +25,8 @@ from bus import cli, doctor, provenance, templates
 from bus.canonical import canonical
 from bus.console import Exit, printable
 from bus.settings import explain, load, table
-from tests.support import PATIENCE_S, REPO, add_overlay, add_script, eventually, is_alive
+from tests import programs
+from tests.support import PATIENCE_S, REPO, add_overlay, add_script, eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -361,7 +362,7 @@ def test_a_call_ended_by_a_signal_leaves_its_line_and_no_process(
         running.send_signal(number)
         _, errors = running.communicate(timeout=PATIENCE_S)
     assert (running.returncode, errors) == (128 + signal.SIGINT, "")
-    assert not is_alive(int((overlays / "slow.pid").read_text()))
+    assert not programs.running(str(tmp_path))
     assert [line["code"] for line in provenance.tail(tmp_path / LEDGER, 1, overlay="slow")] == ["ERR_CANCELLED"]
 
 

@@ -16,6 +16,7 @@ from bus.dispatch import Bus
 from bus.errors import DeniedError, SettingError
 from bus.hookspecs import hookimpl
 from runners.base import LARGE_BYTES, Outcome
+from tests.programs import running
 from tests.support import (
     FixedStress,
     InProcessRunner,
@@ -24,7 +25,6 @@ from tests.support import (
     add_overlay,
     add_script,
     calls,
-    is_alive,
     lines,
     misfits,
     running_bus,
@@ -414,9 +414,8 @@ async def test_closing_ends_what_does_not_finish_in_time_and_writes_its_line(set
     async with running_bus(replace(settings, drain_s=0.0)) as bus:
         task = asyncio.create_task(bus.invoke(a_call("slow")))
         await until(pid_file.exists)
-        pid = int(pid_file.read_text())
-        assert is_alive(pid)
-    assert not is_alive(pid)
+        assert running(str(settings.state))
+    assert not running(str(settings.state))
     answer = await task
     assert not answer.ok
     assert [line["request_id"] for line in calls(settings)] == [answer.body["request_id"]]

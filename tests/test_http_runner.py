@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import gzip
 import json
 import socket
@@ -13,16 +14,18 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from aiohttp import ThreadedResolver, web
 
-from runners import http
-from runners.base import Code, HttpTarget
+from runners import breaker, http
+from runners.base import Code, HttpTarget, Outcome, ServiceTarget
+from runners.breaker import FAILURES, FIRST_WAIT_S
 from runners.http import HttpRunner
+from runners.service import ServiceError
 from tests import programs
 from tests.runner_fixtures import anyio_backend, nothing_left
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
-    from runners.base import Outcome
+    from runners.base import Job
 
 
 OK_ANSWER = b'HTTP/1.1 200 OK\r\nContent-Length: 11\r\n\r\n{"ok":true}'
@@ -475,3 +478,296 @@ async def test_cancelling_closes_the_connection(runner: HttpRunner) -> None:
 
 async def test_a_runner_that_was_never_used_can_be_closed() -> None:
     await HttpRunner().close()
+
+
+# The circuit breaker
+
+
+class Clock:
+    """The breakers' clock. It stands still but for what a test adds."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+async def guarded(nothing_left: None, clock: Clock) -> AsyncIterator[HttpRunner]:
+    """A runner whose breakers only know the time that a test tells them."""
+    runner = HttpRunner(clock=clock)
+    yield runner
+    await runner.close()
+
+
+class Fickle:
+    """A service that answers as it is told to, and counts its calls."""
+
+    def __init__(self, status: int = 200) -> None:
+        self.status = status
+        self.calls = 0
+
+    async def handle(self, _: web.Request) -> web.StreamResponse:
+        self.calls += 1
+        return web.json_response({"ok": True, "secret": "words of another caller"}, status=self.status)
+
+
+async def breaker_after(runner: HttpRunner, *jobs: Job) -> dict[str, Any]:
+    for job in jobs:
+        await runner.run(job)
+    found: dict[str, Any] = runner.state("test")["breaker"]
+    return found
+
+
+async def test_of_an_overlay_that_was_never_called_nothing_is_kept(runner: HttpRunner) -> None:
+    assert runner.state("test") == {}
+
+
+@pytest.mark.parametrize("status", [500, 502, 503, 504])
+async def test_a_service_that_fails_again_and_again_is_left_alone(guarded: HttpRunner, status: int) -> None:
+    fickle = Fickle(status)
+    async with service(fickle.handle) as url:
+        job = programs.make_job(HttpTarget(url))
+        found = await breaker_after(guarded, *[job] * FAILURES)
+        outcome = await guarded.run(job)
+    assert found["state"] == "open"
+    assert found["failures"] == fickle.calls == FAILURES
+    assert found["retry_in_s"] == FIRST_WAIT_S
+    assert f"HTTP {status}" in found["last_error"]
+    assert outcome.code is Code.CIRCUIT_OPEN
+    assert error_of(outcome).startswith(f"the service of test is not called, again in {FIRST_WAIT_S:.1f} s; its last")
+    assert found["last_error"] in error_of(outcome)
+
+
+async def test_other_callers_are_told_no_answer_that_was_not_theirs(guarded: HttpRunner) -> None:
+    async with service(Fickle(500).handle) as url:
+        job = programs.make_job(HttpTarget(url))
+        told = await guarded.run(job)
+        found = await breaker_after(guarded, *[job] * FAILURES)
+        refused = await guarded.run(job)
+    assert "words of another caller" in error_of(told)
+    assert "words of another caller" not in found["last_error"] + error_of(refused)
+
+
+@pytest.mark.parametrize("status", [200, 400, 404, 429, 304, 501, 505])
+async def test_a_service_that_says_no_is_well(guarded: HttpRunner, status: int) -> None:
+    fickle = Fickle(500)
+    async with service(fickle.handle) as url:
+        job = programs.make_job(HttpTarget(url))
+        await breaker_after(guarded, *[job] * (FAILURES - 1))
+        fickle.status = status
+        found = await breaker_after(guarded, job)
+    assert found == {"state": "closed", "failures": 0, "retry_in_s": None, "last_error": None}
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"", b"[" * 100, b"0" * 2000])
+async def test_an_answer_that_cannot_be_used_says_that_the_service_is_well(guarded: HttpRunner, body: bytes) -> None:
+    async with service(answering(body)) as url:
+        job = programs.make_job(HttpTarget(url), max_output_bytes=1000)
+        found = await breaker_after(guarded, *[job] * FAILURES)
+    assert (found["state"], found["failures"]) == ("closed", 0)
+
+
+async def test_a_service_that_cannot_be_reached_is_left_alone(guarded: HttpRunner, deaf_port: int) -> None:
+    job = programs.make_job(HttpTarget(f"http://127.0.0.1:{deaf_port}/"))
+    found = await breaker_after(guarded, *[job] * FAILURES)
+    assert found["state"] == "open"
+    assert found["last_error"].endswith("could not be reached: connection refused")
+
+
+async def test_a_service_that_breaks_off_is_left_alone(guarded: HttpRunner) -> None:
+    async with RawService(b"") as raw:
+        found = await breaker_after(guarded, *[programs.make_job(HttpTarget(raw.url))] * FAILURES)
+    assert found["state"] == "open"
+
+
+async def test_what_is_no_address_says_nothing_about_a_service(guarded: HttpRunner) -> None:
+    found = await breaker_after(guarded, *[programs.make_job(HttpTarget("no address"))] * FAILURES)
+    assert (found["state"], found["failures"]) == ("closed", 0)
+
+
+async def hanging(_: web.Request) -> web.StreamResponse:
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+@pytest.mark.parametrize(("fair_wait_s", "state"), [(0.0, "open"), (60.0, "closed")])
+async def test_silence_counts_where_the_service_had_time_to_answer(
+    guarded: HttpRunner, monkeypatch: pytest.MonkeyPatch, fair_wait_s: float, state: str
+) -> None:
+    monkeypatch.setattr(breaker, "FAIR_WAIT_S", fair_wait_s)
+    async with service(hanging) as url:
+        for _ in range(FAILURES):
+            outcome = await guarded.run(programs.make_job(HttpTarget(url), timeout_s=0.01))
+            assert outcome.code is Code.TIMEOUT
+    assert guarded.state("test")["breaker"]["state"] == state
+
+
+async def test_a_call_counts_once_however_often_it_was_tried(guarded: HttpRunner) -> None:
+    fickle = Fickle(503)
+    async with service(fickle.handle) as url:
+        found = await breaker_after(guarded, programs.make_job(HttpTarget(url, repeatable=True)))
+    assert (fickle.calls, found["failures"]) == (3, 1)
+
+
+async def test_a_service_that_is_well_again_is_called_again(guarded: HttpRunner, clock: Clock) -> None:
+    fickle = Fickle(500)
+    async with service(fickle.handle) as url:
+        job = programs.make_job(HttpTarget(url))
+        await breaker_after(guarded, *[job] * FAILURES)
+        fickle.status = 200
+        clock.now_s += FIRST_WAIT_S
+        outcomes = [await guarded.run(job) for _ in range(3)]
+    assert [outcome.code for outcome in outcomes] == [Code.OK] * 3
+
+
+async def test_while_one_call_tries_the_service_others_are_refused(guarded: HttpRunner, clock: Clock) -> None:
+    fickle = Fickle(500)
+    started, go_on = asyncio.Event(), asyncio.Event()
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        if fickle.status == 200:
+            started.set()
+            await go_on.wait()
+        return await fickle.handle(request)
+
+    async with service(handle) as url:
+        job = programs.make_job(HttpTarget(url))
+        await breaker_after(guarded, *[job] * FAILURES)
+        clock.now_s += FIRST_WAIT_S
+        fickle.status = 200
+        probe = asyncio.create_task(guarded.run(job))
+        await started.wait()
+        refused = await guarded.run(job)
+        assert guarded.state("test")["breaker"]["state"] == "half-open"
+        go_on.set()
+        assert (await probe).ok
+    assert refused.code is Code.CIRCUIT_OPEN
+    assert "one call is trying it now" in error_of(refused)
+
+
+async def test_a_probe_whose_caller_left_makes_room_for_the_next(guarded: HttpRunner, clock: Clock) -> None:
+    fickle = Fickle(500)
+    started = asyncio.Event()
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        if fickle.status == 200 and not started.is_set():
+            started.set()
+            await asyncio.Event().wait()
+        return await fickle.handle(request)
+
+    async with service(handle) as url:
+        job = programs.make_job(HttpTarget(url))
+        await breaker_after(guarded, *[job] * FAILURES)
+        clock.now_s += FIRST_WAIT_S
+        fickle.status = 200
+        probe = asyncio.create_task(guarded.run(job))
+        await started.wait()
+        probe.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await probe
+        assert (await guarded.run(job)).ok
+
+
+async def test_each_overlay_has_a_circuit_of_its_own_and_a_changed_one_begins_anew(guarded: HttpRunner) -> None:
+    fickle = Fickle(500)
+    async with service(fickle.handle) as url:
+        job = programs.make_job(HttpTarget(url))
+        await breaker_after(guarded, *[job] * FAILURES)
+        fickle.status = 200
+        other = await guarded.run(dataclasses.replace(job, overlay="other"))
+        same = await guarded.run(job)
+        changed = await guarded.run(dataclasses.replace(job, code_hash="changed"))
+    assert (other.code, same.code, changed.code) == (Code.OK, Code.CIRCUIT_OPEN, Code.OK)
+    assert guarded.state("test")["breaker"]["state"] == "closed"
+
+
+# Services that the bus starts
+
+SERVICE = ServiceTarget(("serve",), {})
+
+
+class FakeServices:
+    """Gives one base URL for every service, or refuses with an outcome."""
+
+    def __init__(self, base_url: str, refusal: Outcome | None = None) -> None:
+        self.base_url = base_url
+        self.refusal = refusal
+        self.in_use = 0
+        self.used: list[ServiceTarget] = []
+        self.closed = False
+
+    @contextlib.asynccontextmanager
+    async def use(self, job: Job, target: ServiceTarget) -> AsyncIterator[str]:
+        self.used.append(target)
+        if self.refusal is not None:
+            raise ServiceError(self.refusal)
+        self.in_use += 1
+        try:
+            yield self.base_url
+        finally:
+            self.in_use -= 1
+
+    def state(self, overlay: str) -> dict[str, Any]:
+        return {"service": {"state": "ready"}} if self.used else {}
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+async def test_a_service_is_in_use_while_it_is_called_at_its_base_url(nothing_left: None) -> None:
+    async def handle(request: web.Request) -> web.Response:
+        return web.json_response([services.in_use, request.path])
+
+    async with service(handle) as url:
+        services = FakeServices(url)
+        runner = HttpRunner(services)
+        outcome = await runner.run(programs.make_job(HttpTarget("/echo", service=SERVICE)))
+        await runner.close()
+    assert outcome.result == [1, "/echo"]
+    assert services.used == [SERVICE]
+    assert services.in_use == 0
+    assert services.closed
+
+
+async def test_a_redirect_out_of_a_started_service_is_refused(nothing_left: None) -> None:
+    async with service(redirecting(307, "http://127.0.0.1:1/{}")) as url:
+        runner = HttpRunner(FakeServices(url))
+        outcome = await runner.run(programs.make_job(HttpTarget("/0", service=SERVICE)))
+        await runner.close()
+    assert outcome.code is Code.HTTP_STATUS
+    assert f"POST {url}/0 answered" in error_of(outcome)
+
+
+async def test_a_service_that_does_not_start_is_no_failure_of_its_circuit(nothing_left: None) -> None:
+    refusal = Outcome(Code.START, error="still starting", log="the end of its log")
+    runner = HttpRunner(FakeServices("", refusal))
+    job = programs.make_job(HttpTarget("/echo", service=SERVICE))
+    outcomes = [await runner.run(job) for _ in range(FAILURES + 1)]
+    assert outcomes == [refusal] * (FAILURES + 1)
+    assert runner.state("test")["breaker"]["failures"] == 0
+    await runner.close()
+
+
+async def test_a_started_service_that_fails_is_left_alone_too(nothing_left: None) -> None:
+    async with service(Fickle(500).handle) as url:
+        services = FakeServices(url)
+        runner = HttpRunner(services)
+        job = programs.make_job(HttpTarget("/echo", service=SERVICE))
+        codes = [(await runner.run(job)).code for _ in range(FAILURES + 1)]
+        await runner.close()
+    assert codes == [Code.HTTP_STATUS] * FAILURES + [Code.CIRCUIT_OPEN]
+    assert len(services.used) == FAILURES
+    assert runner.state("test").keys() == {"breaker", "service"}
+
+
+async def test_a_runner_without_services_refuses_what_needs_one(runner: HttpRunner) -> None:
+    outcome = await runner.run(programs.make_job(HttpTarget("/echo", service=SERVICE)))
+    assert outcome.code is Code.START
+    assert outcome.retryable is False

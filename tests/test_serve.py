@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from bus import provenance
-from tests.support import PATIENCE_S, add_script, eventually, is_alive, settings_in
+from tests.programs import running
+from tests.support import PATIENCE_S, add_script, eventually, settings_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -73,7 +74,6 @@ def test_a_call_that_does_not_finish_in_time_is_ended_answered_and_written_down(
     drain_s = "0.2" if len(signals) == 1 else "600"  # a second Ctrl-C does not wait for it
     with serving(tmp_path, drain_s=drain_s, kill_grace_s="0.2") as (server, address):
         with calling(tmp_path, address) as caller:
-            pid = int((tmp_path / "overlays/slow.pid").read_text())
             for number in signals:  # one by one: the kernel makes one of two that wait
                 server.send_signal(number)
                 eventually(lambda: caller.answer or not is_ready(address), "the server has seen the signal")
@@ -81,7 +81,7 @@ def test_a_call_that_does_not_finish_in_time_is_ended_answered_and_written_down(
     assert (caller.status, caller.answer["code"], caller.answer["retryable"]) == (503, "ERR_SHUTTING_DOWN", True)
     assert server.returncode == 0
     assert "Traceback" not in log
-    assert not is_alive(pid)
+    assert not running(str(tmp_path))
     ledger = settings_in(tmp_path).ledger
     line = provenance.read_line(ledger, 1)
     assert (line["request_id"], line["code"]) == (caller.answer["request_id"], "ERR_SHUTTING_DOWN")
