@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import platform
 import sys
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from bus import provenance, records, stress
+from runners.helpers import has_namespace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from bus.overlays import Entry, Registry
     from bus.provenance import VerifyReport
@@ -41,6 +43,7 @@ def examine(settings: Settings, registry: Registry) -> Iterator[Finding]:
     yield kernel()
     yield pressure()
     yield memory()
+    yield containment()
     for name, folder in (("logs", settings.logs), ("state", settings.state)):
         yield writable(name, folder)
     yield ledger(settings.ledger)
@@ -77,6 +80,19 @@ def memory() -> Finding:
     if machine.usable_mb < _TIGHT_MB:
         return Finding("memory", "warn", found, f"Give the bus {_TIGHT_MB} MiB or more.")
     return Finding("memory", "ok", found)
+
+
+def containment() -> Finding:
+    """What holds together the programs that calls start."""
+    try:
+        if asyncio.run(has_namespace(Path.cwd())):
+            return Finding("containment", "ok", "programs get a pid namespace of their own, and end with it")
+    except OSError as error:
+        return Finding("containment", "fail", f"no program can be started: {error.strerror}", "Is the machine full?")
+    hint = (
+        "Allow user namespaces (sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone), or serve as root."
+    )
+    return Finding("containment", "warn", "no pid namespace: orphans are found by their parent and environment", hint)
 
 
 def writable(name: str, folder: Path) -> Finding:

@@ -206,7 +206,7 @@ def _without(value: object, paths: Iterable[Path]) -> object:
 
 
 def _faults_of(error: ValidationError) -> list[Fault]:
-    """Faults with the schema's `$comment` as a note; a key that this version refuses has nothing but the note."""
+    """Faults with the schema's `$comment` as a note; a key that makes no sense beside the others has only the note."""
     note = error.schema.get("$comment", "") if isinstance(error.schema, dict) else ""
     if error.validator == "not":
         return [Fault(error.json_path, schemas.show(error.instance), note)]

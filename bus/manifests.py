@@ -23,11 +23,11 @@ from bus.canonical import shown
 from bus.codehash import open_file
 from bus.errors import BusError, Fault
 from bus.manifest_form import MAX_FAULTS, at_most, json_path, schema_faults
-from bus.model import Capability, Degradation, Manifest, Permission, Phase
-from runners.base import JsonError, parse_json
+from bus.model import Capability, Degradation, Manifest, Permission, Phase, Service
+from runners.base import JsonError, Workers, parse_json
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from bus.manifest_form import Form
     from bus.runes import MemoryProfile
@@ -47,6 +47,12 @@ DEFAULT_PHASES = (Phase.OPEN, Phase.ALIGN, Phase.CLEAR, Phase.SEAL)
 STDIN_FLAG = "--stdin-json"
 """The last argument of every proc capability of shapes B and native."""
 
+_OF_SERVICE: Mapping[str, Callable[[Any], Any]] = {
+    "ready_path": str,
+    "start_timeout_s": float,
+    "idle_s": float,
+    "max_mb": int,
+}
 _SAID_AT_ONCE = 3
 _SHOWN = 120
 _SHOWN_ALLOWED = 400
@@ -138,7 +144,6 @@ class _Reading:
         """The whole, worth something only if no faults were noted."""
         document = self.document
         policy = document.get("policy", {})
-        proc = document.get("entrypoints", {}).get("proc", {})
         self._check_name()
         return Manifest(
             name=self.name,
@@ -157,11 +162,36 @@ class _Reading:
             requires_auth=policy.get("requires_auth", False),
             env=tuple(document.get("env", ())),
             secrets=tuple(document.get("secrets", ())),
-            stdin=proc.get("stdin", "file"),
-            mode=proc.get("mode", "auto"),
+            **self._process(),
+            service=self._service(),
             resources=document.get("resources", {}),
             warnings=(*self.form.warnings, *itertools.islice(self._not_kept(), MAX_FAULTS)),
         )
+
+    def _entrypoint(self, kind: str) -> Mapping[str, Any]:
+        """What is sound of an entrypoint; empty where there is nothing."""
+        found: Mapping[str, Any] = self.document.get("entrypoints", {}).get(kind, {})
+        return found
+
+    def _process(self) -> dict[str, Any]:
+        """The members of `Manifest` that say how a program runs, as far as they are given."""
+        proc = self._entrypoint("proc")
+        found = _known_members(proc, "stdin", "mode")
+        if found.get("mode") == "worker":
+            found["stdin"] = "pipe"
+        if "preload" in proc:
+            found["preload"] = tuple(dict.fromkeys(proc["preload"]))
+        if "workers" in proc:
+            found["workers"] = Workers(**{name: int(value) for name, value in proc["workers"].items()})
+        return found
+
+    def _service(self) -> Service | None:
+        """The service that the bus starts, if there is one."""
+        http = self._entrypoint("http")
+        if "command" not in http:
+            return None
+        given = {name: read(http[name]) for name, read in _OF_SERVICE.items() if name in http}
+        return Service(tuple(http["command"]), **given)
 
     def _not_kept(self) -> Iterator[str]:
         """What the manifest asks for and this version does not do, so that nobody relies on it."""
@@ -239,11 +269,11 @@ class _Reading:
         return found
 
     def _check_entrypoints(self) -> None:
-        entrypoints = self.document.get("entrypoints", {})
-        command = entrypoints.get("proc", {}).get("command")
-        if command == [] or (command and not command[0]):
-            self._fault(["entrypoints", "proc", "command", 0], repr(""), "the name of a program")
-        url = entrypoints.get("http", {}).get("base_url")
+        for kind in RUNNERS:
+            command = self._entrypoint(kind).get("command")
+            if command == [] or (command and not command[0]):
+                self._fault(["entrypoints", kind, "command", 0], repr(""), "the name of a program")
+        url = self._entrypoint("http").get("base_url")
         if url is not None and not _is_base_url(url):
             allowed = "an http:// or https:// URL with a host, without query or fragment"
             self._fault(["entrypoints", "http", "base_url"], repr(url), allowed)
@@ -288,10 +318,10 @@ class _Reading:
         if not self._has_entrypoint(kind):
             allowed = f"a value, since {json_path(*at)} has the runner {runner!r}"
             self._fault(["entrypoints", kind], "nothing", allowed)
-        entrypoint = self.document.get("entrypoints", {}).get(kind, {})
+        entrypoint = self._entrypoint(kind)
         path: str | None = given.get("path")
-        if kind == "http":
-            return {"url": _join(entrypoint.get("base_url", ""), path or "")}
+        if kind == "http":  # the url of a service that the bus starts is the path alone
+            return {"url": _join(entrypoint.get("base_url", ""), path or "") or "/"}
         return {"argv": (*entrypoint.get("command", ()), *([path] if path else ()), STDIN_FLAG)}
 
     def _has_entrypoint(self, kind: str) -> bool:

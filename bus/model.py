@@ -84,7 +84,7 @@ class Manifest:
 
     `folder` is resolved. `manifest_hash` is the SHA-256 of the file's bytes. `op_policy` maps an `op` of the payload to
     the permissions it needs; None where the manifest has none. `service` is set where the bus starts the HTTP service:
-    then the `url` of a capability is the path alone. `warnings` are for people.
+    then the `url` of a capability is the path alone, from its `/` on. `warnings` are for people.
     """
 
     name: str

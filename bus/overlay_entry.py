@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from bus.canonical import shown
@@ -93,6 +93,7 @@ class Entry:
             "env": list(manifest.env),
             "secrets": list(manifest.secrets),
             "resources": dict(manifest.resources),
+            **_processes_as_json(manifest),
             "details": {name: _capability_as_json(offered) for name, offered in manifest.capabilities.items()},
         }
 
@@ -109,6 +110,18 @@ class Resolved:
 
 def _fault_as_json(fault: Fault) -> dict[str, str]:
     return {"path": fault.path, "found": fault.found, "allowed": fault.allowed}
+
+
+def _processes_as_json(manifest: Manifest) -> dict[str, Any]:
+    """How the overlay's programs run; null for what it has not: a program, workers, a service that the bus starts."""
+    has_program = any(capability.argv for capability in manifest.capabilities.values())
+    return {
+        "mode": manifest.mode if has_program else None,
+        "stdin": manifest.stdin if has_program else None,
+        "preload": list(manifest.preload),
+        "workers": asdict(manifest.workers) if manifest.mode == "worker" else None,
+        "service": asdict(manifest.service) if manifest.service else None,
+    }
 
 
 def _capability_as_json(capability: Capability) -> dict[str, Any]:

@@ -33,19 +33,29 @@ class Programs(NamedTuple):
 
 
 def look(manifest: Manifest) -> Programs:
-    """Look for the program of each `proc` capability, and for the script where that is an interpreter.
+    """Look for the program of each `proc` capability and of the service, and for the script of an interpreter.
 
     The paths are those of the child: from the overlay's folder on, and the `.venv` there stands first on its PATH.
     """
-    at = ("$.entrypoint", "") if manifest.shape == "A" else ("$.entrypoints.proc.command", "[0]")
-    commands = {c.argv: None for c in manifest.capabilities.values() if c.runner == "proc" and c.argv}
-    programs = {argv[0]: None for argv in commands}
-    scripts = {script: None for argv in commands if (script := _script(argv))}
-    found = [_program(name, manifest.folder, "".join(at)) for name in programs]
-    found += [_look_at_script(name, manifest.folder, at[0]) for name in scripts]
+    commands = dict.fromkeys(_commands(manifest))
+    first = "" if manifest.shape == "A" else "[0]"
+    programs = dict.fromkeys((argv[0], at + first) for argv, at in commands)
+    scripts = dict.fromkeys((script, at) for argv, at in commands if (script := _script(argv)))
+    found = [_program(name, manifest.folder, at) for name, at in programs]
+    found += [_look_at_script(name, manifest.folder, at) for name, at in scripts]
     return Programs(
         tuple(fault for one in found for fault in one.faults), tuple(place for one in found for place in one.places)
     )
+
+
+def _commands(manifest: Manifest) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Each command that the bus starts, with the JSON path that it stands at."""
+    at = "$.entrypoint" if manifest.shape == "A" else "$.entrypoints.proc.command"
+    for capability in manifest.capabilities.values():
+        if capability.runner == "proc" and capability.argv:
+            yield capability.argv, at
+    if manifest.service:
+        yield manifest.service.argv, "$.entrypoints.http.command"
 
 
 def _program(name: str, folder: Path, at: str) -> Programs:

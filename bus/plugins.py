@@ -15,8 +15,11 @@ from bus import hookspecs, stress
 from bus.errors import DeniedError
 from bus.hookspecs import hookimpl
 from bus.metrics import Metrics
+from runners.helpers import Helpers
 from runners.http import HttpRunner
+from runners.logs import OverlayLogs
 from runners.process import ProcessRunner
+from runners.service import Services
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -44,8 +47,12 @@ class BuiltIn:
 
     @hookimpl
     def aal_register_runners(self, register: RegisterRunner) -> None:
-        register(ProcessRunner(kill_grace_s=self._settings.kill_grace_s))
-        register(HttpRunner())
+        settings = self._settings
+        logs = OverlayLogs(settings.overlay_logs)
+        helpers, servants = Helpers(idle_s=settings.helper_idle_s), Helpers(idle_s=settings.helper_idle_s)
+        register(ProcessRunner(helpers, logs, kill_grace_s=settings.kill_grace_s, idle_s=settings.helper_idle_s))
+        services = Services(servants, logs, kill_grace_s=settings.kill_grace_s, drain_s=settings.drain_s)
+        register(HttpRunner(services))
 
     @hookimpl
     def aal_stress_sources(self, register: RegisterStressSource) -> None:

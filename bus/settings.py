@@ -46,6 +46,9 @@ class Settings:
     queue_limit: int = _number(256, "calls that wait at once before one is refused", 0, 100_000)
     timeout_s: float = _number(30.0, "timeout of a capability that declares none, in seconds", 0.001, 86_400)
     kill_grace_s: float = _number(2.0, "seconds between TERM and KILL of a call that is over", 0, 60)
+    helper_idle_s: float = _number(
+        60.0, "seconds that a process which starts programs, or a worker, is kept without a call", 0.1, 86_400
+    )
     drain_s: float = _number(10.0, "seconds that running calls get at shutdown", 0, 3600)
     max_body_mb: float = _number(16, "largest request body, in MiB", 0.001, 1024)
     max_output_mb: float = _number(16, "largest output of an overlay, in MiB", 0.001, 1024)
@@ -65,6 +68,11 @@ class Settings:
     @property
     def ledger(self) -> Path:
         return self.logs / "provenance.jsonl"
+
+    @property
+    def overlay_logs(self) -> Path:
+        """The folder of what overlays write to stderr, and services to either."""
+        return self.logs / "overlays"
 
     @property
     def max_body_bytes(self) -> int:

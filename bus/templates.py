@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
     from bus.settings import Row
 
-Kind = Literal["proc", "http"]
+Kind = Literal["proc", "worker", "http", "service"]
+"""A program that runs for each call, one that runs for many, a service that runs by itself, one that the bus starts."""
 
 GITIGNORE = """\
 .aal/
@@ -81,10 +82,81 @@ if __name__ == "__main__":
     unittest.main()
 ''')
 
-_SERVICE = Template('''\
-"""${name}: a service. The bus POSTs an envelope; the answer's body is the reply. Start it: python3 service.py
+_WORKER = Template('''\
+"""${name}: many calls, one process. Each line on stdin is an envelope; each gets one JSON line on stdout, which names
+the envelope's request_id. Logs go to stderr. It ends when stdin does.
+"""
 
-It listens where the manifest's base_url says, or on the port in OVERLAY_PORT.
+import json
+import sys
+
+
+def count(payload):
+    """The result for one payload, or ValueError with words for the caller."""
+    text = payload.get("text")
+    if not isinstance(text, str):
+        raise ValueError("the payload needs a text")
+    return {"words": len(text.split()), "characters": len(text)}
+
+
+def answer(envelope):
+    request_id = envelope["request_id"]
+    try:
+        return {"request_id": request_id, "ok": True, "result": count(envelope["payload"])}
+    except ValueError as error:
+        return {"request_id": request_id, "ok": False, "error": str(error), "code": "BAD_INPUT"}
+
+
+if __name__ == "__main__":
+    for line in sys.stdin:
+        print(json.dumps(answer(json.loads(line))), flush=True)
+''')
+
+_WORKER_TEST = Template('''\
+"""Runs the overlay as the bus would: its manifest's command, in its folder, with one envelope after the other."""
+
+import json
+import subprocess
+import unittest
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent.parent
+COMMAND = json.loads((FOLDER / "manifest.json").read_text())["entrypoints"]["proc"]["command"]
+
+
+class ${title}Test(unittest.TestCase):
+    def setUp(self):
+        self.worker = subprocess.Popen(
+            [*COMMAND, "--stdin-json"], cwd=FOLDER, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.addCleanup(self.worker.communicate)
+
+    def call(self, request_id, payload):
+        envelope = {"request_id": request_id, "phase": "OPEN", "payload": payload}
+        print(json.dumps(envelope), file=self.worker.stdin, flush=True)
+        return json.loads(self.worker.stdout.readline())
+
+    def test_one_process_answers_call_after_call(self):
+        for request_id in ("first", "second"):
+            reply = self.call(request_id, {"text": "two words"})
+            self.assertEqual(reply, {"request_id": request_id, "ok": True, "result": {"words": 2, "characters": 9}})
+
+    def test_says_what_is_missing_and_goes_on(self):
+        reply = self.call("first", {})
+        self.assertFalse(reply["ok"])
+        self.assertIn("text", reply["error"])
+        self.assertTrue(self.call("second", {"text": ""})["ok"])
+
+
+if __name__ == "__main__":
+    unittest.main()
+''')
+
+_SERVICE = Template('''\
+"""${name}: a service. The bus POSTs an envelope; the answer's body is the reply.
+
+It listens on the port in OVERLAY_PORT, which the bus sets where the manifest names a command and so has it started.
+Else start it by hand, python3 service.py: it listens where the manifest's base_url says.
 """
 
 import json
@@ -135,7 +207,8 @@ def serve(host, port):
 
 
 if __name__ == "__main__":
-    address = urlsplit(json.loads(MANIFEST.read_text())["entrypoints"]["http"]["base_url"])
+    http = json.loads(MANIFEST.read_text())["entrypoints"]["http"]
+    address = urlsplit(http.get("base_url", "http://127.0.0.1:0"))
     server = serve(address.hostname, int(os.environ.get("OVERLAY_PORT", address.port)))
     print("${name} listens on http://{}:{}".format(*server.server_address), flush=True)
     try:
@@ -192,18 +265,26 @@ if __name__ == "__main__":
 ''')
 
 
+_PROGRAMS: Mapping[Kind, tuple[str, Template, Template]] = {
+    "proc": ("src/run.py", _PROGRAM, _PROGRAM_TEST),
+    "worker": ("src/run.py", _WORKER, _WORKER_TEST),
+    "http": ("service.py", _SERVICE, _SERVICE_TEST),
+    "service": ("service.py", _SERVICE, _SERVICE_TEST),
+}
+"""The path of a new overlay's program, its text and that of its test."""
+
+
 def overlay_files(name: str, kind: Kind, port: int) -> dict[str, str]:
-    """The files of a new overlay by their path in its folder. `port` is that of a service."""
+    """The files of a new overlay by their path in its folder. `port` is that of a service that runs by itself."""
     names = {"name": name, "module": "_".join(_words(name)), "title": "".join(map(str.capitalize, _words(name)))}
     if not names["title"][0].isalpha():
         names["title"] = f"Overlay{names['title']}"
-    programs = (
-        {"src/run.py": _PROGRAM, path_of_test(name): _PROGRAM_TEST}
-        if kind == "proc"
-        else {"service.py": _SERVICE, path_of_test(name): _SERVICE_TEST}
-    )
-    manifest = json.dumps(_manifest(name, kind, port), indent=2) + "\n"
-    return {"manifest.json": manifest} | {path: text.substitute(names) for path, text in programs.items()}
+    path, program, test = _PROGRAMS[kind]
+    return {
+        "manifest.json": json.dumps(_manifest(name, kind, port), indent=2) + "\n",
+        path: program.substitute(names),
+        path_of_test(name): test.substitute(names),
+    }
 
 
 def path_of_test(name: str) -> str:
@@ -224,8 +305,9 @@ def write(folder: Path, files: Mapping[str, str]) -> None:
 
 
 def _manifest(name: str, kind: Kind, port: int) -> Mapping[str, object]:
+    runner, entrypoint = _entrypoint(kind, port)
     capability: dict[str, object] = {
-        "runner": kind,
+        "runner": runner,
         "description": "Counts the words and characters of a text.",
         "timeout_s": 10,
         "input_schema": {
@@ -234,20 +316,32 @@ def _manifest(name: str, kind: Kind, port: int) -> Mapping[str, object]:
             "properties": {"text": {"type": "string"}},
         },
     }
-    entrypoint: dict[str, object] = {"command": ["python3", "src/run.py"]}
-    if kind == "http":
+    if runner == "http":
         capability["path"] = "/count"
-        entrypoint = {"base_url": f"http://127.0.0.1:{port}"}
     return {
         "name": name,
         "version": "0.1.0",
         "description": "Counts words; a start for an overlay of your own.",
         "phases": ["OPEN", "ALIGN", "CLEAR", "SEAL"],
         "permissions": ["analysis"],
-        "entrypoints": {kind: entrypoint},
+        "entrypoints": {runner: entrypoint},
         "capabilities": {"count": capability},
         "policy": {"deterministic": True},
     }
+
+
+def _entrypoint(kind: Kind, port: int) -> tuple[str, Mapping[str, object]]:
+    """A capability's runner, and the entrypoint that it takes."""
+    command = ["python3", _PROGRAMS[kind][0]]
+    match kind:
+        case "proc":
+            return "proc", {"command": command}
+        case "worker":
+            return "proc", {"command": command, "mode": "worker"}
+        case "http":
+            return "http", {"base_url": f"http://127.0.0.1:{port}"}
+        case "service":
+            return "http", {"command": command}
 
 
 def settings_file(rows: Iterable[Row]) -> str:

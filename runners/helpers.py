@@ -31,12 +31,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import orjson
 
+from runners.base import Rights
 from runners.output import Log, Output
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
-
-    from runners.base import Rights
 
 log = logging.getLogger(__name__)
 
@@ -579,3 +578,14 @@ def _as_json(pool: Pool, helper: Helper) -> dict[str, Any]:
         "preloaded": ready["loaded"],
         "not_preloaded": {**ready["left"], **pool.skip},
     }
+
+
+async def has_namespace(folder: Path) -> bool:
+    """Whether the kernel gives helpers a pid namespace, by starting one in `folder`. Raises OSError."""
+    helpers = Helpers(most=1)
+    home = Home("none", "", Rights(), folder, {"PATH": os.defpath})
+    try:
+        helper = await helpers.pool(home).ready()
+        return bool(helper.ready.result()["namespace"])
+    finally:
+        await helpers.close()

@@ -22,14 +22,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from runners import python_command
 from runners.base import LARGE_BYTES, Code, Outcome, ProcessTarget
-from runners.helpers import SHORTAGES, Exit, Helpers, Home, Script, UnfitError
+from runners.helpers import IDLE_S, SHORTAGES, Exit, Helpers, Home, Script, UnfitError
 from runners.output import Input, Log, Output, Reply, join_log, judge, read_reply
+from runners.worker import WorkerPools
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from runners.base import Job
     from runners.helpers import Helper, Process
+    from runners.logs import OverlayLogs
 
 
 class ProcessRunner:
@@ -41,8 +43,17 @@ class ProcessRunner:
 
     name = "proc"
 
-    def __init__(self, helpers: Helpers | None = None, *, kill_grace_s: float = 2.0) -> None:
-        self._helpers = helpers or Helpers()
+    def __init__(
+        self,
+        helpers: Helpers | None = None,
+        logs: OverlayLogs | None = None,
+        *,
+        kill_grace_s: float = 2.0,
+        idle_s: float = IDLE_S,
+    ) -> None:
+        self._helpers = helpers or Helpers(idle_s=idle_s)
+        self._logs = logs
+        self._workers = WorkerPools(self._helpers, logs, kill_grace_s=kill_grace_s, idle_s=idle_s)
         self._kill_grace_s = kill_grace_s
         self._calls: set[_Call] = set()
         self._closed = False
@@ -52,6 +63,8 @@ class ProcessRunner:
         target = job.target
         if not isinstance(target, ProcessTarget):
             raise TypeError(f"the runner {self.name} cannot carry {target!r}")
+        if target.mode == "worker":
+            return await self._workers.run(job)
         if self._closed:
             return Outcome(Code.CANCELLED, error="the runner was closed before the program could start")
         try:
@@ -67,11 +80,15 @@ class ProcessRunner:
             self._calls.discard(call)
         if exit_.failed is not None:
             return _not_started(exit_.failed, target, job.folder)
-        return await _outcome(call, exit_)
+        outcome = await _outcome(call, exit_)
+        if self._logs is not None and outcome.log:
+            self._logs.append(job.overlay, outcome.log.encode(), job.request_id)
+            self._logs.end(job.overlay, job.request_id)
+        return outcome
 
     def state(self, overlay: str) -> dict[str, Any]:
         helpers = self._helpers.state(overlay)
-        return {"helpers": helpers} if helpers else {}
+        return ({"helpers": helpers} if helpers else {}) | self._workers.state(overlay)
 
     async def close(self) -> None:
         """End every call that still runs, and start no more."""
@@ -81,7 +98,10 @@ class ProcessRunner:
             call.stop(Code.CANCELLED)
         if calls:
             await asyncio.wait([call.ended for call in calls])
+        await self._workers.close()
         await self._helpers.close()
+        if self._logs is not None:
+            self._logs.close()
 
     async def _start(self, job: Job, target: ProcessTarget) -> _Call:
         """Raises OSError (no such folder, too many files, ...) or TimeoutError, and then leaves nothing behind."""

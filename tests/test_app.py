@@ -333,8 +333,8 @@ def test_a_client_that_goes_away_takes_its_call_with_it(server: Server, tmp_path
     with socket.create_connection(("127.0.0.1", server.port)) as client:
         client.sendall(head.encode() + b"\r\n" + body)
         eventually(pid_file.exists, "the program runs")
-        assert running(str(tmp_path))
-    eventually(lambda: not running(str(tmp_path)), "the program is gone")
+        assert running(str(server.settings.state))
+    eventually(lambda: not running(str(server.settings.state)), "the program is gone")
     eventually(lambda: calls(server.settings) != [], "its line is written")
     line = calls(server.settings)[-1]
     assert (line["overlay"], line["code"], line["ok"]) == ("slow", "ERR_CANCELLED", False)

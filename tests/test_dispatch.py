@@ -627,7 +627,7 @@ async def test_an_overlay_sees_an_allow_list_of_the_environment(
     async with running_bus(replace(settings, pass_env="PASSED, AAL_STOLEN")) as bus:
         seen = (await bus.invoke(a_call("env"))).body["result"]
     allowed = {"HOME", "LANG", "LC_ALL", "LC_CTYPE", "LOGNAME", "PATH", "TMPDIR", "TZ", "USER"}
-    assert set(seen["env"]) - allowed == {"PASSED", "ASKED_FOR", "PYTHONHASHSEED", "OVERLAY_STATE"}
+    assert set(seen["env"]) - allowed == {"PASSED", "ASKED_FOR", "PYTHONHASHSEED", "OVERLAY_STATE", "OVERLAY_CALL"}
     assert seen["env"]["PYTHONHASHSEED"] == "0"
     assert seen["env"]["OVERLAY_STATE"] == str(settings.state / "state" / "env")
     assert seen["state"] is True

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,12 +16,12 @@ from jsonschema import Draft202012Validator
 from bus import manifest_form, manifests, resources, runes
 from bus.canonical import LARGEST_INTEGER, canonical
 from bus.manifests import ManifestError
-from bus.model import Degradation, Permission, Phase
+from bus.model import Degradation, Manifest, Permission, Phase, Service
+from runners.base import Workers
+from tests.support import REPO
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from bus.model import Manifest
 
 FOUR_PHASES = (Phase.OPEN, Phase.ALIGN, Phase.CLEAR, Phase.SEAL)
 
@@ -134,8 +136,22 @@ def test_every_key_in_the_schema_has_a_description() -> None:
             found += undescribed(value, f"{path}.{key}")
         return found
 
-    shapes = ("shape_a", "shape_b", "native", "capability_b", "capability_native", "resources", "policy")
+    shapes = (
+        "shape_a", "shape_b", "native", "capability_b", "capability_native", "http_native", "proc_native", "resources",
+        "policy",
+    )  # fmt: skip
     assert [missing for shape in shapes for missing in undescribed(definitions[shape], shape)] == []
+
+
+def test_the_defaults_that_the_schema_tells_are_those_of_the_code() -> None:
+    definitions: Any = resources.load_json("schemas/manifest.schema.json")["$defs"]
+    proc = definitions["proc_native"]["properties"]
+    told = {Manifest: proc, Workers: proc["workers"]["properties"], Service: definitions["http_native"]["properties"]}
+    for kind, properties in told.items():
+        defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+        schemas = {key: schema["default"] for key, schema in properties.items() if "default" in schema}
+        assert len(schemas) == 2
+        assert schemas == {key: defaults[key] for key in schemas}
 
 
 def test_the_shape_that_is_read_is_the_one_that_the_schema_tells() -> None:
@@ -145,6 +161,8 @@ def test_the_shape_that_is_read_is_the_one_that_the_schema_tells() -> None:
     changes: list[dict[str, Any]] = [{}, {"env": []}, {"capabilities": {"x": {"runner": "proc"}, "y": {"rights": {}}}}]
     keys = ("phases", "input_schema", "output_schema", "memory", "concurrency", "cost_cents", "idempotent", "x")
     changes += [{"capabilities": {"x": {"runner": "proc"}, "y": {"runner": "proc", key: 1}}} for key in keys]
+    ways = ("mode", "stdin", "preload", "workers", "command", "ready_path", "start_timeout_s", "idle_s", "max_mb", "x")
+    changes += [{"entrypoints": {kind: {key: 1}}} for kind in ("proc", "http") for key in ways]
     for document in (plain | change for change in changes):
         assert (manifest_form.examine(document).shape == "native") == is_native.is_valid(document)
 
@@ -239,7 +257,7 @@ def test_what_this_version_does_not_keep_is_a_warning(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("mode", ["auto", "spawn", "fork"])
+@pytest.mark.parametrize("mode", ["auto", "spawn", "fork", "worker"])
 def test_what_this_version_keeps_is_no_warning(tmp_path: Path, mode: str) -> None:
     capabilities = {"count": {"runner": "proc", "rights": {"network": True}}}
     entrypoints = {"proc": {"command": ["./tool"], "mode": mode}}
@@ -267,7 +285,10 @@ def test_every_fault_is_listed_at_once(tmp_path: Path) -> None:
         name="other",
         version=3,
         phases=["OPEN", "NAP"],
-        entrypoints={"proc": {"command": [], "mode": "worker"}, "http": {"base_url": "ftp://x", "command": ["x"]}},
+        entrypoints={
+            "proc": {"command": [], "mode": "forks", "workers": {"cuont": 2}},
+            "http": {"base_url": "ftp://x", "redy_path": "/x"},
+        },
         env=["NOT-A-NAME"],
     )
     document["capabilities"]["count"] |= {
@@ -285,7 +306,8 @@ def test_every_fault_is_listed_at_once(tmp_path: Path) -> None:
         "$.entrypoints.proc.command",
         "$.entrypoints.proc.mode",
         "$.entrypoints.http.base_url",
-        "$.entrypoints.http.command",
+        "$.entrypoints.proc.workers.cuont",
+        "$.entrypoints.http.redy_path",
         "$.env[0]",
         "$.capabilities.count.timeout_s",
         "$.capabilities.count.memory",
@@ -294,8 +316,9 @@ def test_every_fault_is_listed_at_once(tmp_path: Path) -> None:
         "$.capabilities['bad name']",
         "$.capabilities['bad name'].runner",
     }
-    assert "not supported by this version" in faults["$.entrypoints.proc.mode"]
-    assert "not supported by this version" in faults["$.entrypoints.http.command"]
+    assert '"worker"' in faults["$.entrypoints.proc.mode"]
+    assert "'count'" in faults["$.entrypoints.proc.workers.cuont"]
+    assert "'ready_path'" in faults["$.entrypoints.http.redy_path"]
     assert '"NAP"' in faults["$.phases[1]"]
     assert '"SEAL"' in faults["$.phases[1]"]
     assert "MINIMAL" in faults["$.capabilities.count.memory"]
@@ -384,6 +407,137 @@ def test_a_base_url_must_be_http_with_a_host_and_no_query(tmp_path: Path, url: s
 def test_a_host_is_a_name_or_an_address(tmp_path: Path, url: str) -> None:
     document = shape_b(entrypoints={"http": {"base_url": url}}, capabilities={"a": {"runner": "http"}})
     assert read(tmp_path, document).capabilities["a"].url == url
+
+
+# Ways to run
+
+
+def with_proc(**proc: Any) -> dict[str, Any]:
+    return native(secrets=[], entrypoints={"proc": {"command": ["./tool"]} | proc}, capabilities=PLAIN)
+
+
+def with_http(**http: Any) -> dict[str, Any]:
+    return shape_b(entrypoints={"http": http}, capabilities={"a": {"runner": "http", "path": "/a"}})
+
+
+def test_a_fork_preloads_each_module_once(tmp_path: Path) -> None:
+    for mode in ({"mode": "fork"}, {"mode": "auto"}, {}):
+        manifest = read(tmp_path, with_proc(preload=["numpy", "xml.dom", "numpy"], **mode))
+        assert (manifest.preload, manifest.stdin) == (("numpy", "xml.dom"), "file")
+        assert manifest.mode == mode.get("mode", "auto")
+
+
+def test_a_worker_has_a_pool_and_a_pipe(tmp_path: Path) -> None:
+    workers = {"count": 2, "max_calls": 50.0, "max_mb": 300}
+    for stdin in ({}, {"stdin": "pipe"}):
+        manifest = read(tmp_path, with_proc(mode="worker", workers=workers, **stdin))
+        assert (manifest.mode, manifest.stdin, manifest.workers) == ("worker", "pipe", Workers(2, 50, 300))
+        assert type(manifest.workers.max_calls) is int
+
+
+def test_what_is_not_said_of_workers_is_as_in_the_code(tmp_path: Path) -> None:
+    assert read(tmp_path, with_proc(mode="worker")).workers == Workers()
+    assert read(tmp_path, with_proc(mode="worker", workers={"count": 64})).workers == Workers(count=64)
+    assert read(tmp_path, with_proc()).workers == Workers()
+
+
+def test_a_command_makes_a_service_that_the_bus_starts(tmp_path: Path) -> None:
+    given = {"ready_path": "/health?deep=1", "start_timeout_s": 60, "idle_s": 0.5, "max_mb": 900}
+    manifest = read(tmp_path, with_http(command=["python3", "service.py"], **given))
+    assert manifest.service == Service(("python3", "service.py"), "/health?deep=1", 60.0, 0.5, 900)
+    assert type(manifest.service.start_timeout_s) is float
+    assert (manifest.shape, manifest.warnings) == ("native", ())
+    assert read(tmp_path, with_http(command=["./service"])).service == Service(("./service",))
+
+
+@pytest.mark.parametrize(
+    ("path", "url"),
+    [("/run", "/run"), ("run", "/run"), ("//evil.example/x", "/evil.example/x"), ("", "/"), (None, "/")],
+)
+def test_of_a_service_that_the_bus_starts_a_url_is_the_path_alone(tmp_path: Path, path: str | None, url: str) -> None:
+    capability = {"runner": "http"} if path is None else {"runner": "http", "path": path}
+    document = shape_b(entrypoints={"http": {"command": ["./service"]}}, capabilities={"a": capability})
+    assert read(tmp_path, document).capabilities["a"].url == url
+
+
+def test_programs_and_a_service_may_stand_in_one_manifest(tmp_path: Path) -> None:
+    entrypoints = {"proc": {"command": ["./tool"], "mode": "worker"}, "http": {"command": ["./service"]}}
+    capabilities = {"a": {"runner": "http", "path": "a"}, "b": {"runner": "proc", "path": "b"}}
+    manifest = read(tmp_path, shape_b(entrypoints=entrypoints, capabilities=capabilities))
+    assert (manifest.mode, manifest.service) == ("worker", Service(("./service",)))
+    assert manifest.capabilities["a"].url == "/a"
+    assert manifest.capabilities["b"].argv == ("./tool", "b", "--stdin-json")
+
+
+def test_a_service_that_runs_by_itself_is_none_of_the_bus(tmp_path: Path) -> None:
+    assert read(tmp_path, with_http(base_url="http://h")).service is None
+
+
+def test_shape_a_knows_no_ways_to_run(tmp_path: Path) -> None:
+    entrypoints = {"proc": {"command": ["x"], "mode": "worker", "preload": ["os"]}, "http": {"command": ["x"]}}
+    a = read(tmp_path, shape_a(entrypoints=entrypoints, mode="worker"))
+    assert (a.mode, a.stdin, a.preload, a.workers, a.service) == ("auto", "file", (), Workers(), None)
+    assert len(a.warnings) == 2
+
+
+@pytest.mark.parametrize(
+    ("document", "path", "said"),
+    [
+        (with_proc(mode="zygote"), "$.entrypoints.proc.mode", '"fork"'),
+        (with_proc(mode="worker", stdin="file"), "$.entrypoints.proc.stdin", '"pipe"'),
+        (with_proc(mode="worker", preload=["os"]), "$.entrypoints.proc.preload", "spawn and worker"),
+        (with_proc(mode="spawn", preload=["os"]), "$.entrypoints.proc.preload", "spawn and worker"),
+        (with_proc(mode="fork", workers={}), "$.entrypoints.proc.workers", "mode worker"),
+        (with_proc(workers={"count": 2}), "$.entrypoints.proc.workers", "mode worker"),
+        (with_proc(preload="os"), "$.entrypoints.proc.preload", "array"),
+        (with_proc(preload=["os", "os.path; x"]), "$.entrypoints.proc.preload[1]", "matches"),
+        (with_proc(preload=["os"] * 101), "$.entrypoints.proc.preload", "100"),
+        (with_proc(mode="worker", workers=2), "$.entrypoints.proc.workers", "object"),
+        (with_proc(mode="worker", workers={"count": 0}), "$.entrypoints.proc.workers.count", "1 or more"),
+        (with_proc(mode="worker", workers={"count": 65}), "$.entrypoints.proc.workers.count", "64 or less"),
+        (with_proc(mode="worker", workers={"max_calls": 1.5}), "$.entrypoints.proc.workers.max_calls", "integer"),
+        (with_proc(mode="worker", workers={"max_mb": 0}), "$.entrypoints.proc.workers.max_mb", "1 or more"),
+        (with_proc(mode="worker", workers={"max_call": 1}), "$.entrypoints.proc.workers.max_call", "'max_calls'"),
+        (with_proc(prelaod=[], mode="fork"), "$.entrypoints.proc.prelaod", "'preload'"),
+        (with_http(command=["x"], base_url="http://h"), "$.entrypoints.http.base_url", "where command is given"),
+        (with_http(), "$.entrypoints.http.base_url", "required"),
+        (with_http(base_url="http://h", ready_path="/x"), "$.entrypoints.http.ready_path", "no command"),
+        (with_http(base_url="http://h", start_timeout_s=5), "$.entrypoints.http.start_timeout_s", "no command"),
+        (with_http(base_url="http://h", idle_s=5), "$.entrypoints.http.idle_s", "no command"),
+        (with_http(base_url="http://h", max_mb=5), "$.entrypoints.http.max_mb", "no command"),
+        (with_http(command="python3 x"), "$.entrypoints.http.command", "array"),
+        (with_http(command=[""]), "$.entrypoints.http.command[0]", "the name of a program"),
+        (with_http(command=["x"], ready_path="health"), "$.entrypoints.http.ready_path", "^/"),
+        (with_http(command=["x"], ready_path="/a b"), "$.entrypoints.http.ready_path", "^/"),
+        (with_http(command=["x"], start_timeout_s=0), "$.entrypoints.http.start_timeout_s", "more than 0"),
+        (with_http(command=["x"], start_timeout_s=3601), "$.entrypoints.http.start_timeout_s", "3600 or less"),
+        (with_http(command=["x"], idle_s=0), "$.entrypoints.http.idle_s", "more than 0"),
+        (with_http(command=["x"], idle_s=86401), "$.entrypoints.http.idle_s", "86400 or less"),
+        (with_http(command=["x"], max_mb=0.5), "$.entrypoints.http.max_mb", "integer"),
+        (with_http(command=["x"], idle=1), "$.entrypoints.http.idle", "'idle_s'"),
+    ],
+)  # fmt: skip
+def test_a_way_to_run_that_cannot_be_is_one_fault(
+    tmp_path: Path, document: dict[str, Any], path: str, said: str
+) -> None:
+    faults = faults_of(tmp_path, document)
+    assert list(faults) == [path]
+    assert said in faults[path]
+
+
+def test_the_entrypoints_that_the_readme_shows_are_sound(tmp_path: Path) -> None:
+    shown = re.findall(
+        r"^```text\n(\"entrypoints\".*?)^```$", (REPO / "README.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    head = {"name": "x", "version": "1", "capabilities": PLAIN}
+    found = [read(tmp_path, head | json.loads(f"{{{text}}}")) for text in shown]
+    assert [(manifest.mode, manifest.service is None) for manifest in found] == [("worker", True), ("auto", False)]
+
+
+def test_where_neither_a_url_nor_a_command_is_given_both_are_named(tmp_path: Path) -> None:
+    said = faults_of(tmp_path, native(entrypoints={"http": {}}, capabilities={"a": {"runner": "http"}}))
+    assert list(said) == ["$.entrypoints.http.base_url"]
+    assert "or command" in said["$.entrypoints.http.base_url"]
 
 
 LARGE = {
@@ -553,11 +707,11 @@ def test_a_path_with_nul_is_a_fault_too(tmp_path: Path) -> None:
 _KEYS = st.sampled_from(
     ["name", "version", "entrypoint", "capabilities", "entrypoints", "phases", "proc", "http", "command", "base_url",
      "runner", "path", "rights", "read", "network", "memory", "input_schema", "$ref", "op_policy", "policy", "env",
-     "secrets", "permissions", "ping", "notes"]
+     "secrets", "permissions", "ping", "notes", "mode", "stdin", "preload", "workers", "count", "ready_path", "idle_s"]
 ) | st.text(max_size=3)  # fmt: skip
 _LEAVES = (
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
-    | st.sampled_from(["proc", "http", "OPEN", "exec", "MINIMAL", "#/x", "http://h", "x"])
+    | st.sampled_from(["proc", "http", "OPEN", "exec", "MINIMAL", "#/x", "http://h", "x", "worker", "fork", "/x"])
 )  # fmt: skip
 _JSON = st.recursive(
     _LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(_KEYS, inner, max_size=6), max_leaves=25

@@ -36,6 +36,22 @@ def put(folder: Path, **changes: Any) -> Path:
     return folder
 
 
+def put_started_service(folder: Path, *command: str) -> Path:
+    """An overlay's folder with a service that the bus starts and with a worker."""
+    folder.mkdir()
+    document = {
+        "name": folder.name,
+        "version": "1",
+        "entrypoints": {
+            "proc": {"command": ["cat"], "mode": "worker", "workers": {"count": 2}},
+            "http": {"command": [*command], "ready_path": "/health"},
+        },
+        "capabilities": {"ping": {"runner": "http", "path": "/ping"}, "echo": {"runner": "proc"}},
+    }
+    (folder / "manifest.json").write_text(json.dumps(document))
+    return folder
+
+
 def put_service(folder: Path) -> Path:
     """An overlay's folder with two capabilities over HTTP."""
     capability = {"runner": "http", "path": "/ping", "method": "GET"}
@@ -266,6 +282,26 @@ def test_only_a_script_that_an_interpreter_is_sure_to_run_must_be_there(
 def test_a_script_that_is_not_there_is_a_fault(root: Path, registry: Registry, command: str) -> None:
     put(root / "a", entrypoint=command)
     assert "nowhere" in " ".join(fault.found for fault in error_of(registry).faults)
+
+
+@pytest.mark.usefixtures("settled")
+@pytest.mark.parametrize(
+    ("command", "path", "at"),
+    [
+        (["./late"], "late", "$.entrypoints.http.command[0]"),
+        (["sh", "late.sh"], "late.sh", "$.entrypoints.http.command"),
+    ],
+)
+def test_the_program_of_a_service_is_looked_for_too(
+    root: Path, registry: Registry, command: list[str], path: str, at: str
+) -> None:
+    put_started_service(root / "a", *command)
+    for _ in range(2):
+        assert [fault.path for fault in error_of(registry).faults] == [at]
+        (root / "a" / path).write_text("#!/bin/sh\n")
+        (root / "a" / path).chmod(0o755)
+        assert statuses(registry) == {"a": "active"}
+        (root / "a" / path).unlink()
 
 
 def test_missing_programs_are_told_with_the_warnings_and_once_each(root: Path, registry: Registry) -> None:
@@ -849,6 +885,23 @@ def test_details_are_json_and_hide_the_password_of_a_url(root: Path, registry: R
     assert ping["memory"]["profile"] == "MINIMAL"
     assert shown[0]["details"]["run"]["argv"] == ["python3", "src/run.py"]
     assert shown[0]["op_policy"] == {"hash": ["analysis"]}
+
+
+def test_details_tell_how_the_programs_run(root: Path, registry: Registry) -> None:
+    put_started_service(root / "a", "cat")
+    put_service(root / "b")
+    put(root / "c")
+    shown = [json.loads(json.dumps(entry.detail())) for entry in registry.entries()]
+    keys = ("mode", "stdin", "preload", "workers")
+    workers = {"count": 2, "max_calls": 10_000, "max_mb": None}
+    assert [[detail[key] for key in keys] for detail in shown] == [
+        ["worker", "pipe", [], workers],
+        [None, None, [], None],
+        ["auto", "file", [], None],
+    ]
+    service = {"argv": ["cat"], "ready_path": "/health", "start_timeout_s": 30.0, "idle_s": 300.0, "max_mb": None}
+    assert [detail["service"] for detail in shown] == [service, None, None]
+    assert shown[0]["details"]["ping"]["url"] == "/ping"
 
 
 # Watching

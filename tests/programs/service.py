@@ -1,0 +1,110 @@
+"""An HTTP service that does what its arguments say before it listens, and what its paths say from then on.
+
+It stands on sockets and not on http.server, whose import takes longer than most tests.
+"""
+
+import os
+import signal
+import socket
+import sys
+import threading
+
+TOKEN = os.urandom(8).hex()
+now = {"health": "200", "asked": 0}
+
+
+def gate(path):
+    """Wait until somebody opens the FIFO to write."""
+    os.close(os.open(path, os.O_RDONLY))
+
+
+def once(path):
+    """Fail at the first start."""
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return
+    sys.exit("it went wrong the first time")
+
+
+def flood(size):
+    os.write(1, b"x\n" * (int(size) // 2))
+
+
+def say(text):
+    os.write(2, text.encode())
+
+
+def deaf(_):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def be(what):
+    """How `/health` answers: a status, `mute`, or `-N`: 503 N times, then 200."""
+    now["health"] = what
+
+
+def never(_):
+    """Do not listen at all."""
+    signal.pause()
+
+
+def listen(stays):
+    """With `stays`, a port that is taken is no reason to end."""
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(("127.0.0.1", int(os.environ["OVERLAY_PORT"])))
+    except OSError:
+        if not stays:
+            raise
+        signal.pause()
+    listener.listen(16)
+    while True:
+        connection, _ = listener.accept()
+        threading.Thread(target=serve, args=(connection,), daemon=True).start()
+
+
+def serve(connection):
+    with connection:
+        head = b""
+        while b"\r\n\r\n" not in head:
+            data = connection.recv(4096)
+            if not data:
+                return
+            head += data
+        status, body = answer(head.split()[1].decode())
+        text = (
+            f"HTTP/1.1 {status} So\r\nContent-Length: {len(body)}\r\nLocation: /who\r\nConnection: close\r\n\r\n{body}"
+        )
+        connection.sendall(text.encode())
+
+
+def answer(path):
+    """The status and the body for a path."""
+    if path == "/health":
+        return look(), ""
+    if path == "/die":
+        say("last words\n")
+        os._exit(3)
+    if path.startswith("/be/"):
+        be(path.removeprefix("/be/"))
+    return "200", f"{TOKEN} {now['asked']} {os.environ['PORT']}"
+
+
+def look():
+    now["asked"] += 1
+    health = now["health"]
+    if health == "mute":
+        say("asked in vain\n")
+        threading.Event().wait()
+    if health.startswith("-"):
+        now["health"] = "200" if health == "-1" else f"-{int(health[1:]) - 1}"
+        return "503"
+    return health
+
+
+for word in sys.argv[1:]:
+    name, _, value = word.partition("=")
+    globals()[name](value)
+listen(stays="stays" in os.environ.get("SERVICE", ""))

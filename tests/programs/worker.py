@@ -1,0 +1,86 @@
+#!/usr/bin/env python3
+"""A worker: answers each line with a line, and does what the payload says under `do`.
+
+    echo    the payload, as a protocol reply          fail    a reply with ok: false
+    pid     its process id, by `result` alone         text    the payload's `text` as it is, and nothing more
+    hang    never answers, and dies of TERM           late    answers when TERM comes, and goes on
+    grow    takes `mb` of memory, and keeps it        flood   `size` bytes without an end
+    exit    ends with `status` and no reply           last    answers, and ends
+    twice   answers two times                         mute    closes its stdout, and stays
+
+Where the payload has `log` it writes that to stderr first; where it has `started`, the path of a FIFO, a line there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+
+TYPE_CHECKING = False  # typing and pathlib are slow to import, and many tests start this program
+if TYPE_CHECKING:
+    from typing import Any
+
+kept: list[bytes] = []
+
+
+def write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def answer(call: dict[str, Any], **members: Any) -> str:
+    return json.dumps({"request_id": call["request_id"], **members}, ensure_ascii=False) + "\n"
+
+
+def work(call: dict[str, Any]) -> None:
+    payload = call["payload"]
+    echo = answer(call, ok=True, result=payload)
+    match payload.get("do", "echo"):
+        case "fail":
+            write(answer(call, ok=False, error="it did not work", code="ERR_OF_ITS_OWN"))
+        case "pid":
+            write(answer(call, result=os.getpid()))
+        case "text":
+            write(payload["text"])
+        case "hang":
+            signal.pause()
+        case "late":
+            signal.sigwait({signal.SIGTERM})
+            write(echo)
+        case "grow":
+            kept.append(b"x" * (payload["mb"] * 2**20))
+            write(echo)
+        case "flood":
+            write("x" * payload["size"])
+        case "exit":
+            os._exit(payload["status"])
+        case "last":
+            write(answer(call, result=os.getpid()))
+            os._exit(0)
+        case "twice":
+            write(echo + echo)
+        case "mute":
+            os.close(1)
+            signal.pause()
+        case _:
+            write(echo)
+
+
+def main() -> None:
+    for line in sys.stdin:
+        call = json.loads(line)
+        payload = call["payload"]
+        if payload.get("do") == "late":  # before anybody is told, so that TERM cannot come too early
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        sys.stderr.write(payload.get("log", ""))
+        sys.stderr.flush()
+        if "started" in payload:
+            with open(payload["started"], "w") as file:  # noqa: PTH123
+                file.write("started\n")
+        work(call)
+
+
+if __name__ == "__main__":
+    main()
