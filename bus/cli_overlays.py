@@ -1,12 +1,15 @@
-"""`aal overlays`: see, check, make, add, switch and remove overlays. A running server notices all of it."""
+"""`aal overlays`: see, check, make, add, switch and remove overlays, and read their logs. A running server follows."""
 
 # ruff: noqa: PLC0415  # what is slow to import is imported by the command that needs it: `aal --help` stays quick
 
+import contextlib
 import enum
 import itertools
 import os
 import shlex
+import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
@@ -32,14 +35,17 @@ from bus.errors import Fault, NotFoundError, OperatorError
 from bus.settings import Settings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from bus.overlays import Entry, Registry
 
-app = make_app("See, check, make, add, switch and remove overlays; a running server follows.")
+app = make_app("See, check, make, add, switch and remove overlays, and read their logs; a running server follows.")
 
 _FIRST_PORT = 8101
 """Port of the first service that `aal overlays new` writes."""
+
+_FOLLOW_S = 0.25
+"""Seconds between two looks at a log that is followed."""
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The overlay's name.")]
 
@@ -380,3 +386,46 @@ def _move_away(registry: "Registry", settings: Settings, entry: "Entry") -> Path
         return registry.remove(entry.name)
     with locked(settings.state):
         return move_out(entry.folder, settings.state)
+
+
+@app.command()
+def logs(
+    ctx: typer.Context,
+    *,
+    name: Name,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on with what comes, until Ctrl-C.")] = False,
+    count: Annotated[int, typer.Option("-n", parser=whole(0), metavar="N", help="How many lines to begin with.")] = 100,
+    as_json: AsJson = False,
+) -> None:
+    """What an overlay's services and workers said, the last lines; with --json one object a line.
+
+    What a program said that was started for one call stands with the answer of that call.
+
+    Example: aal overlays logs my-service -f
+    """
+    from runners.logs import LogReader, path_of
+
+    settings = workplace(ctx).settings()
+    entry = _named(open_registry(settings), name)
+    path = path_of(settings.logs / "overlays", entry.name)
+    with LogReader(path) as reader:
+        lines = reader.last(count)
+        if not lines and not path.exists() and not as_json:
+            say(f"{entry.name} has no log yet; services and workers keep one", "dim")
+        _print_log(lines, as_json)
+        with contextlib.suppress(KeyboardInterrupt):
+            while follow:
+                sys.stdout.flush()
+                time.sleep(_FOLLOW_S)
+                _print_log(reader.more(), as_json)
+
+
+def _print_log(lines: "Iterable[bytes]", as_json: bool) -> None:
+    """Lines of a log; for programs as `{"time": RFC 3339, "text": ...}`."""
+    for line in lines:
+        text = line.decode("utf-8", "replace")
+        if as_json:
+            moment, _, said = text.partition(" ")
+            print_json({"time": moment, "text": said})
+        else:
+            sys.stdout.write(printable(text) + "\n")

@@ -1,7 +1,12 @@
-"""Writing the ledger: one thread, one lock that every process takes, one write and one fsync for a group of records.
+"""Writing the ledger: one lock that every process takes, one write and one fsync for a group of records.
 
-The writer takes all records that wait at once and answers only when they are in the file. What a failed write left is
-cut off again, so the file holds whole lines that were answered, and at most one group that was not.
+Whatever waits is written as a group and answered once it is in the file. What a failed write left is cut off again, so
+the file holds whole lines that were answered, and at most one group that was not.
+
+The event loop itself writes a group where that takes a few microseconds: the lock is free and the file as we left it.
+Only the fsync is then a thread's. All else (waiting for the lock, reading, healing, large groups) is the thread's as
+well. One that wrote everything would want the interpreter back from the loop after each of its system calls, which
+costs far more than the calls themselves.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import queue
 import threading
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from bus.errors import OverloadError
@@ -46,6 +52,8 @@ _log = logging.getLogger(__name__)
 _RECENT_BYTES = 1 << 18
 _GROUP_LIMIT = 1024
 _PROBE_BYTES = 4096
+_SMALL_BYTES = 1 << 18
+"""What the event loop may write by itself, in bytes."""
 _FILE_MODE = 0o640
 _BROKEN_HINT = "aal provenance verify names the first bad line; with the log moved away, a new chain begins."
 
@@ -69,19 +77,24 @@ class Receipt:
 
 
 class _Group:
-    """Lines for one write, chained to what is in the file."""
+    """Lines for one write, chained to what is in the file; `places` has where each of its records will stand."""
 
-    def __init__(self, seq: int, prev: str) -> None:
+    def __init__(self, seq: int, prev: str, *, environment_stands: bool) -> None:
         self.seq = seq
         self.prev = prev
-        self.lines: list[bytes] = []
+        self.environment_stands = environment_stands
+        self.places: list[tuple[int, str]] = []
+        self.text = bytearray()
 
     def add(self, draft: Draft) -> tuple[int, str]:
         """Chain one more; gives its seq and hash."""
         self.seq += 1
         line, self.prev = draft.line(self.seq, self.prev)
-        self.lines.append(line)
+        self.text += line
         return self.seq, self.prev
+
+    def receipts(self) -> list[Receipt]:
+        return [Receipt(seq, hash_, self.seq) for seq, hash_ in self.places]
 
 
 class _Chain:
@@ -120,25 +133,51 @@ class _Chain:
             self._catch_up()
             yield
         finally:
-            fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
+            self.unlock()
+
+    def try_lock(self) -> bool:
+        """Take the lock of all processes if nobody has it and the file is as we left it. Does not wait."""
+        if self._lock_fd < 0:
+            return False
+        try:
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        if self._is_as_left():
+            return True
+        self.unlock()
+        return False
+
+    def unlock(self) -> None:
+        fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
 
     def extend(self, drafts: Sequence[Draft]) -> list[Receipt]:
-        """Write a group (one write, one fsync) and give where each stands. All of it is in the file, or nothing."""
-        group = _Group(self.seq, self._prev)
+        """Write a group and make it last. All of it is in the file then, or nothing."""
+        return self.settle(self.write(drafts))
+
+    def write(self, drafts: Sequence[Draft]) -> _Group:
+        """Write a group; it counts only once it is settled."""
+        group = _Group(self.seq, self._prev, environment_stands=self._environment_stands)
         for owed in self._owed:
             group.add(owed)
-        places = []
-        stands = self._environment_stands
         for one in drafts:
-            places.append(group.add(one))
-            if not stands and one.environment_hash == self._environment_hash:
+            group.places.append(group.add(one))
+            if not group.environment_stands and one.environment_hash == self._environment_hash:
                 group.add(self._environment)
-                stands = True
-        if group.lines:
-            self._write(b"".join(group.lines))
-        self.seq, self._prev, self._environment_stands = group.seq, group.prev, stands
+                group.environment_stands = True
+        with self._or_cut_back():
+            _write_all(self._fd, group.text)
+        return group
+
+    def settle(self, group: _Group) -> list[Receipt]:
+        """Sync what was written, as far as asked for, and give where each record stands."""
+        if group.seq > self.seq:
+            with self._or_cut_back():
+                self._sync()
+        self.seq, self._prev, self._environment_stands = group.seq, group.prev, group.environment_stands
+        self._size += len(group.text)
         self._owed.clear()
-        return [Receipt(seq, hash_, group.seq) for seq, hash_ in places]
+        return group.receipts()
 
     def rehearse(self) -> None:
         """Write at the end of the file as a record would be, and cut it off again."""
@@ -168,6 +207,18 @@ class _Chain:
                 return
             os.close(self._lock_fd)
             self._lock_fd = -1
+
+    def _is_as_left(self) -> bool:
+        """Whether log and lock bear their names still, and nobody has appended."""
+        try:
+            status = self._path.stat()
+            return (
+                _identity(status) == self._identity
+                and status.st_size == self._size
+                and _identity(os.fstat(self._lock_fd)) == _identity_at(lock_path(self._path))
+            )
+        except OSError:
+            return False
 
     def _catch_up(self) -> None:
         """Learn what others did since: appended, died in the middle of a write, moved the file away."""
@@ -261,17 +312,20 @@ class _Chain:
         named = (parse_or_none(line) for line in lines if line.startswith(b'{"environment":{'))
         return any(record and record.get("environment_hash") == self._environment_hash for record in named)
 
-    def _write(self, lines: bytes) -> None:
+    def _sync(self) -> None:
+        if self._fsync != "never":
+            os.fdatasync(self._fd)
+            if self._size == 0:
+                _sync_folder(self._path.parent)
+
+    @contextlib.contextmanager
+    def _or_cut_back(self) -> Iterator[None]:
+        """Where the file system refuses, leave the file as it was before the group."""
         try:
-            _write_all(self._fd, lines)
-            if self._fsync != "never":
-                os.fdatasync(self._fd)
-                if self._size == 0:
-                    _sync_folder(self._path.parent)
+            yield
         except OSError:
             self._cut_back()
             raise
-        self._size += len(lines)
 
     def _cut_back(self) -> None:
         try:
@@ -292,7 +346,7 @@ def _identity_at(path: Path) -> tuple[int, int] | None:
         return None
 
 
-def _write_all(fd: int, data: bytes) -> None:
+def _write_all(fd: int, data: bytes | bytearray) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
@@ -314,27 +368,7 @@ class _Waiting:
     future: asyncio.Future[Receipt]
 
 
-_Answers = list[tuple[_Waiting, "Receipt | LedgerError"]]
-
-
-def _answer(answers: _Answers) -> None:
-    """Wake each loop once for all of its callers, in the order of the file."""
-    by_loop: dict[asyncio.AbstractEventLoop, _Answers] = defaultdict(list)
-    for answer in answers:
-        by_loop[answer[0].future.get_loop()].append(answer)
-    for loop, group in by_loop.items():
-        with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits any more
-            loop.call_soon_threadsafe(_settle, group)
-
-
-def _settle(answers: _Answers) -> None:
-    for waiting, answer in answers:
-        if waiting.future.done():
-            continue
-        if isinstance(answer, Receipt):
-            waiting.future.set_result(answer)
-        else:
-            waiting.future.set_exception(answer)
+_Answers = list[tuple["asyncio.Future[Receipt]", "Receipt | LedgerError"]]
 
 
 class Ledger:
@@ -351,7 +385,8 @@ class Ledger:
         self._chain = _Chain(path, fsync, environment)
         self._writing = threading.Lock()
         self._gate = threading.Lock()
-        self._queue: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
+        self._waiting: list[_Waiting] = []
+        self._steps: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._pid = 0
 
@@ -381,7 +416,8 @@ class Ledger:
             thread, self._thread = self._thread, None
             if thread is None:
                 return
-            self._queue.put(None)
+            self._steps.put(self._write_rest)  # behind the sync that may be under way
+            self._steps.put(None)
         thread.join()
         with self._writing:
             self._chain.close()
@@ -392,14 +428,16 @@ class Ledger:
         return await self.submit(record)
 
     def submit(self, record: Record) -> asyncio.Future[Receipt]:
-        """Give one record to the writer; the future is done once it is in the file. Needs a running event loop.
+        """Have one record written; the future is done once it is in the file. Needs a running event loop.
 
         `record` has the members of a call in `schemas/record.schema.json`; those it leaves out are null; `v`, `seq`,
         `prev` and `hash` are the ledger's. A caller that is cancelled while it waits does not lose the line. Raises
         `LedgerError` where it cannot be written, `ValueError` for an unknown member or a value that is not JSON.
         """
-        future: asyncio.Future[Receipt] = asyncio.get_running_loop().create_future()
-        self._enqueue(_Waiting(draft_call(record), future))
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Receipt] = loop.create_future()
+        if self._enqueue(_Waiting(draft_call(record), future)):
+            loop.call_soon(self._flush)  # behind the other calls of this turn, so that one write takes them all
         return future
 
     def probe(self) -> bool:
@@ -410,6 +448,7 @@ class Ledger:
         """
         if self._thread is not None:
             self._attempt(self._rehearse)
+            self._flush()
         return self.healthy
 
     def _attempt(self, step: Callable[[], None]) -> None:
@@ -445,47 +484,117 @@ class Ledger:
             os.close(fd)
             path.unlink(missing_ok=True)
 
-    def _enqueue(self, waiting: _Waiting) -> None:
-        with self._gate:  # so that nothing comes behind the None that ends the writer
+    def _enqueue(self, waiting: _Waiting) -> bool:
+        """Says whether it is the first that waits; the others are written with it."""
+        with self._gate:  # so that nothing comes behind the last group
             if self._thread is None:
                 raise LedgerError("the ledger is not open")
             if self._pid != os.getpid():
                 raise LedgerError("the ledger was opened by another process; its writer is not in this one")
-            self._queue.put(waiting)
+            self._waiting.append(waiting)
+            return len(self._waiting) == 1
 
-    def _run(self) -> None:
-        ended = False
-        while not ended:
-            group = self._take()
-            ended = bool(group) and group[-1] is None
-            self._write([waiting for waiting in group if waiting is not None])
+    def _flush(self) -> None:
+        """Begin to write what waits. Somebody who writes already is not waited for: he comes here when he is done."""
+        with self._gate:
+            if self._thread is None or not self._waiting or not self._writing.acquire(blocking=False):
+                return
+            self._steps.put(self._begin(self._take()))
 
-    def _take(self) -> list[_Waiting | None]:
-        """All that wait; nothing after `RETRY_S` without any, when an unwell ledger tries to get well again."""
-        try:
-            group = [self._queue.get(timeout=RETRY_S)]
-        except queue.Empty:
-            if not self.healthy:
-                self.probe()
-            return []
-        with contextlib.suppress(queue.Empty):
-            while len(group) < _GROUP_LIMIT:
-                group.append(self._queue.get_nowait())
+    def _take(self) -> list[_Waiting]:
+        group, self._waiting = self._waiting[:_GROUP_LIMIT], self._waiting[_GROUP_LIMIT:]
         return group
 
+    def _begin(self, group: list[_Waiting]) -> Callable[[], None]:
+        """Write a group here if that is quick, and give what is left to do; that lets go of `_writing` in the end."""
+        drafts = [one.draft for one in group]
+        is_small = sum(one.size for one in drafts) <= _SMALL_BYTES
+        if is_small and self._fsync != "always" and self._chain.try_lock():
+            try:
+                return partial(self._complete, group, self._chain.write(drafts))
+            except Exception:  # noqa: BLE001  # the thread tries again, and says what is wrong
+                self._chain.unlock()
+        return partial(self._write, group)
+
+    def _complete(self, group: list[_Waiting], written: _Group) -> None:
+        """Sync and answer a group that the loop wrote."""
+        answers: Sequence[Receipt | LedgerError]
+        try:
+            answers = self._chain.settle(written)
+            self.reason = self.hint = None
+        except Exception as error:  # noqa: BLE001  # as in `_write`
+            answers = self._failures(error, len(group))
+        self._chain.unlock()
+        self._writing.release()
+        if not self._answer(group, answers):
+            self._flush()
+
     def _write(self, group: list[_Waiting]) -> None:
+        """Write, sync and answer a group; waits for whoever has the lock, and heals what is to be healed."""
         size = 1 if self._fsync == "always" else _GROUP_LIMIT
         parts = [group[start : start + size] for start in range(0, len(group), size)]
-        with self._writing:
+        try:
+            with self._chain.locked():
+                while parts:
+                    receipts = self._chain.extend([one.draft for one in parts[0]])
+                    self.reason = self.hint = None
+                    self._answer(parts.pop(0), receipts)
+        except Exception as error:  # noqa: BLE001  # a dead writer would leave every caller waiting for ever
+            rest = [one for part in parts for one in part]
+            self._answer(rest, self._failures(error, len(rest)))
+        self._writing.release()
+        self._flush()
+
+    def _write_rest(self) -> None:
+        """The last groups: nothing comes any more."""
+        while self._waiting:
+            self._writing.acquire()
+            self._write(self._take())
+
+    def _run(self) -> None:
+        """The thread: one step after the other."""
+        while True:
             try:
-                with self._chain.locked() if parts else contextlib.nullcontext():
-                    while parts:
-                        receipts = self._chain.extend([waiting.draft for waiting in parts[0]])
-                        self.reason = self.hint = None
-                        _answer(list(zip(parts.pop(0), receipts, strict=True)))
-            except Exception as error:  # noqa: BLE001  # a dead writer would leave every caller waiting for ever
-                self._note_failure(error)
-                _answer([(waiting, LedgerError(str(self.reason), self.hint)) for part in parts for waiting in part])
+                step = self._steps.get(timeout=RETRY_S)
+            except queue.Empty:
+                step = self._look_after
+            if step is None:
+                return
+            step()
+
+    def _look_after(self) -> None:
+        """Now and then: try to get well again, and write what a loop left that ended before it came to write."""
+        if not self.healthy:
+            self.probe()
+        self._flush()
+
+    def _answer(self, group: Sequence[_Waiting], answers: Sequence[Receipt | LedgerError]) -> bool:
+        """Wake each loop once for all of its callers, in the order of the file; says whether one was there to wake."""
+        by_loop: dict[asyncio.AbstractEventLoop, _Answers] = defaultdict(list)
+        for one, answer in zip(group, answers, strict=True):
+            by_loop[one.future.get_loop()].append((one.future, answer))
+        woken = False
+        for loop, settled in by_loop.items():
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits any more
+                loop.call_soon_threadsafe(self._settle, settled)
+                woken = True
+        return woken
+
+    def _settle(self, answers: _Answers) -> None:
+        """In the callers' loop: let them go on, and begin with what came meanwhile."""
+        for future, answer in answers:
+            if future.done():
+                continue
+            if isinstance(answer, Receipt):
+                future.set_result(answer)
+            else:
+                future.set_exception(answer)
+        self._flush()
+
+    def _failures(self, error: Exception, count: int) -> list[LedgerError]:
+        """Note what failed, and give each caller an exception of its own."""
+        self._note_failure(error)
+        return [LedgerError(str(self.reason), self.hint) for _ in range(count)]
 
     def _note_failure(self, error: Exception) -> None:
         if isinstance(error, BrokenLineError):

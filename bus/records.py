@@ -67,6 +67,11 @@ class Draft:
     rest: bytes
     environment_hash: str | None = None
 
+    @property
+    def size(self) -> int:
+        """Bytes, but for what goes between."""
+        return len(self.to_hash) + len(self.to_prev) + len(self.to_seq) + len(self.rest)
+
     def line(self, seq: int, prev: str) -> tuple[bytes, str]:
         """The line with its newline, and its hash."""
         after = b'%b"%b"%b%d%b' % (self.to_prev, prev.encode(), self.to_seq, seq, self.rest)

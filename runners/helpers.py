@@ -43,6 +43,9 @@ LAUNCHER = Path(__file__).with_name("launcher.py")
 MESSAGE_BYTES = 128 * 1024
 """The longest message that `launcher.py` takes."""
 
+REPLY_BYTES = 64 * 1024
+"""The longest message from it."""
+
 IDLE_S = 60.0
 """Seconds that a helper without a process is kept."""
 
@@ -156,7 +159,7 @@ class Helper:
         except BaseException:
             self._socket.close()
             raise
-        self._said = Output(loop, said, self.log.add, lambda: None)
+        self._said = Output(loop, said, self.log.add)
         loop.add_reader(self._socket.fileno(), self._receive)
 
     @property
@@ -287,7 +290,7 @@ class Helper:
     def _receive(self) -> bool:
         """Take one message. False where none is there."""
         try:
-            message, fds, _, _ = socket.recv_fds(self._socket, MESSAGE_BYTES, 1)
+            message, fds = self._first_message() if not self.ready.done() else (self._socket.recv(REPLY_BYTES), ())
         except BlockingIOError:
             return False
         except ConnectionResetError:
@@ -300,6 +303,11 @@ class Helper:
         else:
             self.close()
         return bool(message)
+
+    def _first_message(self) -> tuple[bytes, Sequence[int]]:
+        """The only one that has a descriptor."""
+        message, fds, _, _ = socket.recv_fds(self._socket, REPLY_BYTES, 1)
+        return message, fds
 
     def _take(self, verb: str, given: Any) -> None:  # noqa: ANN401
         if verb == "ended":

@@ -50,6 +50,9 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 MESSAGE_BYTES = 128 * 1024
 """The longest message to the helper. A command with its environment is hardly a hundredth of it."""
 
+TOLD_AT_ONCE = 200
+"""Ends in one message, so that it is far below 64 KiB."""
+
 RESET_SIGNALS = (
     signal.SIGINT,
     signal.SIGQUIT,
@@ -259,8 +262,9 @@ class Launcher:
                 break
             self._bury(seen.si_pid)
         if self._ended and not self._orphans_left():
-            tell(self._channel, {"ended": self._ended})
-            self._ended = []
+            while self._ended:
+                tell(self._channel, {"ended": self._ended[:TOLD_AT_ONCE]})
+                del self._ended[:TOLD_AT_ONCE]
             self._sweeps = 0
 
     def _bury(self, pid: int) -> None:

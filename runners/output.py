@@ -22,17 +22,33 @@ PREVIEW_LENGTH = 200
 
 
 class Output:
-    """Our end of one output pipe: hands on what comes, then says once that it has ended."""
+    """Our end of one output pipe: hands on what comes, then says once that it has ended.
+
+    Where it is not `watched`, it is read from `watch` on. Until then its writer can fill the pipe, and no more.
+    """
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, fd: int, take: Callable[[bytes], None], ended: Callable[[], None]
+        self,
+        loop: asyncio.AbstractEventLoop,
+        fd: int,
+        take: Callable[[bytes], None],
+        ended: Callable[[], None] = lambda: None,
+        *,
+        watched: bool = True,
     ) -> None:
         self.closed = False
+        self._watched = False
         self._loop = loop
         self._fd = fd
         self._take = take
         self._ended = ended
-        loop.add_reader(fd, self._read)
+        if watched:
+            self.watch()
+
+    def watch(self) -> None:
+        if not self.closed and not self._watched:
+            self._watched = True
+            self._loop.add_reader(self._fd, self._read)
 
     def _read(self) -> None:
         """One read for each event, so that a flood does not keep the other calls waiting."""
@@ -61,7 +77,8 @@ class Output:
     def close(self) -> None:
         if not self.closed:
             self.closed = True
-            self._loop.remove_reader(self._fd)
+            if self._watched:
+                self._loop.remove_reader(self._fd)
             os.close(self._fd)
 
 

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from runners.helpers import Helper, Process
     from runners.logs import OverlayLogs
 
+QUICK_S = 0.02
+"""How long, in seconds, a call runs before its pipes are watched. Most have ended by then, and are read once."""
+
 
 class ProcessRunner:
     """Runs a program for each job. Used in one event loop only.
@@ -223,6 +226,7 @@ class _Call:
 
     def __init__(self, process: Process, pipes: _Pipes, job: Job, kill_grace_s: float) -> None:
         loop = self._loop = asyncio.get_running_loop()
+        self._deadline = job.deadline
         self.allowed_s = job.deadline - time.monotonic()
         self.reason: Code | None = None
         self.log = Log(job.max_log_bytes)
@@ -232,10 +236,11 @@ class _Call:
         self._process = process
         self._kill_grace_s = kill_grace_s
         self._chunks: list[bytes] = []
-        self._stdout = Output(loop, pipes.stdout, self._take, _nothing)
-        self._stderr = Output(loop, pipes.stderr, self.log.add, _nothing)
+        self._waiter: asyncio.Future[None] | None = None
+        self._stdout = Output(loop, pipes.stdout, self._take, watched=False)
+        self._stderr = Output(loop, pipes.stderr, self.log.add, watched=False)
         self._stdin = None if pipes.stdin is None else Input(loop, pipes.stdin, job.envelope)
-        self._timer = loop.call_later(self.allowed_s, self.stop, Code.TIMEOUT)
+        self._timer = loop.call_later(min(QUICK_S, self.allowed_s), self._attend)
         process.ended.add_done_callback(self._end)
 
     @property
@@ -246,8 +251,9 @@ class _Call:
         """Wait until nothing is left. A cancellation ends the program first, however often it comes."""
         cancelled: asyncio.CancelledError | None = None
         while not self.ended.done():
+            self._waiter = self._loop.create_future()
             try:
-                await asyncio.shield(self.ended)
+                await self._waiter
             except asyncio.CancelledError as error:
                 cancelled = error
                 self.stop(Code.CANCELLED)
@@ -255,13 +261,21 @@ class _Call:
             raise cancelled
         return self.ended.result()
 
+    def _attend(self) -> None:
+        """It is not a quick one: its output has to be taken while it runs, and its time may be over."""
+        self._stdout.watch()
+        self._stderr.watch()
+        self._timer = self._loop.call_later(self._deadline - time.monotonic(), self.stop, Code.TIMEOUT)
+
     def stop(self, reason: Code) -> None:
         """TERM to the group now, KILL after the grace. The first reason stays."""
         if self.reason is not None or self.ended.done():
             return
         self.reason = reason
-        self._process.signal(signal.SIGTERM)
         self._timer.cancel()
+        self._stdout.watch()  # it may have something to say while it stops
+        self._stderr.watch()
+        self._process.signal(signal.SIGTERM)
         self._timer = self._loop.call_later(self._kill_grace_s, self._process.signal, signal.SIGKILL)
 
     def _take(self, data: bytes) -> None:
@@ -281,10 +295,8 @@ class _Call:
         self._stdout.drain()
         self._stderr.drain()
         self.ended.set_result(ended.result())
-
-
-def _nothing() -> None:
-    pass
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 async def _outcome(call: _Call, exit_: Exit) -> Outcome:

@@ -1,7 +1,7 @@
 """HTTP services that the bus starts and watches: one for each overlay, for all of its phases and capabilities.
 
 A service starts at its first call, which waits for it together with all that come meanwhile; the start goes on when
-their deadlines pass. It is ended when it was idle for long; when its overlay's code changes (new calls then get a new
+their deadlines pass. Its port stands in OVERLAY_PORT, and in PORT, where many frameworks look for it. It is ended when it was idle for long; when its overlay's code changes (new calls then get a new
 one at once); when it is unhealthy or too big (new calls wait until it is gone, so that no two hold the same memory);
 and at the end of the bus. It always ends in this order: no new call, `drain_s` for the running ones, TERM to its group,
 `kill_grace_s`, KILL. Where nobody asked for its end, the next start backs off.
@@ -333,8 +333,8 @@ class _Program:
 class _Service:
     """One service, from its start until nothing of it is left.
 
-    `up` tells whether it came up, `gone` that nothing of it is left. Its rights should be the union of those
-    of the overlay's phases; they are those of the job that it was started for.
+    `up` tells whether it came up, `gone` that nothing of it is left. Its rights should be the union of those of the
+    overlay's phases; they are those of the job that it was started for.
     """
 
     def __init__(
@@ -540,7 +540,7 @@ class _Service:
         except (aiohttp.ClientConnectorError, ConnectionRefusedError):
             return "refused the connection"
         except (aiohttp.ClientError, OSError) as error:
-            return f"answered what is not HTTP: {error}"
+            return f"gave no answer in HTTP: {error}"
 
     def _death(self, program: _Program) -> _FaultError:
         """Its end as a fault, after its last words were read."""

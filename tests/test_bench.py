@@ -6,6 +6,7 @@ import asyncio
 import importlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,13 +20,18 @@ import psutil
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
     from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "TOOLS" / "bench.py"
 PARTS = ROOT / "TOOLS" / "bench"
 LIMIT_S = 120
+EVERYWHERE = (
+    *("bus-python", "plain-python", "loop-python", "bus-c", "plain-c", "loop-c", "bus-worker", "bare-worker"),
+    *("bus-http", "aiohttp-proxy", "http-service", "bus-refused", "starlette-ledger", "starlette"),
+)
+"""What is measured where nothing is asked for."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +57,10 @@ def bench(*arguments: str, file: Path | None = None, **env: str) -> Finished:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """Every target once. A setting of the caller must not reach the measured bus; this one would stop its start."""
+    """Every target once but the peers. No setting of the caller may reach the bus; this one would stop its start."""
     file = tmp_path_factory.mktemp("bench") / "found.json"
-    return bench("--markdown", file=file, AAL_SLOTS="none at all")
+    names = ",".join([*EVERYWHERE, "bus-root", "bus-root-sleepers"])
+    return bench("--markdown", "--peers", "--crowd", "2", "--only", names, file=file, AAL_SLOTS="none at all")
 
 
 @pytest.fixture
@@ -68,7 +75,7 @@ def part(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType
 
 
 def job(part: Callable[[str], ModuleType], port: int, **changes: Any) -> Any:
-    given = {"path": "/echo", "body": "{}", "connections": 3, "seconds": 0.1, "warmup_s": 0.0, "status": 200}
+    given = {"paths": ["/echo"], "body": "{}", "connections": 3, "seconds": 0.1, "warmup_s": 0.0, "status": 200}
     return part("load").Job(**{**given, "port": port, "must": '"ok":true', **changes})
 
 
@@ -93,14 +100,38 @@ def http(status: int, body: bytes) -> bytes:
 
 def test_a_whole_run_measures_the_bus_and_its_rivals_without_an_error(whole: Finished) -> None:
     assert (whole.status, [row for row in whole.report["rows"] if row["errors"]]) == (0, []), whole.stderr
-    assert whole.targets() >= {"bus-python", "bus-http", "bus-refused", "plain-python", "loop-python", "aiohttp-proxy"}
+    assert whole.targets() >= {
+        "bus-python",
+        "bus-worker",
+        "bus-http",
+        "bus-refused",
+        "bus-root-sleepers",
+        "loop-python",
+    }
     assert all(row["cpu_ms"] > 0 for row in whole.report["rows"])
 
 
 def test_a_whole_run_takes_the_ratios_of_the_bus_over_each_rival(whole: Finished) -> None:
     pairs = {(ratio["target"], ratio["against"]) for ratio in whole.report["ratios"]}
-    assert pairs >= {("bus-python", "plain-python"), ("bus-python", "loop-python"), ("bus-http", "aiohttp-proxy")}
+    assert pairs >= {("bus-python", "plain-python"), ("bus-worker", "bare-worker"), ("bus-http", "aiohttp-proxy")}
     assert all(ratio["cpu_ms"] > 0 for ratio in whole.report["ratios"])
+
+
+def test_a_whole_run_measures_the_memory_of_a_crowd_and_holds_it_against_the_goals(whole: Finished) -> None:
+    crowd = whole.report["crowd"]
+    assert (crowd["overlays"], whole.report["crowd_error"]) == (2, None)
+    assert crowd["called"]["rss_mb"] > 0
+    assert (crowd["called"]["processes"] > 1, crowd["idle"]["processes"]) == (True, 1)
+    verdicts = {goal["what"]: goal for goal in whole.report["goals"]}
+    assert verdicts["the bus process, each overlay called"]["found"] == crowd["called"]["rss_mb"]
+    assert verdicts["a C program / webhook"]["found"] is None
+    assert "| a C program / webhook | - | >= 0.75 x | 1 x | not measured |" in whole.stdout
+
+
+def test_without_names_every_target_is_measured_but_the_peers(part: Callable[[str], ModuleType]) -> None:
+    targets = part("targets")
+    assert tuple(target.name for target in targets.WITHOUT_PEERS) == EVERYWHERE
+    assert {target.server for target in targets.BESIDE_PEERS} >= targets.PEERS
 
 
 def test_markdown_has_the_figures_the_ratios_and_the_machine(whole: Finished) -> None:
@@ -195,7 +226,7 @@ def test_an_answer_is_read_only_when_it_is_all_there(part: Callable[[str], Modul
     answer = http(403, b"four")
     split = part("load").split_answer
     assert [split(answer[:end]) for end in range(len(answer))] == [None] * len(answer)
-    assert split(answer) == (403, b"four")
+    assert split(answer) == (403, b"four", False)
 
 
 def test_percentiles_are_those_of_the_nearest_rank(part: Callable[[str], ModuleType]) -> None:
@@ -212,3 +243,289 @@ def test_a_ratio_is_the_median_of_the_ratios_within_each_round(part: Callable[[s
     assert median_ratio([100.0, 10.0, 300.0], [200.0, 20.0, 10.0]) == 0.5
     assert median_ratio([100.0, None], [200.0, 7.0]) == 0.5
     assert median_ratio([None, 1.0], [1.0, 0.0]) is None
+
+
+@pytest.fixture
+async def echoing() -> AsyncIterator[Echoing]:
+    """A server that says ok to everything, with what it was asked."""
+    echoing = Echoing()
+    async with await asyncio.start_server(echoing.serve, "127.0.0.1", 0) as server:
+        echoing.port = port_of(server)
+        yield echoing
+
+
+class Echoing:
+    """Says ok to each request; with `closes` it ends the connection after each, and says so."""
+
+    def __init__(self) -> None:
+        self.port = 0
+        self.closes = False
+        self.heads: list[str] = []
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while request := await reader.read(65536):
+            self.heads.append(request.split(b"\r\n", 1)[0].decode())
+            writer.write(
+                http(200, b'{"ok":true}').replace(b"X\r\n", b"X\r\nConnection: close\r\n" * self.closes or b"X\r\n")
+            )
+            if self.closes:
+                break
+        writer.close()
+
+
+async def test_calls_at_a_rate_are_no_more_than_are_due(part: Callable[[str], ModuleType], echoing: Echoing) -> None:
+    tally = await part("load").run(job(part, echoing.port, rate=50.0, seconds=0.2))
+    assert (tally.errors, tally.first_error) == (0, None)
+    assert 0 < tally.total <= 10
+
+
+async def test_calls_at_a_rate_are_charged_from_when_they_were_due(
+    part: Callable[[str], ModuleType], echoing: Echoing
+) -> None:
+    """A million calls a second are due: each answer comes later after its call was due than the one before."""
+    tally = await part("load").run(job(part, echoing.port, rate=1e6, connections=1))
+    assert len(tally.latencies) > 1
+    assert tally.latencies == sorted(tally.latencies)
+
+
+async def test_the_load_takes_its_paths_in_turn_and_its_method(
+    part: Callable[[str], ModuleType], echoing: Echoing
+) -> None:
+    await part("load").run(job(part, echoing.port, paths=["/a", "/b"], method="GET", connections=1))
+    assert echoing.heads[:3] == ["GET /a HTTP/1.1", "GET /b HTTP/1.1", "GET /a HTTP/1.1"]
+
+
+async def test_a_connection_that_the_server_ends_after_its_answer_is_made_anew(
+    part: Callable[[str], ModuleType], echoing: Echoing
+) -> None:
+    echoing.closes = True
+    tally = await part("load").run(job(part, echoing.port, connections=1))
+    assert (tally.errors, tally.first_error) == (0, None)
+    assert tally.total > 1
+
+
+async def test_the_load_tells_of_each_interval(part: Callable[[str], ModuleType], echoing: Echoing) -> None:
+    told: list[Any] = []
+    last = await part("load").run(job(part, echoing.port, seconds=0.3, every_s=0.1), told.append)
+    assert told
+    assert sum(tally.seconds for tally in [*told, last]) == pytest.approx(0.3)
+    assert len(echoing.heads) == sum(tally.total for tally in [*told, last])
+
+
+def test_the_cpu_time_of_a_tree_has_that_of_children_which_have_ended(part: Callable[[str], ModuleType]) -> None:
+    cpu_s = part("tree").cpu_s
+    before_s = cpu_s(os.getpid())
+    subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 0.2: pass"], check=True)
+    assert cpu_s(os.getpid()) - before_s > 0.15
+
+
+def test_a_tree_counts_its_processes_and_their_descriptors(part: Callable[[str], ModuleType]) -> None:
+    look = part("tree").look
+    alone = look(os.getpid())
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as child:
+        together = look(os.getpid())
+        assert child.stdin is not None
+        child.stdin.close()
+    assert together.processes == alone.processes + 1
+    assert together.tree_fds >= alone.tree_fds + 4  # our end of the pipe, and three of its own
+    assert together.fds == alone.fds + 1
+
+
+def tree_of(part: Callable[[str], ModuleType], rss_mb: float, fds: int = 20, pss_mb: float | None = 90.0) -> Any:
+    return part("tree").Tree(rss_mb=rss_mb, pss_mb=pss_mb, fds=fds, tree_fds=50, processes=5)
+
+
+def test_what_grows_only_while_it_warms_up_is_flat(part: Callable[[str], ModuleType]) -> None:
+    trees = [tree_of(part, rss_mb) for rss_mb in (40, 60, 70, 71, 70, 72, 71, 72)]
+    assert all(found.is_flat for found in part("flat").flatness(trees))
+
+
+def test_what_goes_on_growing_is_not_flat(part: Callable[[str], ModuleType]) -> None:
+    trees = [tree_of(part, 70 + 3 * n, fds=20 + 4 * n) for n in range(8)]
+    found = {flat.what: flat for flat in part("flat").flatness(trees)}
+    assert [what for what, flat in found.items() if not flat.is_flat] == [
+        "memory of the bus (RSS)",
+        "descriptors of the bus",
+    ]
+    memory = found["memory of the bus (RSS)"]
+    assert (memory.before, memory.after, memory.allowed) == (77.5, 89.5, 4)
+
+
+@pytest.mark.parametrize(("looks", "pss_mb"), [(3, 90.0), (8, None)])
+def test_what_cannot_be_judged_is_not_called_flat(
+    part: Callable[[str], ModuleType], looks: int, pss_mb: float | None
+) -> None:
+    trees = [tree_of(part, 70, pss_mb=pss_mb) for _ in range(looks)]
+    found = {flat.what: flat.is_flat for flat in part("flat").flatness(trees)}
+    assert not found["memory of the tree (PSS)"]
+
+
+def test_a_sparkline_goes_from_the_lowest_to_the_highest(part: Callable[[str], ModuleType]) -> None:
+    sparkline = part("soak_report").sparkline
+    assert sparkline([0, 7, None, 3.5, 0]) == "▁█ ▅▁"
+    assert sparkline([5, 5]) == "▁▁"
+    assert sparkline([0, 1, 0, 0], width=2) == "█▁"
+    assert sparkline([]) == ""
+
+
+def test_a_soak_tells_of_each_interval_and_gives_a_verdict(tmp_path: Path) -> None:
+    file, table = tmp_path / "found.json", tmp_path / "found.csv"
+    found = bench("--soak", "0.01", "--every", "0.1", "--rate", "20", "--csv", str(table), file=file)
+    assert found.status in (0, 1), found.stderr
+    assert [moment["first_error"] for moment in found.report["moments"] if moment["errors"]] == []
+    lines = table.read_text().splitlines()
+    assert lines[0].startswith("at_s,calls,errors,first_error,p50_ms,p99_ms,rss_mb,pss_mb,fds")
+    assert len(lines) == 1 + len(found.report["moments"])
+    assert "the verdict: held" in found.stdout or "the verdict: NOT held" in found.stdout
+
+
+def sample(part: Callable[[str], ModuleType], calls_s: float, p50_ms: float = 1.0) -> Any:
+    return part("samples").Sample(calls_s, p50_ms, None, None, 0, None)
+
+
+def test_a_goal_is_held_against_the_best_rival_of_each_round(part: Callable[[str], ModuleType]) -> None:
+    rates = {"bus-python": (900, 800, 850), "webhook-python": (100, 80, 90), "lighttpd-python": (90, 100, 90)}
+    samples = {(name, 16): [sample(part, rate) for rate in of] for name, of in rates.items()}
+    verdict = part("goals").judge(samples, None)[0]
+    assert (verdict.found, verdict.met, verdict.aim_met) == (9, True, False)
+    assert verdict.words == "met, aim not met"
+
+
+def test_a_goal_that_wants_at_most_so_much_is_not_met_above_it(part: Callable[[str], ModuleType]) -> None:
+    verdict = part("goals").judge({("bus-python", 1): [sample(part, 300, p50_ms=2.6)]}, None)[1]
+    assert (verdict.found, verdict.words) == (2.6, "NOT met")
+
+
+def test_a_goal_that_was_not_measured_is_neither_met_nor_missed(part: Callable[[str], ModuleType]) -> None:
+    verdicts = part("goals").judge({}, None)
+    assert {(verdict.met, verdict.aim_met, verdict.words) for verdict in verdicts} == {(None, None, "not measured")}
+
+
+def test_a_measurement_that_fails_is_an_error_and_the_others_go_on(
+    part: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    """There is no folder to run the loop in."""
+    targets = part("targets")
+    [loop] = [target for target in targets.TARGETS if target.name == "loop-c"]
+    plan = targets.Plan([loop], [1], 0.1, 1)
+    found = part("measure").measure(loop, 1, plan, part("servers").Servers(tmp_path))
+    assert (found.errors, found.cpu_ms) == (1, None)
+    assert "echo_c" in found.first_error
+
+
+def test_a_program_that_does_not_start_is_an_error_of_the_loop(
+    part: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    [loop] = [target for target in part("targets").TARGETS if target.name == "loop-c"]
+    plan = part("targets").Plan([loop], [2], 0.1, 1)
+    (tmp_path / "overlays" / "echo_c").mkdir(parents=True)
+    found = part("measure").measure(loop, 2, plan, part("servers").Servers(tmp_path))
+    assert found.errors == 2
+    assert "No such file or directory: './echo'" in found.first_error
+
+
+def test_both_peers_run_the_programs_of_the_bus_with_its_interpreter(part: Callable[[str], ModuleType]) -> None:
+    peers, folder = part("peers"), Path("/work folder")
+    [python, c] = peers.hooks_of(folder)
+    assert python["execute-command"] == "/work folder/python/bin/python3"
+    assert python["pass-arguments-to-command"] == [{"source": "string", "name": "run.py"}]
+    assert c["execute-command"] == "/work folder/overlays/echo_c/echo"
+    assert 'cgi.assign = (".py" => "/work folder/python/bin/python3", "/echo" => "")' in peers.lighttpd_conf(folder, 1)
+
+
+PEERS = {"webhook-python", "webhook-c", "lighttpd-python", "lighttpd-c"}
+NO_PEERS = not all(
+    shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin") for name in ("webhook", "lighttpd")
+)
+
+
+@pytest.mark.skipif(NO_PEERS, reason="webhook and lighttpd are not installed")
+def test_the_peers_answer_every_call(tmp_path: Path) -> None:
+    found = bench("--only", ",".join(PEERS), file=tmp_path / "found.json")
+    assert (found.status, found.targets()) == (0, PEERS), found.stdout
+
+
+@pytest.mark.parametrize("cgi", [False, True])
+@pytest.mark.parametrize("program", ["python", "c"])
+def test_the_echo_programs_do_the_same_for_a_server_that_gives_no_stdin(
+    part: Callable[[str], ModuleType], tmp_path: Path, program: str, cgi: bool
+) -> None:
+    layout = part("layout")
+    if program == "c" and not layout.has_cc():
+        pytest.skip("there is no C compiler (cc)")
+    layout.write_program(tmp_path, "echo", layout.PROGRAMS[program])
+    argv, home = layout.PROGRAMS[program].command, tmp_path / "overlays" / "echo"
+    env = layout.environment(tmp_path) | ({"GATEWAY_INTERFACE": "CGI/1.1"} if cgi else {})
+    body = b'{"overlay":"x","payload":{"a":[1,{"b":"}"}]}}'
+    by_stdin = subprocess.run(argv, cwd=home, env=env, input=body, capture_output=True, check=True).stdout
+    env["REQUEST_BODY"] = body.decode()
+    by_variable = subprocess.run(
+        argv, cwd=home, env=env, stdin=subprocess.DEVNULL, capture_output=True, check=True
+    ).stdout
+    header = b"Content-Type: application/json\n\n" if cgi else b""
+    assert by_stdin == by_variable == header + b'{"ok":true,"result":{"a":[1,{"b":"}"}]}}'
+
+
+@pytest.fixture
+def apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: Callable[[str], ModuleType]) -> Path:
+    """A folder whose `apt-get` is the first on the PATH: `download NAME` gives NAME_1.deb of that folder, or fails."""
+    folder = tmp_path / "apt"
+    folder.mkdir()
+    script = folder / "apt-get"
+    script.write_text(f'#!/bin/sh\nfor name; do :; done\ncp "{folder}/${{name}}_1.deb" . || exit 100\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(part("peers"), "installed", lambda _: None)
+    return folder
+
+
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="there is no dpkg-deb")
+def test_a_peer_that_is_missing_is_fetched_and_unpacked_without_being_installed(
+    apt: Path, tmp_path: Path, part: Callable[[str], ModuleType]
+) -> None:
+    pack(apt / "webhook_1.deb", tmp_path / "package", "webhook", "#!/bin/sh\necho webhook version 1\n")
+    found = part("peers").find("webhook", tmp_path)
+    assert found == tmp_path / "peers" / "usr" / "bin" / "webhook"
+
+
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="there is no dpkg-deb")
+def test_a_peer_that_does_not_run_is_told_with_its_own_words(
+    apt: Path, tmp_path: Path, part: Callable[[str], ModuleType]
+) -> None:
+    pack(apt / "webhook_1.deb", tmp_path / "package", "webhook", "#!/bin/sh\necho no library >&2\nexit 127\n")
+    with pytest.raises(part("layout").BenchError, match="webhook does not run here: no library"):
+        part("peers").find("webhook", tmp_path)
+
+
+def pack(package: Path, root: Path, name: str, program: str) -> None:
+    """Make a Debian package with one program."""
+    (root / "DEBIAN").mkdir(parents=True)
+    (root / "DEBIAN" / "control").write_text(
+        f"Package: {name}\nVersion: 1\nArchitecture: all\nMaintainer: A <a@b.c>\nDescription: d\n"
+    )
+    (root / "usr" / "bin").mkdir(parents=True)
+    (root / "usr" / "bin" / name).write_text(program)
+    (root / "usr" / "bin" / name).chmod(0o755)
+    subprocess.run(["dpkg-deb", "--root-owner-group", "-b", root, package], check=True, capture_output=True)
+
+
+@pytest.mark.usefixtures("apt")
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="there is no dpkg-deb")
+def test_a_peer_that_cannot_be_fetched_is_left_out_with_the_reason(
+    tmp_path: Path, part: Callable[[str], ModuleType]
+) -> None:
+    options = part("options")
+    plan = options.plan_of(options.parse(["--only", "webhook-python,starlette"]), tmp_path)
+    assert [target.name for target in plan.targets] == ["starlette"]
+    [note] = plan.notes
+    assert note.startswith("webhook-python was left out: webhook is not on the PATH, and apt-get does not fetch it: ")
+
+
+def test_the_plan_with_peers_is_at_1_and_16_connections_and_has_a_crowd(
+    part: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    options = part("options")
+    monkeypatch.setattr(part("peers"), "find", lambda name, _: Path(f"/found/{name}"))
+    plan = options.plan_of(options.parse(["--peers"]), tmp_path)
+    assert (plan.connections, plan.crowd, plan.judged) == ((1, 16), 100, True)
+    assert plan.found == {name: Path(f"/found/{name}") for name in ("lighttpd", "webhook")}

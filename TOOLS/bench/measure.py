@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from servers import PARTS, BenchError, environment
-from targets import COMMANDS
+import psutil
+import tree
+from layout import PARTS, PROGRAMS, BenchError, environment, overlay_of
+from samples import Sample
+from sleepers import sleeping
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,25 +25,21 @@ SLACK_S = 60.0
 """How long one measurement may take beyond its seconds."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One measurement. `cpu_ms` is per call; None where nothing was answered."""
-
-    calls_s: float
-    p50_ms: float | None
-    p99_ms: float | None
-    cpu_ms: float | None
-    errors: int
-    first_error: str | None
-
-
 def measure(target: Target, connections: int, plan: Plan, servers: Servers) -> Sample:
-    """One target once. Raises `BenchError` where the measuring process itself fails."""
+    """One target once. Where the measuring itself fails that is an error of this sample, and the others go on."""
+    try:
+        return _measure(target, connections, plan, servers)
+    except (BenchError, OSError, subprocess.TimeoutExpired, psutil.NoSuchProcess) as error:
+        return Sample.failed(str(error))
+
+
+def _measure(target: Target, connections: int, plan: Plan, servers: Servers) -> Sample:
     if target.server is None:
         return _sample(_run_loop(target, connections, plan, servers))
-    before = servers.cpu_s(target.server)
-    tally = _run_load(target, connections, plan, servers)
-    return _sample(tally | {"cpu_s": servers.cpu_s(target.server) - before})
+    with sleeping(target.sleepers, servers) if target.sleepers else contextlib.nullcontext():
+        before_s = tree.cpu_s(servers.pid(target.server))
+        tally = _run_load(target, connections, plan, servers)
+        return _sample(tally | {"cpu_s": tree.cpu_s(servers.pid(target.server)) - before_s})
 
 
 def _sample(tally: Mapping[str, Any]) -> Sample:
@@ -57,7 +56,8 @@ def _sample(tally: Mapping[str, Any]) -> Sample:
 def _run_load(target: Target, connections: int, plan: Plan, servers: Servers) -> dict[str, Any]:
     job = {
         "port": servers.ports[str(target.server)],
-        "path": target.path,
+        "method": target.method,
+        "paths": [target.path],
         "body": target.body,
         "connections": connections,
         "seconds": plan.seconds,
@@ -71,8 +71,8 @@ def _run_load(target: Target, connections: int, plan: Plan, servers: Servers) ->
 def _run_loop(target: Target, connections: int, plan: Plan, servers: Servers) -> dict[str, Any]:
     window = ["--seconds", str(plan.seconds), "--warmup", str(plan.warmup_s)]
     options = [*window, "--threads", str(connections), "--must", target.must]
-    argv = [str(PARTS / "rivals.py"), *options, "--", "loop", *COMMANDS[str(target.program)]]
-    cwd = servers.folder / "overlays" / f"echo_{target.program}"
+    argv = [str(PARTS / "rivals.py"), *options, "--", "loop", *PROGRAMS[str(target.program)].command]
+    cwd = overlay_of(servers.folder, str(target.program))
     return _tally(argv, target.body, cwd, environment(servers.folder), plan)
 
 

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import os
 import platform
-import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from measure import Sample
+import goals
 from rich.table import Table
+from samples import median, median_ratio
 from targets import RATIOS, TARGETS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from crowd import Crowd
+    from goals import Verdict
     from rich.console import Console
+    from samples import Sample, Samples
     from targets import Plan
 
 LIMIT_PERCENT = 15
 """What the bus itself may add to the CPU cost of the process it starts."""
 LIMIT_CONNECTIONS = 16
-
-Samples = dict[tuple[str, int], list[Sample]]
-"""Samples by target and connections, one for each round, so that equal places are of one round."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +61,13 @@ class Report:
     rows: Sequence[Row]
     ratios: Sequence[Ratio]
     notes: Sequence[str] = ()
+    crowd: Crowd | None = None
+    crowd_error: str | None = None
+    goals: Sequence[Verdict] = ()
 
     @property
     def errors(self) -> int:
-        return sum(row.errors for row in self.rows)
+        return sum(row.errors for row in self.rows) + (self.crowd_error is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +79,12 @@ class Sheet:
     lines: tuple[tuple[str, ...], ...]
 
 
-def summarise(plan: Plan, samples: Samples) -> Report:
-    """Rows in the order of the targets, ratios where both sides were measured."""
+def summarise(plan: Plan, samples: Samples, crowd: Crowd | str | None = None) -> Report:
+    """Rows in the order of the targets, ratios where both sides were measured, the goals where they are asked for.
+
+    Of a crowd that could not be measured, `crowd` says why.
+    """
+    there, failed = (None, crowd) if isinstance(crowd, str) else (crowd, None)
     rows = [_row(t.name, n, samples[t.name, n]) for t in plan.targets for n in plan.connections]
     names = {target.name for target in plan.targets}
     ratios = [
@@ -92,7 +99,9 @@ def summarise(plan: Plan, samples: Samples) -> Report:
         if {target, against} <= names
         for n in plan.connections
     ]
-    return Report(machine(), plan.seconds, plan.runs, rows, ratios, [*plan.notes, *verdicts(ratios)])
+    judged = goals.judge(samples, there) if plan.judged else []
+    notes = [*plan.notes, *verdicts(ratios)]
+    return Report(machine(), plan.seconds, plan.runs, rows, ratios, notes, there, failed, judged)
 
 
 def _row(target: str, connections: int, samples: Sequence[Sample]) -> Row:
@@ -106,17 +115,6 @@ def _row(target: str, connections: int, samples: Sequence[Sample]) -> Row:
         errors=sum(s.errors for s in samples),
         first_error=next((s.first_error for s in samples if s.first_error), None),
     )
-
-
-def median(values: Sequence[float | None]) -> float | None:
-    """The median of what is there; None of nothing."""
-    there = [value for value in values if value is not None]
-    return statistics.median(there) if there else None
-
-
-def median_ratio(values: Sequence[float | None], against: Sequence[float | None]) -> float | None:
-    """The median of the ratios within each round; a round with nothing on either side is left out."""
-    return median([a / b if a is not None and b else None for a, b in zip(values, against, strict=True)])
 
 
 def verdicts(ratios: Sequence[Ratio]) -> list[str]:
@@ -140,7 +138,7 @@ def machine() -> str:
 
 
 def sheets(report: Report) -> list[Sheet]:
-    """The figures, and the ratios where there are any."""
+    """The figures; the ratios, the crowd and the goals where there are any."""
     at = list(dict.fromkeys(row.connections for row in report.rows))
     what = {target.name: target.what for target in TARGETS}
     figures = tuple(
@@ -155,8 +153,37 @@ def sheets(report: Report) -> list[Sheet]:
     found = [
         Sheet("Calls a second · p50 / p99 in ms · CPU ms a call", ("path", *counts, "errors"), figures),
         Sheet("Ratios: calls a second · CPU a call", ("ratio", *counts), ratios),
+        _crowd_sheet(report.crowd),
+        _goals_sheet(report.goals),
     ]
     return [sheet for sheet in found if sheet.lines]
+
+
+def _crowd_sheet(crowd: Crowd | None) -> Sheet:
+    header = ("moment", "RSS of the bus, MB", "PSS of all, MB", "processes beside the bus", "descriptors of the bus")
+    if crowd is None:
+        return Sheet("", header, ())
+    moments = (("each called once", crowd.called), ("idle", crowd.idle))
+    lines = tuple(
+        (name, _number(now.rss_mb), _number(now.pss_mb), str(now.children), str(now.fds)) for name, now in moments
+    )
+    return Sheet(f"The bus with {crowd.overlays} overlays, ready {crowd.ready_s:.2g} s after its start", header, lines)
+
+
+def _goals_sheet(verdicts: Sequence[Verdict]) -> Sheet:
+    lines = tuple(
+        (v.what, _marked(v.found, v.unit), _marked(v.bound, v.unit, at_most=v.at_most), _marked(v.aim, v.unit), v.words)
+        for v in verdicts
+    )
+    title = f"Goals, at {goals.CONNECTIONS} connections where nothing else is said"
+    return Sheet(title, ("goal", "found", "must be", "aim", "verdict"), lines)
+
+
+def _marked(value: float | None, unit: str, *, at_most: bool | None = None) -> str:
+    if value is None:
+        return "-"
+    sign = {None: "", True: "<= ", False: ">= "}[at_most]
+    return f"{sign}{_number(value)} {unit}".rstrip()
 
 
 def _figures(rows: Sequence[Row], target: str, connections: int) -> str:
@@ -208,4 +235,5 @@ def footnotes(report: Report) -> list[str]:
     """The machine, the notes, and the first error of each target."""
     errors = [f"{row.target} at {row.connections}: {row.first_error}" for row in report.rows if row.first_error]
     length = f"medians of {report.runs} rounds of {report.seconds:g} s"
-    return [f"{report.machine}; {length}", *report.notes, *errors]
+    crowd = [f"the crowd was not measured: {report.crowd_error}"] if report.crowd_error else []
+    return [f"{report.machine}; {length}", *report.notes, *errors, *crowd]

@@ -6,6 +6,8 @@
              answer. The floor of a bus that runs nothing: it has no rules, no chain and no fsync.
     plain    the endpoint that people write: JSON in, `subprocess.run([...], input=json, capture_output=True)` in the
              thread pool (what FastAPI does with a `def` endpoint, without the cost of its models), JSON out.
+    worker   one worker process for all calls, one JSON line to its pipe and one back, a call at a time, as the bus has
+             it. The floor of a bus that calls a worker.
     proxy    forwards the body by one pooled aiohttp client. The floor of a bus that calls an HTTP service.
     service  the HTTP echo service itself, on a bare asyncio protocol, so that it is never what is waited for.
     loop     no HTTP at all: N threads around `subprocess.run`. The bare cost of the process.
@@ -18,6 +20,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import hashlib
+import itertools
 import os
 import resource
 import subprocess
@@ -94,6 +97,47 @@ def plain_app(command: Sequence[str]) -> Starlette:
         return JsonResponse(await run_in_threadpool(run, orjson.loads(await request.body())))
 
     return app_of(endpoint)
+
+
+class Worker:
+    """A worker process on two pipes. A call is one line each way, and waits until the one before it was answered."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+        self._stdin = cast("asyncio.StreamWriter", process.stdin)
+        self._stdout = cast("asyncio.StreamReader", process.stdout)
+        self._free = asyncio.Lock()
+        self._ids = map(str, itertools.count())
+
+    async def call(self, payload: dict[str, Any]) -> dict[str, Any]:
+        async with self._free:
+            request_id = next(self._ids)
+            self._stdin.write(orjson.dumps({"request_id": request_id, "payload": payload}) + b"\n")
+            reply: dict[str, Any] = orjson.loads(await self._stdout.readline())
+        if reply.pop("request_id") != request_id:
+            raise RuntimeError("a reply to another call")
+        return reply
+
+    async def close(self) -> None:
+        self._stdin.close()
+        await self._process.wait()
+
+
+def worker_app(command: Sequence[str]) -> Starlette:
+    worker: Worker
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        nonlocal worker
+        pipe = asyncio.subprocess.PIPE
+        worker = Worker(await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe))
+        yield
+        await worker.close()
+
+    async def endpoint(request: Request) -> Response:
+        return JsonResponse(await worker.call(orjson.loads(await request.body())))
+
+    return app_of(endpoint, lifespan=lifespan)
 
 
 def proxy_app(url: str) -> Starlette:
@@ -173,12 +217,17 @@ class Loop:
         return self._tally
 
     def _work(self) -> None:
-        while (began := time.perf_counter()) < self._end:
-            done = subprocess.run(
-                self._command, input=self._stdin, capture_output=True, check=False, timeout=LAST_RUN_S
-            )
+        """One thread; it ends early where the program cannot be started, or does not end."""
+        try:
+            while (began := time.perf_counter()) < self._end:
+                done = subprocess.run(
+                    self._command, input=self._stdin, capture_output=True, check=False, timeout=LAST_RUN_S
+                )
+                with self._lock:
+                    self._count(began, time.perf_counter(), done)
+        except (OSError, subprocess.TimeoutExpired) as error:
             with self._lock:
-                self._count(began, time.perf_counter(), done)
+                self._tally.fail(str(error))
 
     def _count(self, began: float, ended: float, done: subprocess.CompletedProcess[bytes]) -> None:
         self._tally.total += 1
@@ -196,7 +245,7 @@ def cpu_s() -> float:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rival", choices=["echo", "ledger", "plain", "proxy", "service", "loop"])
+    parser.add_argument("rival", choices=["echo", "ledger", "plain", "worker", "proxy", "service", "loop"])
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--file", type=Path, help="of ledger: where the lines go")
     parser.add_argument("--url", help="of proxy: where the calls go")
@@ -204,7 +253,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=3.0, help="of loop")
     parser.add_argument("--warmup", type=float, default=0.5, help="of loop: seconds that do not count")
     parser.add_argument("--must", default='"ok":true', help="of loop: what must stand in the output")
-    parser.add_argument("command", nargs="*", help="of plain and loop: the program; loop gives it its own stdin")
+    parser.add_argument(
+        "command", nargs="*", help="of plain, worker and loop: the program; loop gives it its own stdin"
+    )
     return parser.parse_args()
 
 
@@ -220,6 +271,7 @@ def main() -> None:
         "echo": echo_app,
         "ledger": lambda: ledger_app(given.file),
         "plain": lambda: plain_app(given.command),
+        "worker": lambda: worker_app(given.command),
         "proxy": lambda: proxy_app(given.url),
     }
     uvicorn.run(

@@ -1,12 +1,10 @@
-"""The working folder with the overlays, and the servers: each a process of its own that ends with the bench."""
+"""The servers: each a process of its own that ends with the bench."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -14,22 +12,19 @@ import sys
 import time
 import urllib.error
 import urllib.request
-import venv
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import psutil
-from targets import COMMANDS
+import peers
+from layout import PARTS, PROGRAMS, BenchError, environment, overlay_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
-PARTS = Path(__file__).resolve().parent
 ROOT = PARTS.parent.parent
-MEMORY = "MEM[SOFT=16,HARD=256,VOL=LOW];PRIORITY=9"
-PYTHON = "python"
-"""An empty virtual environment: `python3` starts as on a clean machine, whatever this one has in its site-packages."""
+PROGRAM_OF = {"plain-python": "python", "plain-c": "c", "bare-worker": "worker"}
+"""The program that a rival starts in its folder; every other server starts in the working folder."""
 
 START_S = 30.0
 """How long a server may take until it answers."""
@@ -37,52 +32,6 @@ STOP_S = 10.0
 """How long a server may take to end after TERM."""
 POLL_S = 0.02
 _PR_SET_PDEATHSIG = 1
-
-
-class BenchError(Exception):
-    """The bench cannot run; the message is for people."""
-
-
-def environment(folder: Path) -> dict[str, str]:
-    """What every server and program gets, and nothing else: no `AAL_*` of the caller reaches the bus."""
-    kept = {name: os.environ[name] for name in ("HOME", "TMPDIR") if name in os.environ}
-    path = os.pathsep.join((str(folder / PYTHON / "bin"), os.environ.get("PATH", os.defpath)))
-    return {**kept, "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1", "PATH": path}
-
-
-def lay_out(folder: Path, programs: Sequence[str], service_port: int) -> None:
-    """Write the overlays of the bus into `folder`, and the `python3` that runs scripts. Raises `BenchError` of cc."""
-    venv.create(folder / PYTHON, with_pip=False, symlinks=True)
-    for program in programs:
-        entrypoint = {"proc": {"command": list(COMMANDS[program])}}
-        home = write_overlay(folder, f"echo_{program}", entrypoint, {"runner": "proc"})
-        if program == "c":
-            compile_c(PARTS / "echo.c", home / "echo")
-        else:
-            shutil.copy(PARTS / "echo.py", home / "run.py")
-    service = {"http": {"base_url": f"http://127.0.0.1:{service_port}"}}
-    write_overlay(folder, "echo_http", service, {"runner": "http", "path": "/echo"})
-
-
-def write_overlay(folder: Path, name: str, entrypoints: Mapping[str, Any], capability: Mapping[str, Any]) -> Path:
-    manifest = {
-        "name": name,
-        "version": "1.0.0",
-        "phases": ["OPEN"],
-        "permissions": ["analysis"],
-        "entrypoints": entrypoints,
-        "capabilities": {"echo": {**capability, "memory": MEMORY}},
-    }
-    home = folder / "overlays" / name
-    home.mkdir(parents=True)
-    (home / "manifest.json").write_text(json.dumps(manifest, indent=2))
-    return home
-
-
-def compile_c(source: Path, program: Path) -> None:
-    done = subprocess.run(["cc", "-O2", "-o", program, source], capture_output=True, text=True, check=False, timeout=60)
-    if done.returncode:
-        raise BenchError(f"cc does not compile {source.name}:\n{done.stderr}")
 
 
 def free_port() -> int:
@@ -93,9 +42,14 @@ def free_port() -> int:
 
 @dataclass(slots=True)
 class Servers:
-    """The servers of one run, from their start to their end. A context manager: leaving it ends them all."""
+    """The servers of one run, from their start to their end. A context manager: leaving it ends them all.
+
+    `found` are the programs of the peers, `settings` further variables for the bus.
+    """
 
     folder: Path
+    found: Mapping[str, Path] = field(default_factory=dict)
+    settings: Mapping[str, str] = field(default_factory=dict)
     ports: dict[str, int] = field(default_factory=dict)
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
@@ -121,23 +75,18 @@ class Servers:
         for name in names:
             self._await(name)
 
-    def cpu_s(self, name: str) -> float:
-        """User and system time of a server and all that it started: proc(5), utime + stime + cutime + cstime."""
-        server = psutil.Process(self.processes[name].pid)
-        total = 0.0
-        for process in (server, *server.children(recursive=True)):
-            with contextlib.suppress(psutil.NoSuchProcess):  # then its time is in its parent's
-                total += sum(process.cpu_times()[:4])
-        return total
+    def pid(self, name: str) -> int:
+        return self.processes[name].pid
+
+    def url(self, name: str, path: str) -> str:
+        return f"http://127.0.0.1:{self.ports[name]}{path}"
 
     def _start(self, name: str) -> None:
         self.ports.setdefault(name, free_port())
-        overlay = self.folder / "overlays" / f"echo_{name.removeprefix('plain-')}"
-        cwd = overlay if name.startswith("plain-") else self.folder
         with self._log(name).open("wb") as log:
             self.processes[name] = subprocess.Popen(
                 self._command(name),
-                cwd=cwd,
+                cwd=self._cwd(name),
                 env=environment(self.folder) | (self._bus_environment() if name == "bus" else {}),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -146,20 +95,25 @@ class Servers:
                 preexec_fn=_die_with_parent,  # noqa: PLW1509  # the bench has no threads
             )
 
+    def _cwd(self, name: str) -> Path:
+        program = PROGRAM_OF.get(name)
+        return overlay_of(self.folder, program) if program else self.folder
+
     def _command(self, name: str) -> list[str]:
         if name == "bus":
             return [sys.executable, "-m", "bus.cli", "serve"]
-        rival = [sys.executable, str(PARTS / "rivals.py")]
-        port = ["--port", str(self.ports[name])]
-        if name.startswith("plain-"):
-            return [*rival, *port, "--", "plain", *COMMANDS[name.removeprefix("plain-")]]
+        if name in self.found:
+            return peers.command(name, self.found[name], self.folder, self.ports[name])
         special = {
+            "plain-python": ["plain", *PROGRAMS["python"].command],
+            "plain-c": ["plain", *PROGRAMS["c"].command],
+            "bare-worker": ["worker", *PROGRAMS["worker"].command],
             "starlette": ["echo"],
             "starlette-ledger": ["ledger", "--file", str(self.folder / "rival.jsonl")],
             "aiohttp-proxy": ["proxy", "--url", f"http://127.0.0.1:{self.ports.get('http-service')}/echo"],
             "http-service": ["service"],
         }
-        return [*rival, *special[name], *port]
+        return [sys.executable, str(PARTS / "rivals.py"), "--port", str(self.ports[name]), *special[name]]
 
     def _bus_environment(self) -> dict[str, str]:
         """The bus's settings. `slots` and `queue_limit` stay as shipped: 64 connections fit into 64 slots."""
@@ -169,7 +123,12 @@ class Servers:
             "AAL_FSYNC": "batch",
             "AAL_LOG_LEVEL": "warning",
             "AAL_PASS_ENV": "PYTHONDONTWRITEBYTECODE",
+            **self.settings,
         }
+
+    def said(self, name: str) -> str:
+        """The end of what a server wrote."""
+        return self._log(name).read_text("utf-8", "replace")[-2000:]
 
     def _log(self, name: str) -> Path:
         return self.folder / f"{name}.log"
@@ -178,15 +137,13 @@ class Servers:
         end = time.monotonic() + START_S
         while not self._answers(name):
             if self.processes[name].poll() is not None or time.monotonic() > end:
-                said = self._log(name).read_text("utf-8", "replace")[-2000:]
-                raise BenchError(f"the server {name} does not start:\n{said}")
+                raise BenchError(f"the server {name} does not start:\n{self.said(name)}")
             time.sleep(POLL_S)
 
     def _answers(self, name: str) -> bool:
         """The bus says whether it is ready; a rival is as soon as it answers anything."""
-        url = f"http://127.0.0.1:{self.ports[name]}/{'ready' if name == 'bus' else ''}"
         try:
-            with urllib.request.urlopen(url, timeout=START_S):
+            with urllib.request.urlopen(self.url(name, "/ready" if name == "bus" else "/"), timeout=START_S):
                 return True
         except urllib.error.HTTPError as error:
             error.close()
