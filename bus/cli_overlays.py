@@ -407,7 +407,7 @@ def logs(
 
     settings = workplace(ctx).settings()
     entry = _named(open_registry(settings), name)
-    path = path_of(settings.logs / "overlays", entry.name)
+    path = path_of(settings.overlay_logs, entry.name)
     with LogReader(path) as reader:
         lines = reader.last(count)
         if not lines and not path.exists() and not as_json:

@@ -1,10 +1,11 @@
 """HTTP services that the bus starts and watches: one for each overlay, for all of its phases and capabilities.
 
 A service starts at its first call, which waits for it together with all that come meanwhile; the start goes on when
-their deadlines pass. Its port stands in OVERLAY_PORT, and in PORT, where many frameworks look for it. It is ended when it was idle for long; when its overlay's code changes (new calls then get a new
-one at once); when it is unhealthy or too big (new calls wait until it is gone, so that no two hold the same memory);
-and at the end of the bus. It always ends in this order: no new call, `drain_s` for the running ones, TERM to its group,
-`kill_grace_s`, KILL. Where nobody asked for its end, the next start backs off.
+their deadlines pass. Its port stands in OVERLAY_PORT, and in PORT, where many frameworks look. It is ended when it was
+idle for long; when its overlay's code changes (new calls then get a new one at once); when it is unhealthy or too big
+(new calls wait until it is gone, so that no two hold the same memory); and at the end of the bus. It always ends in
+this order: no new call, `drain_s` for the running ones, TERM to its group, `kill_grace_s`, KILL. Where nobody asked for
+its end, the next start backs off.
 
 Two decisions that a reader could not guess. What answers on the port is trusted only once the kernel says that a
 descendant of this process listens there: another program may have taken the port first. And a busy service is not a

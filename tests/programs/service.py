@@ -10,15 +10,19 @@ import sys
 import threading
 
 TOKEN = os.urandom(8).hex()
-now = {"health": "200", "asked": 0}
+health = ["200"]
+"""What `be` said last."""
+
+asked: list[str] = []
+"""What it was when it was asked for."""
 
 
-def gate(path):
+def gate(path: str) -> None:
     """Wait until somebody opens the FIFO to write."""
     os.close(os.open(path, os.O_RDONLY))
 
 
-def once(path):
+def once(path: str) -> None:
     """Fail at the first start."""
     try:
         os.close(os.open(path, os.O_CREAT | os.O_EXCL))
@@ -27,29 +31,29 @@ def once(path):
     sys.exit("it went wrong the first time")
 
 
-def flood(size):
+def flood(size: str) -> None:
     os.write(1, b"x\n" * (int(size) // 2))
 
 
-def say(text):
+def say(text: str) -> None:
     os.write(2, text.encode())
 
 
-def deaf(_):
+def deaf(_: str) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def be(what):
+def be(what: str) -> None:
     """How `/health` answers: a status, `mute`, or `-N`: 503 N times, then 200."""
-    now["health"] = what
+    health[0] = what
 
 
-def never(_):
+def never(_: str) -> None:
     """Do not listen at all."""
     signal.pause()
 
 
-def listen(stays):
+def listen(*, stays: bool) -> None:
     """With `stays`, a port that is taken is no reason to end."""
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -65,7 +69,7 @@ def listen(stays):
         threading.Thread(target=serve, args=(connection,), daemon=True).start()
 
 
-def serve(connection):
+def serve(connection: socket.socket) -> None:
     with connection:
         head = b""
         while b"\r\n\r\n" not in head:
@@ -80,7 +84,7 @@ def serve(connection):
         connection.sendall(text.encode())
 
 
-def answer(path):
+def answer(path: str) -> tuple[str, str]:
     """The status and the body for a path."""
     if path == "/health":
         return look(), ""
@@ -89,19 +93,19 @@ def answer(path):
         os._exit(3)
     if path.startswith("/be/"):
         be(path.removeprefix("/be/"))
-    return "200", f"{TOKEN} {now['asked']} {os.environ['PORT']}"
+    return "200", f"{TOKEN} {len(asked)} {os.environ['PORT']}"
 
 
-def look():
-    now["asked"] += 1
-    health = now["health"]
-    if health == "mute":
+def look() -> str:
+    now = health[0]
+    asked.append(now)
+    if now == "mute":
         say("asked in vain\n")
         threading.Event().wait()
-    if health.startswith("-"):
-        now["health"] = "200" if health == "-1" else f"-{int(health[1:]) - 1}"
+    if now.startswith("-"):
+        be("200" if now == "-1" else f"-{int(now[1:]) - 1}")
         return "503"
-    return health
+    return now
 
 
 for word in sys.argv[1:]:
