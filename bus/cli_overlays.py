@@ -128,7 +128,9 @@ def show(ctx: typer.Context, name: Name, as_json: AsJson = False) -> None:
 def _print_detail(detail: dict[str, Any]) -> None:
     """What an overlay is, what is wrong with it, and a paragraph for each of its capabilities."""
     members = ("name", "version", "status", "description", "phases", "permissions", "deterministic")
-    print_table(("", ""), ((name, _shown(detail[name])) for name in members if _says(detail[name])))
+    ways = ("mode", "preload", "workers", "service")  # a broken one has none of them
+    said = ((name, detail.get(name)) for name in members + ways)
+    print_table(("", ""), ((name, _shown(value)) for name, value in said if _says(value)))
     _print_findings(detail)
     for name, capability in detail["details"].items():
         say(f"\ncapability {name}", "bold")
@@ -246,10 +248,12 @@ def _print_findings(found: dict[str, Any]) -> None:
 
 
 class Kind(enum.StrEnum):
-    """What a new overlay is: a program for each call, or a service that runs by itself."""
+    """What a new overlay is: a program for each call or for many, a service that runs by itself or by the bus."""
 
     PROC = "proc"
+    WORKER = "worker"
     HTTP = "http"
+    SERVICE = "service"
 
 
 @app.command()
@@ -259,7 +263,11 @@ def new(
     name: Name,
     runner: Annotated[
         Kind,
-        typer.Option(parser=one_of(Kind), metavar="proc|http", help="A program for each call, or an HTTP service."),
+        typer.Option(
+            parser=one_of(Kind),
+            metavar="proc|worker|http|service",
+            help="A program for each call, one for many, an HTTP service that is there, or one that the bus starts.",
+        ),
     ] = Kind.PROC,
     folder: Annotated[
         Path | None, typer.Option("--dir", metavar="DIR", help="Where it goes; default: the folder of overlays.")

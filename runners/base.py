@@ -85,7 +85,7 @@ class ProcessTarget:
 
 @dataclass(frozen=True, slots=True)
 class ServiceTarget:
-    """An HTTP service that the bus starts, with its port in `OVERLAY_PORT`.
+    """An HTTP service that the bus starts, with its port in `OVERLAY_PORT` and for `{port}` in the command.
 
     It is ready once a GET of `ready_path` answers 2xx (None: once it listens), for which it has `start_timeout_s`. It
     is stopped after `idle_s` without a call, and replaced where its memory is above `max_mb`.

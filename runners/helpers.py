@@ -26,6 +26,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -48,6 +49,9 @@ REPLY_BYTES = 64 * 1024
 
 IDLE_S = 60.0
 """Seconds that a helper without a process is kept."""
+
+KEPT_IDLE = 32
+"""Helpers that are idle at once: each holds some 5 to 10 MB."""
 
 GONE_S = 5.0
 """How long, in seconds, a helper and what it killed may take to be gone before the helper itself is killed."""
@@ -167,8 +171,8 @@ class Helper:
         return self._popen.pid
 
     @property
-    def is_ready(self) -> bool:
-        return self.ready.done() and self.ready.exception() is None
+    def is_idle(self) -> bool:
+        return not self.processes and self._socket.fileno() >= 0 and self.ready.done()
 
     def _begin(self, argv: list[str], theirs: socket.socket) -> tuple[subprocess.Popen[bytes], int]:
         """The process, watched, and our end of the pipe for what it says.
@@ -232,8 +236,11 @@ class Helper:
     async def measure(self, number: int) -> float | None:
         waiting = self._measured.get(number)
         if waiting is None:
+            try:
+                self._send(b'{"measure":%d}' % number)
+            except OSError:  # it is gone, and its processes with it
+                return None
             waiting = self._measured[number] = self._loop.create_future()
-            self._send(b'{"measure":%d}' % number)
         return await asyncio.shield(waiting)
 
     def close(self) -> None:
@@ -405,10 +412,13 @@ class Pool:
 
     def free(self) -> Helper | None:
         """The helper with the fewest processes; None where none is ready. Another is begun where all have work."""
-        helper = min(self.helpers, key=_load, default=None)
+        helper = self.any()
         if helper is not None and helper.processes and len(self.helpers) < self._most:
             self._start()
         return helper
+
+    def any(self) -> Helper | None:
+        return min(self.helpers, key=_load, default=None)
 
     async def ready(self) -> Helper:
         """Wait for a helper that is ready. One that is starting goes on if the caller is cancelled.
@@ -505,7 +515,8 @@ class Helpers:
         `fds` become its stdin, stdout and stderr; they stay the caller's to close. Raises OSError, with the errno and
         the words of the program's failure to start.
         """
-        helper = await self.pool(home).ready()
+        pool = self.pool(home)
+        helper = pool.any() or await pool.ready()
         process = helper.launch(argv, fds, env or {})
         await process.memory_mb()  # it answers after it has started the program, or told that it could not
         if process.ended.done() and (failed := process.ended.result().failed) is not None:
@@ -553,12 +564,19 @@ class Helpers:
             "preload": () if script is None else script.preload,
             "skip": list(pool.skip),
         }
+        self._make_room()
         helper = Helper(pool, config, self._learn_of)
         self._alive.add(helper)
         helper.gone.add_done_callback(lambda _: self._alive.discard(helper))
         if self._looking is None:
             self._look()
         return helper
+
+    def _make_room(self) -> None:
+        """Of too many helpers that are idle the one that was idle for longest ends."""
+        idle = [helper for helper in self._alive if helper.is_idle]
+        if len(idle) >= KEPT_IDLE:
+            min(idle, key=attrgetter("idle_since")).close()
 
     def _learn_of(self, told: _Told) -> None:
         if told.verb == "no_namespace":
@@ -569,7 +587,7 @@ class Helpers:
         """End the helpers that were idle for long."""
         since = time.monotonic() - self._idle_s
         for helper in list(self._alive):
-            if helper.is_ready and not helper.processes and helper.idle_since <= since:
+            if helper.is_idle and helper.idle_since <= since:
                 helper.close()
         loop = asyncio.get_running_loop()
         self._looking = loop.call_later(self._idle_s / 2, self._look) if self._alive else None

@@ -139,9 +139,12 @@ class Services:
         return {} if keeper is None else {"service": keeper.state()}
 
     async def close(self) -> None:
-        """End every service, and start no more. Nothing is left of them then."""
+        """End every service and the helpers that started them, and start no more. Nothing is left of them then."""
         self._closing.set()
         await self._house.close()
+        await self._house.helpers.close()
+        if self._house.logs is not None:
+            self._house.logs.close()
 
     async def _ready(self, job: Job, target: ServiceTarget) -> _Service:
         keeper = self._keeper(job)
@@ -429,13 +432,14 @@ class _Service:
     async def _spawn(self) -> _Program:
         port = self._house.take_port()
         ports = {"OVERLAY_PORT": str(port), "PORT": str(port)}
+        argv = [part.replace("{port}", str(port)) for part in self._target.argv]
         self._voice.tail = b""
         try:
             with _descriptors() as (nothing, reader, writer):
                 output = Output(asyncio.get_running_loop(), os.dup(reader), self._voice.take, self._voice.end)
                 fds = nothing, writer, writer
                 try:
-                    process = await self._house.helpers.start(self._home, self._target.argv, fds, ports)
+                    process = await self._house.helpers.start(self._home, argv, fds, ports)
                 except BaseException:
                     output.close()
                     raise

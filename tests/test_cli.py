@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import pytest
 import typer.main
@@ -103,7 +103,7 @@ def test_help_names_no_types_of_python_and_cuts_nothing_short(aal: Callable[...,
     ("arguments", "why"),
     [
         ("invoke echo --phase NOPE", "'NOPE' is not one of OPEN, ALIGN, ASCEND, CLEAR, SEAL"),
-        ("overlays new x --runner ftp", "'ftp' is not one of proc, http"),
+        ("overlays new x --runner ftp", "'ftp' is not one of proc, worker, http, service"),
         ("invoke echo --timeout-ms x", "'x' is not a whole number of 1 or more"),
         ("serve --port 65536", "'65536' is not a whole number from 0 to 65535"),
     ],
@@ -569,7 +569,13 @@ def test_a_new_service_is_callable_through_the_bus(aal: Callable[..., Ran], tmp_
         assert aal("invoke", "counter", "text=two words", "--json").json["result"] == {"words": 2, "characters": 9}
 
 
-@pytest.mark.parametrize("kind", ["proc", "http"])
+@pytest.mark.parametrize("kind", ["worker", "service"])
+def test_a_new_overlay_that_the_bus_keeps_running_answers_at_once(aal: Callable[..., Ran], kind: str) -> None:
+    assert aal("overlays", "new", "counter", "--runner", kind).code == Exit.OK
+    assert aal("invoke", "counter", "text=two words", "--json").json["result"] == {"words": 2, "characters": 9}
+
+
+@pytest.mark.parametrize("kind", get_args(templates.Kind))
 def test_a_new_overlays_own_codes_look_like_none_of_the_bus(kind: templates.Kind) -> None:
     programs = "".join(templates.overlay_files("mine", kind, 8101).values())
     codes = re.findall(r'"code": "(\w+)"', programs)
@@ -584,7 +590,7 @@ def test_new_writes_elsewhere_if_told(aal: Callable[..., Ran], tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", ["a", "7", "a_-b", "0-0"])
-@pytest.mark.parametrize("kind", ["proc", "http"])
+@pytest.mark.parametrize("kind", get_args(templates.Kind))
 def test_the_programs_of_a_new_overlay_are_valid_under_any_name(name: str, kind: templates.Kind) -> None:
     files = templates.overlay_files(name, kind, 8101)
     programs = {path: text for path, text in files.items() if path.endswith(".py")}
