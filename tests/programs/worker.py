@@ -5,7 +5,7 @@
     pid     its process id, by `result` alone         text    the payload's `text` as it is, and nothing more
     hang    never answers, and dies of TERM           late    answers when TERM comes, and goes on
     grow    takes `mb` of memory, and keeps it        flood   `size` bytes without an end
-    exit    ends with `status` and no reply           last    answers, and ends
+    exit    ends with `status` and no reply           last    answers at some `size`, and ends
     twice   answers two times                         mute    closes its stdout, and stays
 
 Where the payload has `log` it writes that to stderr first; where it has `started`, the path of a FIFO, a line there.
@@ -57,7 +57,7 @@ def work(call: dict[str, Any]) -> None:
         case "exit":
             os._exit(payload["status"])
         case "last":
-            write(answer(call, result=os.getpid()))
+            write(answer(call, result=os.getpid(), pad="x" * payload.get("size", 0)))
             os._exit(0)
         case "twice":
             write(echo + echo)

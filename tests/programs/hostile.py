@@ -1,0 +1,184 @@
+"""A program that misbehaves, for a helper to hold: `hostile.py TOKEN WAY [ARGUMENT]`.
+
+It says `ready` once it has done its worst, and then runs until its stdin ends. Whatever it leaves behind has TOKEN in
+its environment or its command line, and holds its stdout.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PR_SET_CHILD_SUBREAPER = 36
+ENDED = 7
+"""The exit status of what was let go."""
+
+token, way, argument = sys.argv[1], sys.argv[2], int(sys.argv[3]) if len(sys.argv) > 3 else 0
+
+
+def hold() -> None:
+    os.write(1, b"ready\n")
+    while os.read(0, 4096):
+        pass
+
+
+def linger() -> NoReturn:
+    while True:
+        signal.pause()
+
+
+def beside(do: Callable[[], object]) -> None:
+    """Do it in a child, and go on once that has said that it is there."""
+    said, says = os.pipe()
+    if os.fork():
+        os.close(says)
+        os.read(said, 1)
+        os.close(said)
+        return
+    do()
+    os.write(says, b".")
+    os.close(says)
+    linger()
+
+
+def daemon(do: Callable[[], object] = lambda: None) -> None:
+    """Leave a grandchild behind, in a session of its own."""
+
+    def between() -> NoReturn:
+        os.setsid()
+        beside(do)
+        os._exit(0)
+
+    pid = os.fork()
+    if not pid:
+        between()
+    os.waitpid(pid, 0)
+
+
+def deaf() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def unknown() -> NoReturn:
+    """A new program without any environment. That it runs shows in the end of the pipe, which it does not inherit."""
+    code = "import signal; signal.pause()"
+    os.execve(sys.executable, [sys.executable, "-I", "-S", "-c", code, token], {})
+
+
+def comet() -> NoReturn:
+    """For ever a child of the last one, which ends: no process is there for long."""
+    os.closerange(3, 20)
+    os.setsid()
+    while True:
+        if os.fork():
+            os._exit(0)
+
+
+def restless_comet() -> NoReturn:
+    """A comet of which no two processes share a group."""
+    os.closerange(3, 20)
+    while True:
+        if os.fork():
+            os._exit(0)
+        os.setsid()
+
+
+def stop_in_a_moment() -> None:
+    if not os.fork():
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def keep_orphans() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    daemon()
+
+
+def crowd() -> None:
+    for _ in range(20):
+        daemon()
+
+
+def burn() -> None:
+    while time.process_time() < argument / 1000:
+        pass
+
+
+def flood() -> NoReturn:
+    os.write(1, b"ready\n")
+    while True:
+        os.write(1, bytes(65536))
+
+
+def stop(signal_it: Callable[[int, int], None], whom: int) -> None:
+    os.write(1, b"ready\n")
+    signal_it(whom, signal.SIGSTOP)
+
+
+def signal_parent(numbers: set[int]) -> None:
+    for number in sorted(numbers):
+        os.kill(os.getppid(), number)
+    hold()
+
+
+def descriptors() -> None:
+    found = []
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208  # pathlib is slow to import
+        try:
+            os.fstat(int(name))
+        except OSError:  # the listing's own
+            continue
+        found.append(name)
+    os.write(1, " ".join(sorted(found)).encode() + b"\n")
+
+
+def fill(mib: int) -> None:
+    memory = bytearray(mib << 20)
+    memory[::4096] = b"." * len(memory[::4096])
+    hold()
+
+
+LEFT: dict[str, Callable[[], object]] = {
+    "orphan": lambda: beside(lambda: None),
+    "daemon": daemon,
+    "daemon of a daemon": lambda: daemon(daemon),
+    "deaf": lambda: daemon(deaf),
+    "unknown": lambda: daemon(unknown),
+    "comet": lambda: daemon(comet),
+    "restless comet": lambda: daemon(restless_comet),
+    "stopped": lambda: daemon(stop_in_a_moment),
+    "keeper": lambda: daemon(keep_orphans),
+    "crowd": crowd,
+}
+"""What is left behind, by its name."""
+
+WAYS: dict[str, Callable[[], object]] = {
+    "hold": hold,
+    "hold deaf": lambda: (deaf(), hold()),
+    "burn": lambda: (burn(), hold()),
+    "fill": lambda: fill(argument),
+    "flood": flood,
+    "stop": lambda: stop(os.kill, os.getpid()),
+    "stop group": lambda: stop(os.killpg, 0),
+    "kill all": lambda: (os.kill(-1, signal.SIGKILL), hold()),
+    "kill parent": lambda: signal_parent({argument}),
+    "signal parent": lambda: signal_parent(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}),
+    "descriptors": descriptors,
+    "die": lambda: os.kill(os.getpid(), argument),
+    "exit": lambda: sys.exit(argument),
+}
+
+if __name__ == "__main__":
+    if way in LEFT:
+        LEFT[way]()
+        hold()
+    else:
+        WAYS[way]()
+    sys.exit(ENDED)
