@@ -13,8 +13,8 @@ import asyncio
 import contextlib
 import errno
 import itertools
-import json
 import logging
+import marshal
 import os
 import secrets
 import signal
@@ -30,8 +30,6 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import orjson
-
 from runners.base import Rights
 from runners.output import Log, Output
 
@@ -40,9 +38,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LAUNCHER = Path(__file__).with_name("launcher.py")
+LAUNCH = Path(__file__).with_name("launch.py")
 MESSAGE_BYTES = 128 * 1024
 """The longest message that `launcher.py` takes."""
+
+MARSHAL = 2
+"""The version of the format that `launcher.py` reads and writes."""
 
 REPLY_BYTES = 64 * 1024
 """The longest message from it."""
@@ -53,6 +54,12 @@ IDLE_S = 60.0
 KEPT_IDLE = 32
 """Helpers that are idle at once: each holds some 5 to 10 MB."""
 
+START_S = 120.0
+"""How long, in seconds, a helper may take to load a script's imports before it is given up."""
+
+TRIES = 2
+"""How often a helper is started that ends before it is ready: the first may have been killed for want of memory."""
+
 GONE_S = 5.0
 """How long, in seconds, a helper and what it killed may take to be gone before the helper itself is killed."""
 
@@ -62,7 +69,7 @@ LOG_BYTES = 8 * 1024
 SPAWNER = (sys.executable, "-I", "-S")
 """The interpreter of a helper that runs nobody's Python: the bus's own, without site-packages."""
 
-SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN})
+SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ETOOMANYREFS})
 """What fails to start for want of these may start a moment later."""
 
 
@@ -137,8 +144,15 @@ class _Told(Exception):  # noqa: N818
         self.given = given
 
 
+class GoneError(OSError):
+    """The helper ended before it could be given a program. Nothing was started: ask its pool for another helper."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.ESRCH, "the helper has ended")
+
+
 class Helper:
-    """One helper process, from its start until nothing of it is left; then `gone` is done."""
+    """One helper, from its start until nothing of it is left; then `gone` is done."""
 
     def __init__(self, pool: Pool, config: Mapping[str, Any], learn: Callable[[_Told], None]) -> None:
         loop = self._loop = asyncio.get_running_loop()
@@ -158,13 +172,15 @@ class Helper:
         interpreter = SPAWNER if pool.script is None else pool.script.interpreter
         try:
             with theirs:
-                argv = [*interpreter, str(LAUNCHER), str(theirs.fileno()), json.dumps(config)]
-                self._popen, said = self._begin(argv, theirs)
+                self._socket.send(marshal.dumps(("begin", config), MARSHAL))
+                self._popen, said = self._begin([*interpreter, str(LAUNCH), str(theirs.fileno())], theirs)
         except BaseException:
             self._socket.close()
             raise
         self._said = Output(loop, said, self.log.add)
         loop.add_reader(self._socket.fileno(), self._receive)
+        late = loop.call_later(START_S, self._give_up)
+        self.ready.add_done_callback(lambda _: late.cancel())
 
     @property
     def pid(self) -> int:
@@ -172,17 +188,23 @@ class Helper:
 
     @property
     def is_idle(self) -> bool:
-        return not self.processes and self._socket.fileno() >= 0 and self.ready.done()
+        return not self.processes and self.is_open and self.ready.done()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether programs can be given to it, as far as is known."""
+        return self._socket.fileno() >= 0
 
     def _begin(self, argv: list[str], theirs: socket.socket) -> tuple[subprocess.Popen[bytes], int]:
         """The process, watched, and our end of the pipe for what it says.
 
         Its stdin is of the kind that a call gets, since Python looks at that once, at its start.
         """
-        stdin = self._empty_stdin()
         said, says = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         os.set_blocking(says, True)
+        stdin = -1
         try:
+            stdin = self._empty_stdin()
             popen = subprocess.Popen(
                 argv,
                 stdin=stdin,
@@ -203,8 +225,9 @@ class Helper:
             os.close(said)
             raise
         finally:
-            os.close(stdin)
             os.close(says)
+            if stdin >= 0:
+                os.close(stdin)
         return popen, said
 
     def _empty_stdin(self) -> int:
@@ -217,19 +240,25 @@ class Helper:
     def launch(self, argv: Sequence[str], fds: tuple[int, int, int], env: Mapping[str, str]) -> Process:
         """Have a program started: `Process.ended` tells if it could not be.
 
-        Raises OSError where the command is too long or the helper is gone.
+        Raises OSError where the command is too long, `GoneError` where the helper has ended.
         """
         number = next(self._numbers)
-        message = orjson.dumps({"run": [number, self._pool.argv(argv), env]})
+        message = marshal.dumps(("run", (number, self._pool.argv(argv), env)), MARSHAL)
         if len(message) > MESSAGE_BYTES:
             raise OSError(errno.E2BIG, os.strerror(errno.E2BIG))
-        self._send(message, fds)
+        if not self.is_open:
+            raise GoneError
+        try:
+            self._send(message, fds)
+        except (BrokenPipeError, ConnectionResetError):
+            self._receive_all()
+            raise GoneError from None
         process = self.processes[number] = Process(number, self, self._loop)
         return process
 
     def signal(self, number: int, signal_number: signal.Signals) -> None:
         with contextlib.suppress(OSError):  # it is gone, and its processes with it
-            self._send(b'{"kill":[%d,%d]}' % (number, signal_number))
+            self._send(marshal.dumps(("kill", (number, int(signal_number))), MARSHAL))
         if signal_number == signal.SIGKILL:
             self._loop.call_later(GONE_S, self._insist, number)
 
@@ -237,7 +266,7 @@ class Helper:
         waiting = self._measured.get(number)
         if waiting is None:
             try:
-                self._send(b'{"measure":%d}' % number)
+                self._send(marshal.dumps(("measure", number), MARSHAL))
             except OSError:  # it is gone, and its processes with it
                 return None
             waiting = self._measured[number] = self._loop.create_future()
@@ -245,7 +274,7 @@ class Helper:
 
     def close(self) -> None:
         """Let it end, and all that it started. `gone` tells when."""
-        if self._socket.fileno() >= 0:
+        if self.is_open:
             self._loop.remove_reader(self._socket.fileno())
             self._loop.remove_writer(self._socket.fileno())
             self._socket.close()
@@ -255,9 +284,23 @@ class Helper:
             self._loop.call_later(GONE_S, self.kill)
 
     def kill(self) -> None:
-        """End it by force, and with its namespace all that it started."""
+        """End it, though it be stopped or stuck, and all that it started: TERM, then after `GONE_S` KILL."""
         if not self.gone.done():
-            self._popen.send_signal(signal.SIGKILL)
+            self._popen.send_signal(signal.SIGTERM)
+            self._signal_both(signal.SIGCONT)
+            self._loop.call_later(GONE_S, self._signal_both, signal.SIGKILL)
+
+    def _signal_both(self, signal_number: int) -> None:
+        """To the process that the bus started, and to the one that does its work."""
+        for pidfd in self._pidfds:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal_number)
+
+    def _give_up(self) -> None:
+        if not self.ready.done():
+            self.ready.set_exception(OSError(errno.ETIMEDOUT, f"its helper was not ready within {START_S:g} s"))
+            self.close()
+            self.kill()
 
     def _insist(self, number: int) -> None:
         """A process that was killed is still not reported: the helper is stopped, stuck or out of its mind."""
@@ -267,12 +310,12 @@ class Helper:
 
     def _send(self, message: bytes, fds: Sequence[int] = ()) -> None:
         if self._outbox:
-            self._outbox.append((message, [os.dup(fd) for fd in fds]))
+            self._outbox.append((message, _copies(fds)))
             return
         try:
             self._socket.sendmsg([message], _rights(fds))
         except BlockingIOError:
-            self._outbox.append((message, [os.dup(fd) for fd in fds]))
+            self._outbox.append((message, _copies(fds)))
             self._loop.add_writer(self._socket.fileno(), self._flush)
 
     def _flush(self) -> None:
@@ -305,11 +348,15 @@ class Helper:
         for fd in fds:
             self._watch(fd)
         if message:
-            ((verb, given),) = orjson.loads(message).items()
-            self._take(verb, given)
+            self._take(*marshal.loads(message))  # noqa: S302  # no program has the other end
         else:
             self.close()
         return bool(message)
+
+    def _receive_all(self) -> None:
+        """Take what it said before it ended."""
+        while self.is_open and self._receive():
+            pass
 
     def _first_message(self) -> tuple[bytes, Sequence[int]]:
         """The only one that has a descriptor."""
@@ -328,6 +375,7 @@ class Helper:
             number, kib = given
             self._measured.pop(number).set_result(None if kib is None else kib / 1024)
         elif verb == "ready":
+            self.idle_since = time.monotonic()
             self.ready.set_result(given)
         elif not self.ready.done():
             told = _Told(verb, given)
@@ -348,18 +396,17 @@ class Helper:
         self._loop.add_reader(pidfd, partial(self._exited, pidfd))
 
     def _exited(self, pidfd: int) -> None:
-        """Of the process that the bus started, or of the helper in its namespace. With the last, everything is gone."""
+        """Of the process that the bus started, or of the one that does its work. With the last, everything is gone."""
         self._loop.remove_reader(pidfd)
         os.close(pidfd)
         self._pidfds.discard(pidfd)
-        if not self._pidfds and not self.gone.done():
+        self._receive_all()
+        self.close()
+        if not self._pidfds:
             self._settle()
 
     def _settle(self) -> None:
         self._popen.wait()
-        while self._socket.fileno() >= 0 and self._receive():
-            pass  # what it said before it ended
-        self.close()
         self._said.drain()
         lost = f"the helper that ran it {_end_of(self._popen.returncode)}"
         if not self.ready.done():
@@ -376,6 +423,17 @@ class Helper:
 
 def _rights(fds: Sequence[int]) -> list[tuple[int, int, bytes]]:
     return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))] if fds else []
+
+
+def _copies(fds: Sequence[int]) -> list[int]:
+    copies: list[int] = []
+    try:
+        for fd in fds:
+            copies.append(os.dup(fd))  # noqa: PERF401  # so that those are known that were made
+    except OSError:
+        _close_all(copies)
+        raise
+    return copies
 
 
 def _close_all(fds: Iterable[int]) -> None:
@@ -439,9 +497,8 @@ class Pool:
             helper.close()
 
     def close(self) -> None:
+        """Let the helpers end. Who waits for one that starts is told that it ended."""
         self.retired = True
-        if self._starting is not None:
-            self._starting.cancel()
         for helper in list(self.helpers):
             helper.close()
 
@@ -458,6 +515,7 @@ class Pool:
 
     async def _until_ready(self) -> Helper:
         """Each try that fails teaches something, so that they are few: no namespace, one more module to leave alone."""
+        tries = itertools.count(1)
         while True:
             try:
                 helper = self._begin(self)
@@ -465,13 +523,16 @@ class Pool:
             except _Told as told:
                 self._learn(told)
             except OSError as error:
-                if self.script is None or error.errno in SHORTAGES:
+                if error.errno == errno.ECHILD and not self.retired and next(tries) < TRIES:
+                    continue
+                if self.script is None or self.retired or error.errno in SHORTAGES:
                     raise
                 log.warning("%s cannot be forked for calls, so it is spawned: %s", self.home.overlay, error)
                 self._learn(_Told("unfit", str(error)))
             else:
-                self.helpers.append(helper)
-                return helper
+                if helper.is_open:
+                    self.helpers.append(helper)
+                    return helper
             if self.unfit is not None:
                 raise UnfitError(self.unfit)
 
@@ -515,9 +576,12 @@ class Helpers:
         `fds` become its stdin, stdout and stderr; they stay the caller's to close. Raises OSError, with the errno and
         the words of the program's failure to start.
         """
-        pool = self.pool(home)
-        helper = pool.any() or await pool.ready()
-        process = helper.launch(argv, fds, env or {})
+        process = None
+        while process is None:
+            pool = self.pool(home)
+            helper = pool.any() or await pool.ready()
+            with contextlib.suppress(GoneError):
+                process = helper.launch(argv, fds, env or {})
         await process.memory_mb()  # it answers after it has started the program, or told that it could not
         if process.ended.done() and (failed := process.ended.result().failed) is not None:
             raise failed

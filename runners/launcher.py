@@ -1,27 +1,32 @@
 """The helper: a small resident process that starts the programs of one overlay for the bus, and reaps and kills them.
 
-    python3 launcher.py FD CONFIG
+    python3 launch.py FD
 
-It runs under the overlay's own interpreter, so: standard library only, any CPython from 3.8 on, and nothing of the bus.
-FD is its end of a SOCK_SEQPACKET pair. CONFIG is a JSON object: `mark` (what its processes are known by), `namespace`
-(whether to try for a pid namespace), `arguments` (mode fork: the script and what follows it; null in mode spawn),
-`preload` and `skip` (modules to load before the calls, and not to load).
+It runs under the overlay's own interpreter, so: standard library only, any CPython from 3.8 on, and nothing of the bus;
+and as little as possible of the library, since each fork pays for what is loaded.
 
-Each message is a JSON object with one member.
+FD is its end of a SOCK_SEQPACKET pair. Each message is a pair of a verb and what it is about, written by `marshal` in a
+version that all these interpreters read: it is part of them, and JSON is not.
 
-    to the helper     {"run": [call, argv, env]} with stdin, stdout and stderr as SCM_RIGHTS
-                      {"kill": [call, signal]}   to the group of the call; {"measure": call}
-    from the helper   {"ready": {"namespace": bool, "loaded": [module], "left": {module: why}}} with a pidfd of itself;
-                      or {"no_namespace": why}, {"unfit": why}, {"unclean": {module: why}}, and it ends
-                      {"failed": [call, errno, words]}   it did not start
-                      {"ended": [[call, wait status, cpu ms, peak KiB, lost], ...]}
-                      {"memory": [call, resident KiB or null]}
+    to the helper     "begin"    {"mark", "namespace", "arguments", "preload", "skip"}, the first: what its processes are
+                                 known by, whether to try for a pid namespace, of mode fork the script and what follows
+                                 it (None in mode spawn), modules to load before the calls and not to load
+                      "run"      (call, argv, env), with stdin, stdout and stderr as SCM_RIGHTS
+                      "kill"     (call, signal), to the group of the call
+                      "measure"  call
+    from the helper   "ready"    {"namespace": bool, "loaded": [module], "left": {module: why}}, with a pidfd of itself;
+                                 or "no_namespace" why, "unfit" why, "unclean" {module: why}, and it ends
+                      "failed"   (call, errno, words): it did not start
+                      "ended"    [(call, wait status, cpu ms, peak KiB, lost), ...]
+                      "memory"   (call, resident KiB or None)
 
-Nothing outlives its call. Where the kernel allows it the helper is process 1 of a pid namespace of its own, to which
-whatever loses its parent comes as a child, and with which all of it dies; the process that the bus started then only
-waits for it. Elsewhere it is a child subreaper (prctl(2)). A call has ended once its process was reaped and every
-orphan is gone that no running call can account for; only then is its exit told. When the bus goes, the socket closes,
-or the parent-death signal comes, and everything ends.
+Nothing outlives its call. The helper is two processes: the one that the bus started stays outside and only waits for
+its child, which does the work. Where the kernel allows it that child is process 1 of a pid namespace of its own, to
+which whatever loses its parent comes as a child, and with which all of it dies. Elsewhere both are child subreapers
+(prctl(2)): orphans come to the inner one, and to the outer one what the inner one leaves when it is killed.
+
+A call has ended once its process was reaped and every orphan is gone that no running call can account for; only then is
+its exit told. When the bus goes, the socket closes, or the parent-death signal comes, and everything ends.
 """
 
 from __future__ import annotations
@@ -29,16 +34,16 @@ from __future__ import annotations
 import _socket
 import ctypes
 import errno
-import json
+import marshal
 import os
 import select
-import signal
 import sys
-from types import SimpleNamespace
+
+import _signal as signal  # `signal` would bring `enum` with it
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, NoReturn
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -47,11 +52,17 @@ MS_REC, MS_SLAVE = 0x4000, 0x80000
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 """Of <linux/sched.h>, <linux/mount.h> and <linux/prctl.h>."""
 
+MARSHAL = 2
+"""The version of the format. Every CPython reads it."""
+
 MESSAGE_BYTES = 128 * 1024
 """The longest message to the helper. A command with its environment is hardly a hundredth of it."""
 
 TOLD_AT_ONCE = 200
 """Ends in one message, so that it is far below 64 KiB."""
+
+STREAMS = 3
+"""stdin, stdout and stderr: the descriptors that a program gets."""
 
 RESET_SIGNALS = (
     signal.SIGINT,
@@ -64,8 +75,17 @@ RESET_SIGNALS = (
 )
 """What the bus or this process may ignore or handle, and a program finds as the system has it."""
 
-SWEEPS = 100
-"""How often orphans are looked for and killed one by one, before all that is in the namespace is killed at once."""
+NR_PIDFD_OPEN = 434
+"""Of <asm-generic/unistd.h>: pidfd_open(2), which Python itself has from 3.9 on, and not in every build."""
+
+WATCHED = (signal.SIGTERM, signal.SIGCHLD)
+"""What the process outside waits for."""
+
+SWEEPS_ALONE, SWEEPS = 10, 100
+"""How often orphans are looked for and killed, alone and then with their groups, before the whole namespace is."""
+
+SCANS = 10
+"""How often /proc is read at most, where it changed meanwhile."""
 
 MARK = "OVERLAY_CALL"
 """The environment variable that tells whose a process is that has left its group and lost its parent."""
@@ -73,6 +93,8 @@ MARK = "OVERLAY_CALL"
 LOST = "a program of the same overlay left processes behind that could only be ended together with this call"
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_prctl = ctypes.CDLL(None).prctl
+"""Called in each fork, without the errno that nobody asks for: that alone would touch fifty pages."""
 
 
 def enter_namespace(channel: Any) -> bool:
@@ -80,10 +102,10 @@ def enter_namespace(channel: Any) -> bool:
 
     The process that was started stays outside, waits for the one that goes on, and is killed with the bus.
     """
-    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     uid, gid = os.geteuid(), os.getegid()
     if _libc.unshare(CLONE_NEWPID | CLONE_NEWNS | (CLONE_NEWUSER if uid else 0)) != 0:
-        _libc.prctl(PR_SET_PDEATHSIG, 0, 0, 0, 0)
+        _prctl(PR_SET_PDEATHSIG, 0, 0, 0, 0)
         return False
     try:
         if uid:
@@ -91,11 +113,11 @@ def enter_namespace(channel: Any) -> bool:
         inside = os.fork()
         if inside:
             _wait_for(inside, channel)
-        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        _prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         _check(_libc.mount(b"none", b"/", None, MS_REC | MS_SLAVE, None))
         _check(_libc.mount(b"proc", b"/proc", b"proc", 0, None))
     except OSError as error:
-        tell(channel, {"no_namespace": str(error)})
+        tell(channel, "no_namespace", str(error))
         os._exit(1)
     return True
 
@@ -107,12 +129,42 @@ def _map_ids(uid: int, gid: int) -> None:
             file.write(text)
 
 
-def _wait_for(inside: int, channel: Any) -> None:
-    """Hold nothing, and end when process 1 of the namespace has ended. Never returns."""
+def _wait_for(inside: int, channel: Any) -> NoReturn:
+    """Hold nothing, and end when process 1 of the namespace has ended."""
     channel.close()
     os.closerange(0, 3)
     _, status = os.waitpid(inside, 0)
+    _exit_like(status)
+
+
+def _exit_like(status: int) -> NoReturn:
     os._exit(128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status))
+
+
+def go_inside(channel: Any) -> None:
+    """Without a namespace: go on as a child and subreaper, watched over by the process that was started."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # a program may try some at its parent
+    _prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    inside = os.fork()
+    if inside:
+        _watch_over(inside, channel)
+    _prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # while it cannot be told by the bus
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def _watch_over(inside: int, channel: Any) -> NoReturn:
+    """Wait until the child has ended, or for TERM, which the bus sends or its death; then end all that is left."""
+    channel.close()
+    os.closerange(0, 3)
+    _prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    while signal.sigwait(WATCHED) == signal.SIGCHLD:
+        if os.waitid(os.P_PID, inside, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            break
+    _signal(inside, signal.SIGKILL)
+    _, status = os.waitpid(inside, 0)
+    Family().end()
+    _exit_like(status)
 
 
 def _check(result: int) -> None:
@@ -120,10 +172,10 @@ def _check(result: int) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
-def tell(channel: Any, message: dict[str, Any], fd: int | None = None) -> None:
+def tell(channel: Any, verb: str, about: Any, fd: int | None = None) -> None:
     rights = [] if fd is None else [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, fd.to_bytes(4, sys.byteorder))]
     try:
-        channel.sendmsg([json.dumps(message, separators=(",", ":")).encode()], rights)
+        channel.sendmsg([marshal.dumps((verb, about), MARSHAL)], rights)
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.ECONNRESET):
             raise
@@ -148,16 +200,18 @@ class Launcher:
         self._program = program
         self._mark = mark
         self._in_namespace = in_namespace
+        self._pid = os.getpid()
         self._buffer = bytearray(MESSAGE_BYTES)
         self._calls = {}  # type: dict[int, Call]
         self._pids = {}  # type: dict[int, int]
         self._ended = []  # type: list[list[Any]]
         self._sweeps = 0
         self._environment = given_environment()
-        self._family = Family(in_namespace)
+        self._family = Family()
         self._wakeup, self._alarm = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.set_wakeup_fd(self._alarm, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # so that the kernel keeps it from a process 1
         self._poll = select.poll()
         self._poll.register(channel.fileno(), select.POLLIN)
         self._poll.register(self._wakeup, select.POLLIN)
@@ -185,34 +239,39 @@ class Launcher:
             self._end_all()
         rights = b"".join(data for _, _, data in ancillary)
         fds = [int.from_bytes(rights[at : at + 4], sys.byteorder) for at in range(0, len(rights), 4)]
-        ((verb, given),) = json.loads(self._buffer[:size]).items()
+        verb, given = marshal.loads(self._buffer[:size])  # noqa: S302  # only the bus has the other end
         if verb == "run":
             return self._run(fds, *given)
         if verb == "kill":
             self._kill(*given)
         elif verb == "measure":
-            tell(self._channel, {"memory": [given, self._resident_kib(given)]})
+            tell(self._channel, "memory", (given, self._resident_kib(given)))
         return None
 
     def _run(self, fds: list[int], number: int, argv: list[str], env: dict[str, str]) -> Any:
         """Start a program. Returns None, but in a forked child what it is to run."""
         env[MARK] = "%s-%d" % (self._mark, number)
         try:
-            pid = self._spawn(fds, argv, env) if self._program is None else os.fork()
+            pid = self._start(fds, argv, env)
         except (OSError, ValueError) as error:
-            words = [getattr(error, "errno", None), getattr(error, "strerror", None) or str(error)]
-            tell(self._channel, {"failed": [number] + words})
+            words = getattr(error, "strerror", None) or str(error)
+            tell(self._channel, "failed", (number, getattr(error, "errno", None), words))
             pid = None
         if pid == 0:
             self._become_child(fds)
-            return SimpleNamespace(argv=argv, env=env)
+            return list(argv), env
         for fd in fds:
             os.close(fd)
         if pid is not None:
             self._calls[pid] = Call(number, pid)
             self._pids[number] = pid
-            self._family.born(pid)
         return None
+
+    def _start(self, fds: list[int], argv: list[str], env: dict[str, str]) -> int:
+        """The process id; in a forked child 0. Raises OSError, or ValueError for a NUL in a string."""
+        if len(fds) < STREAMS:  # the kernel passes as many as this process may have open (unix(7), MSG_CTRUNC)
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return self._spawn(fds, argv, env) if self._program is None else os.fork()
 
     def _spawn(self, fds: list[int], argv: list[str], env: dict[str, str]) -> int:
         return os.posix_spawnp(
@@ -228,12 +287,13 @@ class Launcher:
     def _become_child(self, fds: list[int]) -> None:
         """As a new process is: a session of its own, these three descriptors and no other, signals as they come."""
         os.setsid()
-        _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != self._family.helper:  # it ended before the signal was asked for
+        _prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        _prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != self._pid:  # it ended before the signal was asked for
             os._exit(1)
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         for to, fd in enumerate(fds):
             os.dup2(fd, to)
         os.closerange(3, max(fds + [self._alarm, self._wakeup, self._channel.fileno(), self._family.highest_fd]) + 1)
@@ -263,7 +323,7 @@ class Launcher:
             self._bury(seen.si_pid)
         if self._ended and not self._orphans_left():
             while self._ended:
-                tell(self._channel, {"ended": self._ended[:TOLD_AT_ONCE]})
+                tell(self._channel, "ended", self._ended[:TOLD_AT_ONCE])
                 del self._ended[:TOLD_AT_ONCE]
             self._sweeps = 0
 
@@ -277,22 +337,19 @@ class Launcher:
             del self._pids[call.number]
             cpu_ms = round((usage.ru_utime + usage.ru_stime) * 1000, 3)
             lost = LOST if self._sweeps > SWEEPS else None
-            self._ended.append([call.number, status, cpu_ms, usage.ru_maxrss, lost])
+            self._ended.append((call.number, status, cpu_ms, usage.ru_maxrss, lost))
 
     def _orphans_left(self) -> bool:
         """Kill what no running call can account for. True where there was something: its end is waited for."""
-        if self._calls:
-            orphans = [pid for pid in self._family.strangers(self._calls) if not self._is_of_a_call(pid)]
-        elif self._family.has_children():
-            orphans = self._family.strangers(self._calls)
-        else:
-            return False
+        orphans = [pid for pid in self._family.children() if pid not in self._calls and not self._is_of_a_call(pid)]
         if not orphans:
             return False
         self._sweeps += 1
         if self._sweeps > SWEEPS and self._in_namespace:
             os.kill(-1, signal.SIGKILL)
         for pid in orphans:
+            if self._sweeps > SWEEPS_ALONE:
+                _signal_group_of(pid, signal.SIGKILL)
             _signal(pid, signal.SIGKILL)
         return True
 
@@ -301,63 +358,61 @@ class Launcher:
         if self._program is not None:
             return False
         try:
-            if os.getsid(pid) in self._calls:
-                return True
+            session = os.getsid(pid)
+        except OSError:  # it is gone
+            return False
+        return session in self._calls or self._is_marked(pid) or self._is_marked(session)
+
+    def _is_marked(self, pid: int) -> bool:
+        """Whether its environment names a call that runs."""
+        try:
             with open("/proc/%d/environ" % pid, "rb") as file:
                 variables = file.read().split(b"\0")
-        except OSError:  # it is gone
+        except OSError:  # it is gone, or of another user
             return False
         return any(("%s=%s-%d" % (MARK, self._mark, number)).encode() in variables for number in self._pids)
 
-    def _end_all(self) -> None:
-        """The bus is gone. In a namespace all ends with this process; else it kills until nobody is left."""
-        while not self._in_namespace and self._family.has_children():
-            for pid in list(self._calls):
-                _signal_group(pid, signal.SIGKILL)
-            for pid in self._family.strangers({}):
-                _signal(pid, signal.SIGKILL)
-            try:
-                self._calls.pop(os.wait()[0], None)
-            except ChildProcessError:
-                break
+    def _end_all(self) -> NoReturn:
+        """The bus is gone. In a namespace all ends with this process."""
+        if not self._in_namespace:
+            self._family.end()
         os._exit(0)
 
 
 class Family:
-    """The processes that come from the helper. `helper` is its process id, as its children see it."""
+    """The children of this process: those that it started, and the orphans that came to it.
 
-    def __init__(self, in_namespace: bool) -> None:
-        self.helper = os.getpid()
-        self._load = os.open("/proc/loadavg", os.O_RDONLY | os.O_CLOEXEC) if in_namespace else None
-        self.highest_fd = self._load or 0
-        self._last_known = self._last_number()
+    A child stays one until this process reaps it, so the kernel's list of them (proc(5)) misses none, however quickly
+    they fork and end.
+    """
 
-    def born(self, pid: int) -> None:
-        """A child was started. Numbers are given in order: one that is left out is somebody else's."""
-        if self._last_known is not None and pid == self._last_known + 1:
-            self._last_known = pid
-
-    @staticmethod
-    def has_children() -> bool:
+    def __init__(self) -> None:
         try:
-            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        except ChildProcessError:
-            return False
-        return True
+            self._list = os.open("/proc/thread-self/children", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:  # the kernel was built without CONFIG_PROC_CHILDREN
+            self._list = -1
+        self.highest_fd = self._list
 
-    def strangers(self, known: Any) -> list[int]:
-        """The children that are not in `known`: orphans that came to this process."""
-        last = self._last_number()
-        if last is not None and last == self._last_known:
-            return []  # nobody but this process has started any
-        others = [pid for pid in _processes() if pid not in known and pid != self.helper]
-        if not others:
-            self._last_known = last
-        return [pid for pid in others if _parent(pid) == self.helper]
+    def children(self) -> list[int]:
+        """Their process ids, of those that ended and were not reaped, too."""
+        if self._list < 0:
+            return _children_by_scan()
+        text = part = os.pread(self._list, 4096, 0)
+        while part:
+            part = os.pread(self._list, 4096, len(text))
+            text += part
+        return [int(pid) for pid in text.split()]
 
-    def _last_number(self) -> int | None:
-        """The process id that was given last in this namespace: the last field of /proc/loadavg (proc(5))."""
-        return None if self._load is None else int(os.pread(self._load, 128, 0).split()[-1])
+    def end(self) -> None:
+        """Kill until nobody is left."""
+        while True:
+            for pid in self.children():
+                _signal_group_of(pid, signal.SIGKILL)
+                _signal(pid, signal.SIGKILL)
+            try:
+                os.wait()
+            except ChildProcessError:
+                return
 
 
 def given_environment() -> dict[str, str]:
@@ -367,17 +422,25 @@ def given_environment() -> dict[str, str]:
     return {os.fsdecode(name): os.fsdecode(value) for name, _, value in pairs}
 
 
-def _processes() -> list[int]:
-    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+def _children_by_scan() -> list[int]:
+    """What ended while /proc was read may have left a child that was not there yet: then it is read again."""
+    me = os.getpid()
+    for _ in range(SCANS):
+        parents = {int(name): _parent(name) for name in os.listdir("/proc") if name.isdigit()}
+        if None not in parents.values():
+            break
+    return [pid for pid, parent in parents.items() if parent == me]
 
 
-def _parent(pid: int) -> int | None:
-    """The fourth field of /proc/PID/stat, after a name in brackets that may hold anything (proc(5))."""
+def _parent(pid: str) -> int | None:
+    """The fourth field of /proc/PID/stat, after a name in brackets that may hold anything; None where it has ended."""
     try:
-        with open("/proc/%d/stat" % pid, "rb") as file:
+        with open("/proc/%s/stat" % pid, "rb") as file:
             return int(file.read().rpartition(b")")[2].split()[1])
-    except (OSError, IndexError):
+    except (FileNotFoundError, ProcessLookupError):
         return None
+    except PermissionError:  # hidepid: another user's
+        return 0
 
 
 def _signal_group(group: int, number: int) -> None:
@@ -385,6 +448,16 @@ def _signal_group(group: int, number: int) -> None:
         os.killpg(group, number)
     except (ProcessLookupError, PermissionError):
         pass  # nobody is left; or only a set-user-ID program
+
+
+def _signal_group_of(pid: int, number: int) -> None:
+    """To all in the group of a child at once: none gets away by forking. The helper's own group is spared."""
+    try:
+        group = os.getpgid(pid)
+    except ProcessLookupError:
+        return
+    if group != os.getpgrp():
+        _signal_group(group, number)
 
 
 def _signal(pid: int, number: int) -> None:
@@ -400,14 +473,13 @@ def load_program(channel: Any, config: Any) -> Any:
     import zygote  # type: ignore[import-not-found]
 
     sys.path.remove(_HERE)
-    del sys.modules["zygote"]  # the name belongs to the overlay
     try:
-        program = zygote.prepare(config["arguments"], config["preload"], config["skip"])
+        program = zygote.prepare(list(config["arguments"]), list(config["preload"]), config["skip"])
     except zygote.UnfitError as error:
-        tell(channel, {"unfit": str(error)})
+        tell(channel, "unfit", str(error))
         os._exit(1)
     if program.unclean:
-        tell(channel, {"unclean": program.unclean})
+        tell(channel, "unclean", program.unclean)
         os._exit(1)
     return program
 
@@ -418,39 +490,35 @@ def as_started_fresh() -> None:
     for number in (signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if sys.path and sys.path[0] == os.path.realpath(_HERE):  # absent with -I and -P
-        del sys.path[0]
+
+
+def open_pidfd() -> int | None:
+    """Of this process; None where the kernel knows none, before Linux 5.3."""
+    fd = _libc.syscall(NR_PIDFD_OPEN, os.getpid(), 0)
+    if fd < 0:
+        return None
+    return int(fd)
 
 
 def main() -> Any:
-    """Returns only in a forked child: the program and the call that it is to run."""
-    fd, config = int(sys.argv[1]), json.loads(sys.argv[2])
+    """Returns only in a forked child: what runs the program, and the call that it is to run."""
+    fd = int(sys.argv[1])
     os.set_inheritable(fd, False)
     channel = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, fd)
+    _, config = marshal.loads(channel.recv(MESSAGE_BYTES))  # noqa: S302
     as_started_fresh()
     in_namespace = config["namespace"] and enter_namespace(channel)
     if not in_namespace:
-        _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        go_inside(channel)
     # The place to take the rights and limits of the phase: nothing of the overlay is loaded, and all children inherit.
     program = None if config["arguments"] is None else load_program(channel, config)
     launcher = Launcher(channel, program, config["mark"], in_namespace)
-    pidfd = os.pidfd_open(os.getpid()) if hasattr(os, "pidfd_open") else None
-    tell(
-        channel,
-        {
-            "ready": {
-                "namespace": in_namespace,
-                "loaded": program.loaded if program else [],
-                "left": program.left if program else {},
-            }
-        },
-        pidfd,
-    )
+    if not in_namespace:
+        _prctl(PR_SET_PDEATHSIG, 0, 0, 0, 0)  # from now on the bus closes the socket, and all is ended in order
+    pidfd = open_pidfd()
+    loaded, left = ([], {}) if program is None else (program.loaded, program.left)
+    tell(channel, "ready", {"namespace": in_namespace, "loaded": loaded, "left": left}, pidfd)
     if pidfd is not None:
         os.close(pidfd)
-    return program, launcher.serve()
-
-
-if __name__ == "__main__":
-    _program, _call = main()
-    _program.run(_call.argv, _call.env)
+    argv, env = launcher.serve()
+    return program.run, argv, env

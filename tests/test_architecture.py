@@ -40,7 +40,7 @@ MODULES = sorted((REPO / "bus").rglob("*.py"))
 RUNNERS = sorted((REPO / "runners").rglob("*.py"))
 # The programs that run under an overlay's own interpreter import nothing of ours, and nobody imports them.
 RUNNER_FLOORS = [
-    ["base", "launcher", "zygote"],
+    ["base", "launch", "launcher", "zygote"],
     ["output", "logs", "breaker", "python_command"],
     ["helpers"],
     ["worker", "service"],

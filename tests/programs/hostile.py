@@ -6,21 +6,19 @@ its environment or its command line, and holds its stdout.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import sys
 import time
-from typing import TYPE_CHECKING, NoReturn
 
+TYPE_CHECKING = False  # typing takes longer to import than all of this
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
+    from typing import NoReturn
 
 PR_SET_CHILD_SUBREAPER = 36
 ENDED = 7
 """The exit status of what was let go."""
-
-token, way, argument = sys.argv[1], sys.argv[2], int(sys.argv[3]) if len(sys.argv) > 3 else 0
 
 
 def hold() -> None:
@@ -70,7 +68,7 @@ def deaf() -> None:
 def unknown() -> NoReturn:
     """A new program without any environment. That it runs shows in the end of the pipe, which it does not inherit."""
     code = "import signal; signal.pause()"
-    os.execve(sys.executable, [sys.executable, "-I", "-S", "-c", code, token], {})
+    os.execve(sys.executable, [sys.executable, "-I", "-S", "-c", code, sys.argv[1]], {})
 
 
 def comet() -> NoReturn:
@@ -97,6 +95,8 @@ def stop_in_a_moment() -> None:
 
 
 def keep_orphans() -> None:
+    import ctypes  # noqa: PLC0415  # slow
+
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     daemon()
 
@@ -106,9 +106,10 @@ def crowd() -> None:
         daemon()
 
 
-def burn() -> None:
-    while time.process_time() < argument / 1000:
+def burn(cpu_ms: int) -> None:
+    while time.process_time() < cpu_ms / 1000:
         pass
+    hold()
 
 
 def flood() -> NoReturn:
@@ -122,7 +123,12 @@ def stop(signal_it: Callable[[int, int], None], whom: int) -> None:
     signal_it(whom, signal.SIGSTOP)
 
 
-def signal_parent(numbers: set[int]) -> None:
+def kill_all() -> None:
+    os.kill(-1, signal.SIGKILL)
+    hold()
+
+
+def signal_parent(numbers: Collection[int]) -> None:
     for number in sorted(numbers):
         os.kill(os.getppid(), number)
     hold()
@@ -159,26 +165,31 @@ LEFT: dict[str, Callable[[], object]] = {
 }
 """What is left behind, by its name."""
 
-WAYS: dict[str, Callable[[], object]] = {
-    "hold": hold,
-    "hold deaf": lambda: (deaf(), hold()),
-    "burn": lambda: (burn(), hold()),
-    "fill": lambda: fill(argument),
-    "flood": flood,
-    "stop": lambda: stop(os.kill, os.getpid()),
-    "stop group": lambda: stop(os.killpg, 0),
-    "kill all": lambda: (os.kill(-1, signal.SIGKILL), hold()),
-    "kill parent": lambda: signal_parent({argument}),
-    "signal parent": lambda: signal_parent(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}),
-    "descriptors": descriptors,
-    "die": lambda: os.kill(os.getpid(), argument),
-    "exit": lambda: sys.exit(argument),
+WAYS: dict[str, Callable[[int], object]] = {
+    "hold": lambda _: hold(),
+    "burn": burn,
+    "fill": fill,
+    "flood": lambda _: flood(),
+    "stop": lambda _: stop(os.kill, os.getpid()),
+    "stop group": lambda _: stop(os.killpg, 0),
+    "kill all": lambda _: kill_all(),
+    "signal parent": lambda number: signal_parent({number}),
+    "signal parent variously": lambda _: signal_parent(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}),
+    "descriptors": lambda _: descriptors(),
+    "die": lambda number: os.kill(os.getpid(), number),
+    "exit": sys.exit,
 }
+"""What else it may do, by its name."""
 
-if __name__ == "__main__":
+
+def main(way: str, argument: int) -> None:
     if way in LEFT:
         LEFT[way]()
         hold()
     else:
-        WAYS[way]()
+        WAYS[way](argument)
     sys.exit(ENDED)
+
+
+if __name__ == "__main__":
+    main(sys.argv[2], int(sys.argv[3]) if len(sys.argv) > 3 else 0)

@@ -1,0 +1,16 @@
+"""The main file of a helper, which is `launcher.py`.
+
+It is small since an interpreter holds the syntax tree of its main file until that has ended: in mode fork each call
+would let go of it anew, page by page.
+"""
+
+import os
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:] = [HERE] + [path for path in sys.path if os.path.realpath(path or ".") != os.path.realpath(HERE)]
+import launcher  # type: ignore[import-not-found]  # noqa: E402
+
+sys.path.remove(HERE)
+run, argv, env = launcher.main()
+run(argv, env)

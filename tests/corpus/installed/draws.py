@@ -1,0 +1,4 @@
+import random
+
+source = random.Random()
+fixed = random.Random(7)

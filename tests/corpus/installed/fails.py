@@ -1,0 +1,3 @@
+import json
+
+raise RuntimeError("as it loads")

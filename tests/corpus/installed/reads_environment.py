@@ -1,0 +1,3 @@
+import os
+
+WORD = os.environ.get("CORPUS_WORD", "not set")

@@ -1,0 +1,3 @@
+import subprocess
+
+SAID = subprocess.run(["echo", "from a child"], stdout=subprocess.PIPE).stdout

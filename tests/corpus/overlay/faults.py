@@ -1,0 +1,6 @@
+import ctypes
+import faulthandler
+
+print(faulthandler.is_enabled())
+faulthandler.enable()
+ctypes.string_at(0)

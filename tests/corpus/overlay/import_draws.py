@@ -1,0 +1,6 @@
+import draws
+import sys
+
+print(draws.fixed.random())
+if len(sys.argv) > 1:
+    print(draws.source.random())

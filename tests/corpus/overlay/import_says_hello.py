@@ -1,0 +1,3 @@
+import says_hello
+
+print(says_hello.__name__)

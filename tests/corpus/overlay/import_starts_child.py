@@ -1,0 +1,3 @@
+import starts_child
+
+print(starts_child.SAID)

@@ -1,0 +1,1 @@
+echo '"over /dev/stdout"' > /dev/stdout

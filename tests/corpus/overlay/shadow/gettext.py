@@ -1,0 +1,8 @@
+print("gettext runs")
+
+
+def gettext(text):
+    return text.upper()
+
+
+ngettext = gettext

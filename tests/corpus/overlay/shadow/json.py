@@ -1,0 +1,2 @@
+WHOSE = "the overlay's"
+print("json runs")

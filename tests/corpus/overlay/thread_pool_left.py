@@ -1,0 +1,4 @@
+from concurrent.futures import ThreadPoolExecutor
+
+pool = ThreadPoolExecutor(2)
+future = pool.submit(print, "from the pool")

@@ -1,0 +1,44 @@
+"""Where `hostile.py` is at home, how it is run, and who has its token."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from runners.base import Rights
+from runners.helpers import Home, Script
+from tests import programs
+
+INTERPRETER = (sys.executable, "-I", "-S")
+ARGUMENTS = (str(programs.FOLDER / "hostile.py"),)
+COMMAND = (*INTERPRETER, *ARGUMENTS)
+
+
+def a_home(token: str, **changes: Any) -> Home:
+    values: dict[str, Any] = {
+        "overlay": "test",
+        "phase": "OPEN",
+        "rights": Rights(),
+        "folder": programs.FOLDER,
+        "env": {**programs.ENV, "TOKEN": token},
+    }
+    return Home(**values | changes)
+
+
+def script_of(mode: str) -> Script | None:
+    return Script(INTERPRETER, ARGUMENTS, stdin="pipe") if mode == "fork" else None
+
+
+def with_token(token: str) -> dict[int, str]:
+    """The command lines of the processes that have it in their environment or command line. A zombie has neither."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (folder / "cmdline").read_bytes()
+            environment = (folder / "environ").read_bytes()
+        except OSError:  # it has ended, or is another user's
+            continue
+        if token.encode() in command + environment:
+            found[int(folder.name)] = command.replace(b"\0", b" ").decode()
+    return found

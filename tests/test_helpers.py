@@ -1,0 +1,757 @@
+"""Helpers and what they hold: whatever a program does and whoever is killed, each call ends and nothing is left."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import errno
+import itertools
+import os
+import resource
+import select
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import pytest
+
+from runners import helpers as module
+from runners.helpers import Exit, GoneError, Helper, Helpers
+from tests.programs import hostile
+from tests.programs.a_home import COMMAND, a_home, script_of, with_token
+from tests.runner_fixtures import nothing_left
+from tests.support import PATIENCE_S, REPO, eventually, until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from runners.helpers import Home, Pool, Process
+
+FORMS = ["namespace", "subreaper"]
+MODES = ["spawn", "fork"]
+tokens = (f"token-{os.getpid()}-{number}-" for number in itertools.count())
+
+pytestmark = pytest.mark.parametrize("mode", ["spawn"])
+
+
+@pytest.fixture(scope="module")
+def anyio_backend() -> Any:
+    return ("asyncio", {"use_uvloop": True})
+
+
+@dataclasses.dataclass
+class Program:
+    """A running `hostile.py`: our ends of its stdin and stdout."""
+
+    process: Process
+    stdin: int
+    stdout: int
+
+    async def line(self) -> str:
+        """The next line; what comes with it is dropped."""
+        text = b""
+        while b"\n" not in text:
+            part = await self._read()
+            assert part, f"it ended after {text!r}"
+            text += part
+        return text.partition(b"\n")[0].decode()
+
+    async def _read(self) -> bytes:
+        loop = asyncio.get_running_loop()
+        readable = loop.create_future()
+        loop.add_reader(self.stdout, _resolve, readable)
+        try:
+            await asyncio.wait_for(readable, PATIENCE_S)
+        finally:
+            loop.remove_reader(self.stdout)
+        return os.read(self.stdout, 65536)
+
+    def let_go(self) -> None:
+        """Its stdin ends, and so does `hold`."""
+        os.close(self.stdin)
+        self.stdin = -1
+
+    async def end(self) -> Exit:
+        """How it ended. By then nobody of it may be left, so nobody holds its stdout."""
+        exit_ = await asyncio.wait_for(asyncio.shield(self.process.ended), PATIENCE_S)
+        while os.read(self.stdout, 65536):
+            pass
+        return exit_
+
+    def close(self) -> None:
+        os.close(self.stdout)
+        if self.stdin >= 0:
+            os.close(self.stdin)
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+class Bench:
+    """Helpers of one form, and programs of one mode that they run."""
+
+    def __init__(self, form: str, mode: str) -> None:
+        self.form = form
+        self.token = next(tokens)
+        self.helpers = Helpers(most=1, namespace=form == "namespace")
+        self.script = script_of(mode)
+        self.home = a_home(self.token)
+        self.programs: list[Program] = []
+
+    def pool(self) -> Pool:
+        return self.helpers.pool(self.home, self.script)
+
+    async def helper(self) -> Helper:
+        pool = self.pool()
+        assert pool.script == self.script, "a script that is unfit for fork was spawned"
+        helper: Helper | None = pool.any()
+        return helper or await asyncio.wait_for(pool.ready(), PATIENCE_S)
+
+    async def start(self, way: str, *arguments: object) -> Program:
+        """The program, once it has started."""
+        return self.launch(await self.helper(), way, *arguments)
+
+    async def started(self, way: str, *arguments: object) -> Program:
+        """The program, once it has done its worst."""
+        program = await self.start(way, *arguments)
+        assert await program.line() == "ready"
+        return program
+
+    def launch(self, helper: Helper, way: str, *arguments: object) -> Program:
+        reader, stdin = os.pipe2(os.O_CLOEXEC)
+        stdout, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        os.set_blocking(writer, True)
+        try:
+            argv = [*COMMAND, self.token, way, *map(str, arguments)]
+            program = Program(helper.launch(argv, (reader, writer, 2), {}), stdin, stdout)
+        except BaseException:
+            os.close(stdin)
+            os.close(stdout)
+            raise
+        finally:
+            os.close(reader)
+            os.close(writer)
+        self.programs.append(program)
+        return program
+
+    async def left(self) -> dict[int, str]:
+        """What has our token and belongs to no helper."""
+        own = await self.helper()
+        return {pid: words for pid, words in with_token(self.token).items() if pid not in {own.pid, inner(own)}}
+
+    async def close(self) -> None:
+        await self.helpers.close()
+        for program in self.programs:
+            program.close()
+        assert with_token(self.token) == {}
+
+
+def inner(helper: Helper) -> int:
+    """The process that does the helper's work."""
+    (child,) = psutil.Process(helper.pid).children()
+    return child.pid
+
+
+def another(home: Home) -> Home:
+    """Of the same folder, with helpers of its own."""
+    return dataclasses.replace(home, phase="CLEAR")
+
+
+def descriptors(pid: int | None = None) -> list[int]:
+    """Those that a process has open; of this one also that by which it looks."""
+    return sorted(int(path.name) for path in Path(f"/proc/{pid or 'self'}/fd").iterdir())
+
+
+def programs_of(helper: Helper) -> list[psutil.Process]:
+    """What the helper runs, as we see it, and its zombies."""
+    return psutil.Process(inner(helper)).children(recursive=True)
+
+
+@pytest.fixture(params=FORMS)
+async def bench(request: pytest.FixtureRequest, mode: str) -> AsyncIterator[Bench]:
+    made = Bench(request.param, mode)
+    try:
+        ready = (await made.helper()).ready.result()
+        if request.param == "namespace" and not ready["namespace"]:
+            pytest.skip("this kernel gives no pid namespace")
+        yield made
+    finally:
+        await made.close()
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Helpers that do not answer are given up at once."""
+    monkeypatch.setattr(module, "GONE_S", 0.05)
+
+
+# What programs leave behind
+
+
+@pytest.mark.parametrize("way", hostile.LEFT)
+async def test_what_a_program_leaves_behind_ends_with_it_and_other_calls_go_on(bench: Bench, way: str) -> None:
+    steady = await bench.started("hold")
+    program = await bench.started(way)
+    program.let_go()
+    exit_ = await program.end()
+    assert (exit_.code, exit_.lost) == (hostile.ENDED, None)
+    assert len(programs_of(await bench.helper())) == 1
+    steady.let_go()
+    exit_ = await steady.end()
+    assert (exit_.code, exit_.lost) == (hostile.ENDED, None)
+
+
+async def test_what_a_running_call_left_behind_is_its_own_until_it_ends(bench: Bench) -> None:
+    busy = [await bench.started(way) for way in ("orphan", "daemon", "daemon of a daemon")]
+    alive = {process.pid for process in programs_of(await bench.helper())}
+    other = await bench.started("daemon")
+    other.let_go()
+    await other.end()
+    assert {process.pid for process in programs_of(await bench.helper())} == alive
+    assert all(process.status() != psutil.STATUS_ZOMBIE for process in programs_of(await bench.helper()))
+    for program in busy:
+        program.let_go()
+        await program.end()
+    assert programs_of(await bench.helper()) == []
+
+
+@pytest.mark.parametrize("way", ["deaf", "comet", "crowd", "stopped", "unknown"])
+async def test_kill_ends_also_what_left_the_group(bench: Bench, way: str) -> None:
+    program = await bench.started(way)
+    program.process.signal(signal.SIGKILL)
+    exit_ = await program.end()
+    assert (exit_.code, exit_.lost) == (-signal.SIGKILL, None)
+    assert programs_of(await bench.helper()) == []
+
+
+# What programs do to others and to themselves
+
+
+async def test_a_program_inherits_three_descriptors(bench: Bench) -> None:
+    assert await (await bench.start("descriptors")).line() == "0 1 2"
+
+
+async def test_a_program_that_kills_all_that_it_sees_does_not_reach_the_helper(bench: Bench) -> None:
+    if bench.form == "subreaper":
+        pytest.skip("without a namespace it sees all of this machine")
+    helper = await bench.helper()
+    other, killer = await bench.started("hold"), await bench.started("kill all")
+    assert (await other.end()).code == -signal.SIGKILL
+    killer.let_go()
+    exit_ = await killer.end()
+    assert (exit_.code, exit_.lost) == (hostile.ENDED, None)
+    assert await bench.helper() is helper
+
+
+@pytest.mark.parametrize("way", [("signal parent", int(signal.SIGKILL)), ("signal parent variously",)])
+async def test_a_program_that_signals_its_parent_ends_at_most_its_own_helper(
+    bench: Bench, way: tuple[Any, ...]
+) -> None:
+    helper = await bench.helper()
+    program = await bench.start(*way)
+    if bench.form == "namespace":
+        assert await program.line() == "ready"
+        program.let_go()
+        assert (await program.end()).code == hostile.ENDED
+        assert await bench.helper() is helper
+    else:
+        assert "was ended by" in str((await program.end()).lost)
+        assert await bench.helper() is not helper
+    program = await bench.started("hold")
+    program.let_go()
+    assert (await program.end()).code == hostile.ENDED
+
+
+async def test_a_program_that_stops_its_parent_stops_no_process_1(bench: Bench, soon: None) -> None:
+    program = await bench.start("signal parent", int(signal.SIGSTOP))
+    assert await program.line() == "ready"
+    program.process.signal(signal.SIGKILL)
+    exit_ = await program.end()
+    assert (exit_.lost is None) == (bench.form == "namespace")
+
+
+@pytest.mark.parametrize("way", ["stop", "stop group"])
+async def test_a_program_that_stops_itself_can_be_killed(bench: Bench, way: str) -> None:
+    program = await bench.started(way)
+    (process,) = programs_of(await bench.helper())
+    await until(lambda: process.status() == psutil.STATUS_STOPPED)
+    program.process.signal(signal.SIGKILL)
+    assert (await program.end()).code == -signal.SIGKILL
+
+
+async def test_a_program_whose_pipe_is_full_can_be_killed(bench: Bench) -> None:
+    program = await bench.started("flood")
+    program.process.signal(signal.SIGKILL)
+    assert (await program.end()).code == -signal.SIGKILL
+
+
+# Helpers that end, stop or fall silent
+
+
+async def lose(bench: Bench, *pids: int) -> None:
+    """Kill these with calls in flight. Each call ends as lost, with nobody left; the next one has another helper."""
+    helper = await bench.helper()
+    calls = [await bench.started(way) for way in ("hold", "deaf", "comet", "unknown", "stopped")]
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    for call in calls:
+        exit_ = await call.end()
+        assert exit_ == Exit(None, lost="the helper that ran it was ended by SIGKILL")
+    assert helper.gone.done()
+    assert with_token(bench.token) == {}
+    program = await bench.started("hold")
+    assert await bench.helper() is not helper
+    program.let_go()
+    assert (await program.end()).code == hostile.ENDED
+
+
+async def test_the_calls_of_a_helper_that_is_killed_are_lost_and_nothing_is_left(bench: Bench) -> None:
+    await lose(bench, inner(await bench.helper()))
+
+
+async def test_the_calls_of_a_helper_that_is_killed_from_outside_are_lost_and_nothing_is_left(bench: Bench) -> None:
+    helper = await bench.helper()
+    call = await bench.started("comet")
+    os.kill(helper.pid, signal.SIGKILL)
+    assert "the helper that ran it was ended by SIGKILL" in str((await call.end()).lost)
+    assert with_token(bench.token) == {}
+    await lose(bench, inner(await bench.helper()))
+
+
+@pytest.mark.parametrize("stopped", [("inner",), ("outer",), ("inner", "outer")])
+async def test_a_kill_that_a_stopped_helper_does_not_obey_ends_the_helper(
+    bench: Bench, soon: None, stopped: tuple[str, ...]
+) -> None:
+    helper = await bench.helper()
+    calls = [await bench.started(way) for way in ("hold", "deaf", "comet")]
+    for which in stopped:
+        os.kill(helper.pid if which == "outer" else inner(helper), signal.SIGSTOP)
+    if "inner" not in stopped:
+        os.kill(inner(helper), signal.SIGKILL)
+    calls[0].process.signal(signal.SIGKILL)
+    for call in calls:
+        assert "the helper that ran it was ended by" in str((await call.end()).lost)
+    assert with_token(bench.token) == {}
+    assert await bench.helper() is not helper
+
+
+async def test_a_helper_that_is_stopped_can_be_closed(bench: Bench, soon: None) -> None:
+    await bench.started("deaf")
+    os.kill(inner(await bench.helper()), signal.SIGSTOP)
+    await asyncio.wait_for(bench.helpers.close(), PATIENCE_S)
+    assert with_token(bench.token) == {}
+
+
+async def test_a_program_is_given_to_another_helper_where_the_first_has_just_ended(bench: Bench) -> None:
+    helper = await bench.helper()
+    ended = os.pidfd_open(helper.pid)
+    os.kill(inner(helper), signal.SIGKILL)
+    poll = select.poll()
+    poll.register(ended, select.POLLIN)
+    assert poll.poll(PATIENCE_S * 1000)  # without the event loop, which so knows nothing of it
+    os.close(ended)
+    assert await bench.helper() is helper
+    null = os.open(os.devnull, os.O_RDWR)
+    process = await bench.helpers.start(bench.home, ["true"], (null, null, null))
+    os.close(null)
+    assert (await asyncio.wait_for(process.ended, PATIENCE_S)).code == 0
+
+
+async def test_a_helper_that_has_just_ended_takes_no_program(bench: Bench) -> None:
+    helper = await bench.helper()
+    helper.close()
+    with pytest.raises(GoneError):
+        bench.launch(helper, "hold")
+    assert bench.programs == []
+    assert await bench.helper() is not helper
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+async def test_nothing_is_left_of_a_bus_that_is_killed(mode: str, form: str, stopped: bool) -> None:
+    token = next(tokens)
+    ways = ["hold", "deaf", "comet", "unknown", "stopped", "daemon of a daemon"]
+    stdin, ours = os.pipe()
+    stdout, theirs = os.pipe()
+    bus = subprocess.Popen(
+        [sys.executable, "-m", "tests.programs.a_bus", form, mode, token, *ways],
+        cwd=REPO,
+        stdin=stdin,
+        stdout=theirs,
+        start_new_session=True,
+    )
+    os.close(stdin)
+    os.close(theirs)
+    with os.fdopen(stdout, "rb") as said:
+        assert [said.readline() for _ in ways] == [b"ready\n"] * len(ways)
+        (helper,) = psutil.Process(bus.pid).children()
+        (inside,) = helper.children()
+        if stopped:
+            inside.suspend()
+        bus.kill()
+        bus.wait()
+        assert said.read() == b""  # it ends when nobody holds it
+    os.close(ours)
+    eventually(lambda: not helper.is_running(), "the helper has ended")
+    assert with_token(token) == {}
+
+
+# Many at once, and limits
+
+
+async def test_many_programs_run_at_once(bench: Bench) -> None:
+    helper = await bench.helper()
+    programs = [bench.launch(helper, "hold") for _ in range(64)]
+    assert {await program.line() for program in programs} == {"ready"}
+    assert len(programs_of(helper)) == 64
+    for program in programs:
+        program.let_go()
+    assert {(await program.end()).code for program in programs} == {hostile.ENDED}
+    assert programs_of(helper) == []
+
+
+async def quick(bench: Bench, count: int, *arguments: str) -> list[Process]:
+    helper = await bench.helper()
+    argv = [*COMMAND, bench.token, "exit", "3"] if bench.script else ["sh", "-c", "exit 3", *arguments]
+    null = os.open(os.devnull, os.O_RDWR)
+    try:
+        return [helper.launch(argv, (null, null, null), {}) for _ in range(count)]
+    finally:
+        os.close(null)
+
+
+async def test_many_programs_in_a_row_each_end_with_their_own_status(bench: Bench) -> None:
+    for _ in range(10):
+        processes = await quick(bench, 50)
+        exits = [await asyncio.wait_for(process.ended, PATIENCE_S) for process in processes]
+        assert {(exit_.code, exit_.lost) for exit_ in exits} == {(3, None)}
+    assert programs_of(await bench.helper()) == []
+
+
+async def test_what_a_stopped_helper_does_not_take_waits_for_it(bench: Bench) -> None:
+    pid = inner(await bench.helper())
+    os.kill(pid, signal.SIGSTOP)
+    before = len(descriptors())
+    processes = await quick(bench, 64, "x" * 20_000)
+    if bench.script is None:  # else the messages are too short to fill the socket
+        assert len(descriptors()) > before
+    os.kill(pid, signal.SIGCONT)
+    exits = [await asyncio.wait_for(process.ended, PATIENCE_S) for process in processes]
+    assert {exit_.code for exit_ in exits} == {3}
+    assert len(descriptors()) == before
+
+
+async def test_what_waits_for_a_helper_that_ends_is_lost(bench: Bench) -> None:
+    pid = inner(await bench.helper())
+    os.kill(pid, signal.SIGSTOP)
+    processes = await quick(bench, 64, "x" * 20_000)
+    os.kill(pid, signal.SIGKILL)
+    exits = [await asyncio.wait_for(process.ended, PATIENCE_S) for process in processes]
+    assert {exit_.lost for exit_ in exits} == {"the helper that ran it was ended by SIGKILL"}
+
+
+@contextlib.contextmanager
+def no_more_descriptors() -> Iterator[None]:
+    """This process can open none."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1, limit[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+
+
+async def test_a_bus_without_descriptors_cannot_begin_a_helper(bench: Bench) -> None:
+    await bench.helper()  # the event loop has what it needs
+    pool = bench.helpers.pool(another(bench.home), bench.script)
+    with no_more_descriptors(), pytest.raises(OSError, match="Too many open files"):
+        await pool.ready()
+    assert (await asyncio.wait_for(pool.ready(), PATIENCE_S)).is_open
+
+
+@pytest.mark.parametrize("spare", range(1, 6))
+async def test_a_bus_with_few_descriptors_leaks_none(bench: Bench, spare: int) -> None:
+    pool = bench.helpers.pool(another(bench.home), bench.script)
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before = descriptors()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(before) + spare, limit[1]))
+    try:
+        with contextlib.suppress(OSError):
+            await pool.ready()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    for helper in list(pool.helpers):
+        helper.close()
+        await asyncio.wait_for(asyncio.shield(helper.gone), PATIENCE_S)
+    assert descriptors() == before
+
+
+async def test_a_bus_without_descriptors_cannot_let_a_program_wait(bench: Bench) -> None:
+    helper = await bench.helper()
+    pid = inner(helper)
+    os.kill(pid, signal.SIGSTOP)
+    argv = [*COMMAND, bench.token, "exit", "3", "x" * 100_000]
+    null = os.open(os.devnull, os.O_RDWR)
+    processes: list[Process] = []
+
+    def fill_the_socket() -> None:
+        while len(processes) < 100:
+            processes.append(helper.launch(argv, (null, null, null), {}))
+
+    with no_more_descriptors(), pytest.raises(OSError, match="Too many open files"):
+        fill_the_socket()
+    os.close(null)
+    os.kill(pid, signal.SIGCONT)
+    exits = [await asyncio.wait_for(process.ended, PATIENCE_S) for process in processes]
+    assert {exit_.code for exit_ in exits} == {3}
+
+
+async def test_a_helper_without_descriptors_starts_nothing(bench: Bench) -> None:
+    pid = inner(await bench.helper())
+    limit = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    free = sorted({*range(100)} - {*descriptors(pid)})
+    for spare in range(3):
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (free[spare], limit[1]))
+        program = await bench.start("hold")
+        failed = (await program.end()).failed
+        assert failed is not None
+        assert failed.errno == errno.EMFILE
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, limit)
+    assert await (await bench.start("hold")).line() == "ready"
+
+
+# Commands that cannot be started
+
+
+async def test_a_command_longer_than_a_message_is_refused(bench: Bench) -> None:
+    with pytest.raises(OSError, match="Argument list too long"):
+        await bench.start("hold", "x" * module.MESSAGE_BYTES)
+
+
+@pytest.mark.parametrize(
+    ("argv", "number", "words"),
+    [
+        (["no-such-program"], errno.ENOENT, "No such file"),
+        (["/"], errno.EACCES, "Permission denied"),
+        (["echo", "a\0b"], errno.EINVAL, "null byte"),
+        (["echo", "\ud800"], errno.EINVAL, "surrogates not allowed"),
+    ],
+)
+async def test_a_command_that_cannot_be_started_says_why(
+    bench: Bench, argv: list[str], number: int, words: str
+) -> None:
+    null = os.open(os.devnull, os.O_RDWR)
+    try:
+        with pytest.raises(OSError, match=words) as caught:
+            await bench.helpers.start(bench.home, argv, (null, null, null))
+    finally:
+        os.close(null)
+    assert caught.value.errno == number
+    assert programs_of(await bench.helpers.pool(bench.home).ready()) == []
+
+
+# Pools
+
+
+async def test_a_helper_that_was_idle_for_long_ends(bench: Bench) -> None:
+    helpers = Helpers(idle_s=0.01, namespace=bench.form == "namespace")
+    helper = await helpers.pool(bench.home, bench.script).ready()
+    program = bench.launch(helper, "hold")
+    assert await program.line() == "ready"
+    program.let_go()
+    assert (await program.end()).lost is None
+    await asyncio.wait_for(asyncio.shield(helper.gone), PATIENCE_S)
+    assert helpers.state("test") == []
+    await helpers.close()
+
+
+@pytest.mark.parametrize("changed", ["code_hash", "env"])
+async def test_a_pool_that_another_replaced_lets_its_calls_end(bench: Bench, changed: str) -> None:
+    old = await bench.helper()
+    program = await bench.started("hold")
+    change: Any = {"code_hash": "other"} if changed == "code_hash" else {"env": dict(bench.home.env)}
+    bench.home = dataclasses.replace(bench.home, **change)
+    new = await bench.helper()
+    assert new is not old
+    assert not old.gone.done()
+    program.let_go()
+    exit_ = await program.end()
+    assert (exit_.code, exit_.lost) == (hostile.ENDED, None)
+    await asyncio.wait_for(asyncio.shield(old.gone), PATIENCE_S)
+    assert await bench.helper() is new
+
+
+async def test_a_pool_without_calls_that_another_replaced_ends_at_once(bench: Bench) -> None:
+    old = await bench.helper()
+    bench.home = dataclasses.replace(bench.home, code_hash="other")
+    bench.pool()
+    await asyncio.wait_for(asyncio.shield(old.gone), PATIENCE_S)
+
+
+async def test_two_phases_have_helpers_of_their_own(bench: Bench) -> None:
+    first = await bench.started("hold")
+    bench.home = another(bench.home)
+    second = await bench.started("hold")
+    assert {state["phase"]: state["running"] for state in bench.helpers.state("test")} == {"OPEN": 1, "CLEAR": 1}
+    for program in (first, second):
+        program.let_go()
+        assert (await program.end()).lost is None
+
+
+async def test_a_second_helper_is_begun_where_the_first_has_work(bench: Bench) -> None:
+    helpers = Helpers(most=2, namespace=bench.form == "namespace")
+    pool = helpers.pool(bench.home, bench.script)
+    first = await pool.ready()
+    program = bench.launch(first, "hold")
+    assert await program.line() == "ready"
+    assert pool.free() is first  # nobody waits for the other
+    await until(lambda: len(pool.helpers) == 2)
+    assert pool.free() is not first
+    await helpers.close()
+
+
+async def test_a_folder_made_anew_with_its_manifest_read_anew_is_the_new_folder(bench: Bench, tmp_path: Path) -> None:
+    folder = tmp_path / "overlay"
+
+    async def listed() -> str:
+        program = await bench.helpers.pool(bench.home).ready()
+        reader, writer = os.pipe()
+        try:
+            process = program.launch(["ls"], (reader, writer, 2), {})
+            assert (await asyncio.wait_for(process.ended, PATIENCE_S)).code == 0
+            os.set_blocking(reader, False)
+            with contextlib.suppress(BlockingIOError):
+                return os.read(reader, 100).decode()
+            return ""
+        finally:
+            os.close(reader)
+            os.close(writer)
+
+    folder.mkdir()
+    (folder / "old").touch()
+    bench.home = a_home(bench.token, folder=folder)
+    assert await listed() == "old\n"
+    shutil.rmtree(folder)
+    assert await listed() == ""
+    folder.mkdir()
+    (folder / "new").touch()
+    bench.home = a_home(bench.token, folder=folder)
+    assert await listed() == "new\n"
+
+
+async def test_who_waits_for_a_helper_may_give_up_and_others_get_it(bench: Bench) -> None:
+    bench.home = another(bench.home)
+    pool = bench.pool()
+    waiting = [asyncio.create_task(pool.ready()) for _ in range(3)]
+    await asyncio.sleep(0)
+    waiting[0].cancel()
+    first, *others = await asyncio.gather(*waiting, return_exceptions=True)
+    assert isinstance(first, asyncio.CancelledError)
+    assert others == [pool.any()] * 2
+
+
+async def test_who_waits_for_a_helper_is_told_when_all_are_closed(bench: Bench) -> None:
+    bench.home = another(bench.home)
+    waiting = asyncio.create_task(bench.pool().ready())
+    await asyncio.sleep(0)
+    await asyncio.wait_for(bench.helpers.close(), PATIENCE_S)
+    with pytest.raises(OSError, match="before it was ready"):
+        await waiting
+    with pytest.raises(OSError, match="shutting down"):
+        await bench.pool().ready()
+
+
+async def test_closing_ends_what_runs(bench: Bench) -> None:
+    helper = await bench.helper()
+    programs = [await bench.started(way) for way in ("hold", "deaf", "comet", "unknown")]
+    await asyncio.wait_for(bench.helpers.close(), PATIENCE_S)
+    assert helper.gone.done()
+    for program in programs:
+        assert (await program.end()).lost is not None
+    assert with_token(bench.token) == {}
+
+
+DIES_AT_FIRST = """
+import os, sys
+try:
+    os.mkdir({!r})
+except FileExistsError:
+    os.execv(sys.executable, [sys.executable, "-I", "-S", *sys.argv[1:]])
+os.kill(os.getpid(), 9)
+"""
+
+
+async def test_a_helper_killed_while_it_starts_is_started_again(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    interpreter = (sys.executable, "-I", "-S", "-c", DIES_AT_FIRST.format(str(tmp_path / "died")))
+    monkeypatch.setattr(module, "SPAWNER", interpreter)
+    script = bench.script and dataclasses.replace(bench.script, interpreter=interpreter)
+    pool = bench.helpers.pool(bench.home, script) if script else bench.helpers.pool(another(bench.home))
+    assert (await asyncio.wait_for(pool.ready(), PATIENCE_S)).is_open
+    assert (tmp_path / "died").exists()
+    assert pool.unfit is None
+
+
+async def test_a_helper_that_is_silent_at_its_start_is_given_up(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SPAWNER", (sys.executable, "-I", "-S", "-c", "import signal; signal.pause()"))
+    monkeypatch.setattr(module, "START_S", 0.05)
+    with pytest.raises(OSError, match="not ready within"):
+        await bench.helpers.pool(another(bench.home)).ready()
+
+
+# What is told of an end
+
+
+@pytest.mark.parametrize(
+    ("way", "argument", "code"),
+    [("exit", 0, 0), ("exit", 255, 255), ("die", int(signal.SIGABRT), -signal.SIGABRT), ("die", 40, -40)],
+)
+async def test_an_exit_has_status_or_signal_and_what_it_took(bench: Bench, way: str, argument: int, code: int) -> None:
+    exit_ = await (await bench.start(way, argument)).end()
+    assert (exit_.code, exit_.lost, exit_.failed) == (code, None, None)
+    assert exit_.cpu_ms is not None
+    assert exit_.peak_mb is not None
+    assert 0 < exit_.cpu_ms < 1000
+    assert 1 < exit_.peak_mb < 40
+
+
+async def test_an_exit_tells_the_processors_time(bench: Bench) -> None:
+    program = await bench.started("burn", 60)
+    program.let_go()
+    exit_ = await program.end()
+    assert exit_.cpu_ms is not None
+    assert 60 <= exit_.cpu_ms < 600
+
+
+async def test_an_exit_tells_the_memory_of_its_peak_and_a_running_program_that_of_now(bench: Bench) -> None:
+    program = await bench.started("fill", 50)
+    resident = await program.process.memory_mb()
+    program.let_go()
+    exit_ = await program.end()
+    assert exit_.peak_mb is not None
+    assert resident is not None
+    assert 50 < resident < 90
+    assert 50 < exit_.peak_mb < 90
+    assert await program.process.memory_mb() is None
+
+
+async def test_the_memory_of_a_program_whose_helper_has_ended_is_not_known(bench: Bench) -> None:
+    program = await bench.started("hold")
+    helper = await bench.helper()
+    os.kill(inner(helper), signal.SIGSTOP)
+    asking = asyncio.create_task(program.process.memory_mb())
+    await asyncio.sleep(0)
+    os.kill(inner(helper), signal.SIGKILL)
+    assert await asyncio.wait_for(asking, PATIENCE_S) is None
+    await program.end()
+    program = await bench.started("hold")
+    (await bench.helper()).close()
+    assert await program.process.memory_mb() is None
