@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 
     from starlette.requests import Request
     from starlette.routing import BaseRoute
+    from starlette.types import Receive, Scope, Send
 
     from bus.course import Answer
+    from bus.overlay_entry import Entry
     from bus.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -52,7 +54,7 @@ class JsonResponse(Response):
     media_type = "application/json"
 
     def render(self, content: object) -> bytes:
-        return content if isinstance(content, bytes) else orjson.dumps(content, option=orjson.OPT_APPEND_NEWLINE)
+        return orjson.dumps(content, option=orjson.OPT_APPEND_NEWLINE)
 
 
 def create_app(settings: Settings | None = None, bus: Bus | None = None) -> Starlette:
@@ -77,16 +79,18 @@ class Api:
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
+        self._invoke = _Invoke(bus)
 
     def routes(self) -> list[BaseRoute]:
+        """In the order in which a path is held against them: calls first."""
         return [
+            Route("/invoke/{name}", self._invoke, methods=["POST"]),
+            Route("/invoke/{name}/{capability}", self._invoke, methods=["POST"]),
             Route("/", self.root),
             Route("/health", self.health),
             Route("/ready", self.ready),
             Route("/overlays", self.overlays),
             Route("/overlays/{name}", self.overlay),
-            Route("/invoke/{name}", self.invoke, methods=["POST"]),
-            Route("/invoke/{name}/{capability}", self.invoke, methods=["POST"]),
             Route("/provenance", self.provenance),
             Route("/provenance/{seq}", self.record),
             Route("/stress", self.stress),
@@ -108,29 +112,19 @@ class Api:
 
     async def overlays(self, _: Request) -> Response:
         await self._bus.start()
-        return JsonResponse({"overlays": [entry.summary() for entry in self._bus.registry.entries()]})
+        entries = self._bus.registry.entries()
+        return JsonResponse({"overlays": [entry.summary() | {"running": self._running(entry)} for entry in entries]})
 
     async def overlay(self, request: Request) -> Response:
         await self._bus.start()
-        return JsonResponse(self._bus.registry.entry(request.path_params["name"]).detail())
+        entry = self._bus.registry.entry(request.path_params["name"])
+        return JsonResponse(entry.detail() | {"running": self._running(entry)})
 
-    async def invoke(self, request: Request) -> Response:
-        """One call. The capability may stand in the path, behind a dot in the name, or in the body."""
-        await self._bus.start()
-        name, capability = request.path_params["name"], request.path_params.get("capability")
-        try:
-            body = await self._body(request)
-            read = envelopes.read_invocation
-            if len(body) > LARGE_BYTES:
-                call = await asyncio.to_thread(read, body, name, capability)
-            else:
-                call = read(body, name, capability)
-        except RequestError as error:
-            return _respond(await self._bus.refuse(error, name, capability))
-        except ClientDisconnect:  # in the middle of its request, so no call was made
-            return Response(status_code=_CLIENT_GONE)
-        answer = await _unless_disconnected(request, self._bus.invoke(call))
-        return Response(status_code=_CLIENT_GONE) if answer is None else _respond(answer)
+    def _running(self, entry: Entry) -> dict[str, Any]:
+        """What the runners keep for an overlay from call to call: helpers, workers, service, circuit breaker."""
+        return {
+            name: state for runner in self._bus.runners.values() for name, state in runner.state(entry.name).items()
+        }
 
     async def provenance(self, request: Request) -> Response:
         """The last records, oldest first: `?limit=&overlay=&ok=&since=` (milliseconds since the epoch)."""
@@ -171,25 +165,69 @@ class Api:
         log.error("%s %s failed", request.method, request.url.path, exc_info=error)
         return _error_response(BusError("ERR_INTERNAL", f"{request.method} {request.url.path}"))
 
-    async def _body(self, request: Request) -> bytes:
+
+class _Invoke:
+    """One call. The capability may stand in the path, behind a dot in the name, or in the body.
+
+    A bare ASGI application: the request and response objects of a function's route cost as much as all checks together.
+    """
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._bus.start()
+        name, capability = scope["path_params"]["name"], scope["path_params"].get("capability")
+        try:
+            answer = await self._answer(name, capability, dict(scope["headers"]), receive)
+        except ClientDisconnect:
+            await Response(status_code=_CLIENT_GONE)(scope, receive, send)
+        else:
+            await _send(answer, send)
+
+    async def _answer(
+        self, name: str, capability: str | None, headers: Mapping[bytes, bytes], receive: Receive
+    ) -> Answer:
+        """Raises `ClientDisconnect` where nobody waits for an answer any more."""
+        try:
+            body = await self._body(headers, receive)
+            read = envelopes.read_invocation
+            if len(body) > LARGE_BYTES:
+                call = await asyncio.to_thread(read, body, name, capability)
+            else:
+                call = read(body, name, capability)
+        except RequestError as error:
+            return await self._bus.refuse(error, name, capability)
+        return await _unless_disconnected(receive, self._bus.invoke(call))
+
+    async def _body(self, headers: Mapping[bytes, bytes], receive: Receive) -> bytes:
         """The body, read no further than it may be long. Raises `RequestError` for its type or its size."""
-        media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if media_type != "application/json" and not media_type.endswith("+json"):
-            raise RequestError("ERR_CONTENT_TYPE", f"content type {media_type or 'none'!r}, allowed: application/json")
-        encoding = request.headers.get("content-encoding", "identity").strip().lower()
-        if encoding != "identity":
-            raise RequestError("ERR_CONTENT_TYPE", f"content encoding {show(encoding)}, allowed: identity")
         limit = self._bus.settings.max_body_bytes
-        declared = request.headers.get("content-length", "")
-        if declared.isdecimal() and int(declared) > limit:
-            raise _too_large(declared, limit)
-        chunks, size = [], 0
-        async for chunk in request.stream():
-            size += len(chunk)
+        _check_headers(headers, limit)
+        chunks, size, more = [], 0, True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":  # in the middle of its request, so no call was made
+                raise ClientDisconnect
+            chunks.append(message.get("body", b""))
+            size += len(chunks[-1])
             if size > limit:
                 raise _too_large(f"more than {limit}", limit)
-            chunks.append(chunk)
+            more = message.get("more_body", False)
         return b"".join(chunks)
+
+
+def _check_headers(headers: Mapping[bytes, bytes], limit: int) -> None:
+    """Raise `RequestError` for what is not plain JSON, or is longer than `limit` bytes by its own account."""
+    media_type = headers.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
+    if media_type != "application/json" and not media_type.endswith("+json"):
+        raise RequestError("ERR_CONTENT_TYPE", f"content type {media_type or 'none'!r}, allowed: application/json")
+    encoding = headers.get(b"content-encoding", b"identity").decode("latin-1").strip().lower()
+    if encoding != "identity":
+        raise RequestError("ERR_CONTENT_TYPE", f"content encoding {show(encoding)}, allowed: identity")
+    declared = headers.get(b"content-length", b"").decode("latin-1")
+    if declared.isdecimal() and int(declared) > limit:
+        raise _too_large(declared, limit)
 
 
 class _Query:
@@ -224,14 +262,14 @@ class _Query:
             raise RequestError("ERR_BAD_QUERY", f"unknown: {show(unknown)}; known: {', '.join(self._known)}")
 
 
-async def _unless_disconnected(request: Request, call: Coroutine[Any, Any, Answer]) -> Answer | None:
-    """The answer, or None once the client has gone; then the call was cancelled and has left its line."""
-    watch = _ClientWatch(request)
+async def _unless_disconnected(receive: Receive, call: Coroutine[Any, Any, Answer]) -> Answer:
+    """Raises `ClientDisconnect` once the client has gone; then the call was cancelled and has left its line."""
+    watch = _ClientWatch(receive)
     try:
         return await call
     except asyncio.CancelledError:
         if watch.has_fired and watch.caller.uncancel() == 0:
-            return None
+            raise ClientDisconnect from None
         raise
     finally:
         watch.end()
@@ -245,13 +283,13 @@ def _is_number(text: str) -> bool:
 class _ClientWatch:
     """Cancels the current task once its client has gone. Begins after `WATCH_AFTER_S`: most calls are over by then."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, receive: Receive) -> None:
         caller = asyncio.current_task()
         if caller is None:
             raise RuntimeError("a request is handled in a task")
         self.caller: asyncio.Task[Any] = caller
         self.has_fired = False
-        self._request = request
+        self._receive = receive
         self._task: asyncio.Task[None] | None = None
         self._timer = asyncio.get_running_loop().call_later(WATCH_AFTER_S, self._begin)
 
@@ -264,17 +302,23 @@ class _ClientWatch:
         self._task = asyncio.ensure_future(self._watch())
 
     async def _watch(self) -> None:
-        while (await self._request.receive())["type"] != "http.disconnect":
+        while (await self._receive())["type"] != "http.disconnect":
             pass
         self.has_fired = True
         self.caller.cancel()
 
 
-def _respond(answer: Answer) -> Response:
-    headers = {"X-Request-Id": answer.body["request_id"]}
+async def _send(answer: Answer, send: Send) -> None:
+    body = answer.json()
+    headers = [
+        (b"content-length", b"%d" % len(body)),
+        (b"content-type", b"application/json"),
+        (b"x-request-id", answer.body["request_id"].encode()),
+    ]
     if answer.retry_after_s is not None:
-        headers["Retry-After"] = str(answer.retry_after_s)
-    return JsonResponse(answer.json(), status_code=answer.http_status, headers=headers)
+        headers.append((b"retry-after", b"%d" % answer.retry_after_s))
+    await send({"type": "http.response.start", "status": answer.http_status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 def _error_response(error: BusError) -> Response:

@@ -28,6 +28,7 @@ import re
 import stat
 import time
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from bus.canonical import shown
@@ -58,6 +59,9 @@ class TooLargeError(Exception):
     """The folder holds more than a code hash is made for."""
 
 
+_stamped = attrgetter("st_dev", "st_ino", "st_mode", "st_size", "st_mtime_ns", "st_ctime_ns")
+
+
 class Stamp(NamedTuple):
     """What tells that a file is the one that it was. Times are nanoseconds."""
 
@@ -70,7 +74,7 @@ class Stamp(NamedTuple):
 
     @classmethod
     def of(cls, status: os.stat_result) -> Stamp:
-        return cls(status.st_dev, status.st_ino, status.st_mode, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        return cls._make(_stamped(status))
 
     def is_settled(self, now_ns: int) -> bool:
         """Whether a change after `now_ns` (of `time.time_ns`) is sure to give another stamp.

@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import orjson
@@ -280,7 +281,7 @@ class Bus:
                 log.exception("the outcome of call %s cannot be written", course.request_id)
                 outcome = course.refuse(BusError("ERR_INTERNAL", f"what came of the call is no JSON: {error}"))
                 record, written = self._submit(course, outcome)
-            receipt = await asyncio.shield(written)
+            receipt = await written
         except LedgerError as error:
             return course.unrecorded_answer(outcome, error)
         return course.answer(outcome, record, receipt)
@@ -291,15 +292,11 @@ class Bus:
         Raises `LedgerError`, and `ValueError` for what no line can hold, as a plugin's runner may give it.
         """
         record = course.record(outcome, self.environment_hash, with_payload=stores_payload(self.settings))
-        written = self.ledger.submit(record)
-        written.add_done_callback(lambda done: self._tell_plugins(record, done))
-        return record, written
+        return record, self.ledger.submit(record, partial(self._tell_plugins, record))
 
-    def _tell_plugins(self, record: Record, written: asyncio.Future[Receipt]) -> None:
-        if not written.cancelled() and written.exception() is None:
-            receipt = written.result()
-            record |= {"seq": receipt.seq, "hash": receipt.hash}
-            self.plugins.finished(record)
+    def _tell_plugins(self, record: Record, receipt: Receipt) -> None:
+        record |= {"seq": receipt.seq, "hash": receipt.hash}
+        self.plugins.finished(record)
 
     async def _finish_alone(self, course: Course, outcome: Outcome) -> None:
         """Finish a call whose caller has gone; a second cancellation does not keep its line from being written."""

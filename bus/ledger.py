@@ -366,9 +366,10 @@ class _Waiting:
 
     draft: Draft
     future: asyncio.Future[Receipt]
+    written: Callable[[Receipt], object] | None
 
 
-_Answers = list[tuple["asyncio.Future[Receipt]", "Receipt | LedgerError"]]
+_Answers = list[tuple[_Waiting, "Receipt | LedgerError"]]
 
 
 class Ledger:
@@ -427,16 +428,17 @@ class Ledger:
         """Write one record, and return once it is in the file, as safely as `fsync` asks; see `submit`."""
         return await self.submit(record)
 
-    def submit(self, record: Record) -> asyncio.Future[Receipt]:
+    def submit(self, record: Record, written: Callable[[Receipt], object] | None = None) -> asyncio.Future[Receipt]:
         """Have one record written; the future is done once it is in the file. Needs a running event loop.
 
         `record` has the members of a call in `schemas/record.schema.json`; those it leaves out are null; `v`, `seq`,
-        `prev` and `hash` are the ledger's. A caller that is cancelled while it waits does not lose the line. Raises
+        `prev` and `hash` are the ledger's. A caller that is cancelled while it waits does not lose the line: `written`
+        is called all the same once it stands, in the loop and before the future is done; it raises nothing. Raises
         `LedgerError` where it cannot be written, `ValueError` for an unknown member or a value that is not JSON.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Receipt] = loop.create_future()
-        if self._enqueue(_Waiting(draft_call(record), future)):
+        if self._enqueue(_Waiting(draft_call(record), future, written)):
             loop.call_soon(self._flush)  # behind the other calls of this turn, so that one write takes them all
         return future
 
@@ -572,7 +574,7 @@ class Ledger:
         """Wake each loop once for all of its callers, in the order of the file; says whether one was there to wake."""
         by_loop: dict[asyncio.AbstractEventLoop, _Answers] = defaultdict(list)
         for one, answer in zip(group, answers, strict=True):
-            by_loop[one.future.get_loop()].append((one.future, answer))
+            by_loop[one.future.get_loop()].append((one, answer))
         woken = False
         for loop, settled in by_loop.items():
             with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits any more
@@ -582,13 +584,15 @@ class Ledger:
 
     def _settle(self, answers: _Answers) -> None:
         """In the callers' loop: let them go on, and begin with what came meanwhile."""
-        for future, answer in answers:
-            if future.done():
+        for waiting, answer in answers:
+            if isinstance(answer, Receipt) and waiting.written:
+                waiting.written(answer)
+            if waiting.future.done():  # cancelled
                 continue
             if isinstance(answer, Receipt):
-                future.set_result(answer)
+                waiting.future.set_result(answer)
             else:
-                future.set_exception(answer)
+                waiting.future.set_exception(answer)
         self._flush()
 
     def _failures(self, error: Exception, count: int) -> list[LedgerError]:

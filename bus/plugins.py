@@ -119,7 +119,7 @@ class Plugins:
     def finished(self, record: Record) -> None:
         for impl in self._observers:
             try:
-                _call(impl, record={name: record[name] for name in record if name not in _KEPT_BACK})
+                _call(impl, record=_to_observe(record))
             except Exception:
                 log.exception("plugin %s failed on a finished invocation", impl.plugin_name)
 
@@ -133,6 +133,13 @@ class Plugins:
         """In the order of registration; pluggy's own calls go the other way round and stop at the first exception."""
         implementations: list[HookImpl] = getattr(self.manager.hook, hook).get_hookimpls()
         return implementations
+
+
+def _to_observe(record: Record) -> Record:
+    members = record.copy()
+    for name in _KEPT_BACK:
+        members.pop(name, None)
+    return members
 
 
 def _call(impl: HookImpl, **arguments: Any) -> Any:  # noqa: ANN401

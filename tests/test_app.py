@@ -397,3 +397,11 @@ def test_many_clients_at_once_each_get_their_own_answer(server: Server) -> None:
     assert [reply["result"]["payload"]["n"] for reply in replies] == list(range(64))
     assert len({reply["provenance"]["seq"] for reply in replies}) == 64
     assert provenance.verify(server.settings.ledger).ok
+
+
+def test_the_list_tells_what_runs_for_an_overlay(server: Server) -> None:
+    add_script(server.settings.overlays, "quick", say("done"))
+    server.invoke("quick", {})
+    listed = {one["name"]: one["running"] for one in server.get("/overlays").json()["overlays"]}
+    assert [(helper["mode"], helper["running"]) for helper in listed["quick"]["helpers"]] == [("spawn", 0)]
+    assert server.get("/overlays/quick").json()["running"]["helpers"][0]["pid"] > 0

@@ -33,6 +33,7 @@ from tests.support import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from bus.course import Answer
@@ -515,9 +516,11 @@ async def test_a_call_cancelled_while_its_line_is_written_is_told_to_the_plugins
     async with running_bus(settings, runner, Listener()) as bus:
         submit = bus.ledger.submit
 
-        def submit_and_cancel(record: Record) -> asyncio.Future[Receipt]:
+        def submit_and_cancel(
+            record: Record, written: Callable[[Receipt], object] | None = None
+        ) -> asyncio.Future[Receipt]:
             task.cancel()
-            return submit(record)
+            return submit(record, written)
 
         bus.ledger.submit = submit_and_cancel  # type: ignore[method-assign]
         task = asyncio.create_task(bus.invoke(a_call("echo")))

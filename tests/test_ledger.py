@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -14,15 +15,20 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from bus import ledger as ledger_module
-from bus import schemas
+from bus import provenance, schemas
 from bus.ledger import Fsync, Ledger, LedgerError
 from bus.provenance import iter_lines, read_line, verify
 from bus.records import environment_hash
 from tests.ledgers import ENVIRONMENT, append, call, opened, write
+from tests.support import eventually
+
+if TYPE_CHECKING:
+    from bus.model import Record
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -84,6 +90,19 @@ def path(tmp_path: Path) -> Path:
 
 def ledger_size(path: Path) -> int:
     return path.stat().st_size
+
+
+def leave_in_an_ending_loop(ledger: Ledger, record: Record) -> None:
+    """Have a record written in a loop that does not run on."""
+    loop = asyncio.new_event_loop()
+
+    def leave() -> None:
+        ledger.submit(record)
+        loop.stop()
+
+    loop.call_soon(leave)
+    loop.run_forever()
+    loop.close()
 
 
 def append_until_it_fails(ledger: Ledger) -> int:
@@ -242,6 +261,57 @@ def test_a_loop_that_ended_before_its_answer_does_not_disturb_the_writer(path: P
         asyncio.run(leave(ledger))
         append(ledger, call("stayed"))
     assert [record["request_id"] for record in iter_lines(path)] == ["left", "stayed"]
+
+
+def test_what_a_loop_left_that_ended_before_it_came_to_write_is_written(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_module, "RETRY_S", 0.01)
+    with opened(path) as ledger:
+        leave_in_an_ending_loop(ledger, call("left"))
+        eventually(lambda: provenance.tail(path, 1) != [], "the line is written")
+        assert append(ledger, call("next")).seq == 2
+    with opened(path) as ledger:
+        monkeypatch.setattr(ledger, "_flush", lambda: None)
+        leave_in_an_ending_loop(ledger, call("last"))
+    assert [record["request_id"] for record in iter_lines(path)] == ["left", "next", "last"]
+
+
+async def test_the_loop_writes_a_small_group_and_leaves_the_sync_and_a_large_group_to_the_thread(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[tuple[str, str]] = []
+
+    def noting(name: str) -> None:
+        real = getattr(os, name)
+
+        def note(*arguments: Any) -> Any:
+            threads.append((name, threading.current_thread().name))
+            return real(*arguments)
+
+        monkeypatch.setattr(os, name, note)
+
+    with opened(path, "batch") as ledger:
+        await ledger.append(call())
+        for name in ("write", "fdatasync"):
+            noting(name)
+        await asyncio.gather(*(ledger.append(call()) for _ in range(3)))
+        await ledger.append(call(error="x" * 500_000))
+        monkeypatch.undo()
+    here = threading.current_thread().name
+    assert threads == [("write", here), ("fdatasync", "ledger"), ("write", "ledger"), ("fdatasync", "ledger")]
+
+
+async def test_a_lock_that_another_holds_is_waited_for_while_the_loop_goes_on(path: Path) -> None:
+    with opened(path) as ledger:
+        await ledger.append(call("a"))
+        with path.with_suffix(".lock").open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            waiting = [ledger.submit(call(name)) for name in "bc"]
+            for _ in range(10):
+                await asyncio.sleep(0)
+            assert not any(future.done() for future in waiting)
+        assert [(await future).seq for future in waiting] == [2, 3]
 
 
 def test_another_process_cannot_wait_for_the_writer_of_this_one(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
