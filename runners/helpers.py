@@ -172,7 +172,7 @@ class Helper:
         interpreter = SPAWNER if pool.script is None else pool.script.interpreter
         try:
             with theirs:
-                self._socket.send(marshal.dumps(("begin", config), MARSHAL))
+                self._socket.send(marshal.dumps(("begin", dict(config)), MARSHAL))
                 self._popen, said = self._begin([*interpreter, str(LAUNCH), str(theirs.fileno())], theirs)
         except BaseException:
             self._socket.close()
@@ -243,7 +243,7 @@ class Helper:
         Raises OSError where the command is too long, `GoneError` where the helper has ended.
         """
         number = next(self._numbers)
-        message = marshal.dumps(("run", (number, self._pool.argv(argv), env)), MARSHAL)
+        message = marshal.dumps(("run", (number, list(self._pool.argv(argv)), dict(env))), MARSHAL)
         if len(message) > MESSAGE_BYTES:
             raise OSError(errno.E2BIG, os.strerror(errno.E2BIG))
         if not self.is_open:

@@ -8,9 +8,9 @@ and as little as possible of the library, since each fork pays for what is loade
 FD is its end of a SOCK_SEQPACKET pair. Each message is a pair of a verb and what it is about, written by `marshal` in a
 version that all these interpreters read: it is part of them, and JSON is not.
 
-    to the helper     "begin"    {"mark", "namespace", "arguments", "preload", "skip"}, the first: what its processes are
-                                 known by, whether to try for a pid namespace, of mode fork the script and what follows
-                                 it (None in mode spawn), modules to load before the calls and not to load
+    to the helper     "begin"    {"mark", "namespace", "arguments", "preload", "skip"}, once: what its processes are
+                                 known by, whether to try for a pid namespace, of mode fork the script and what
+                                 follows it (None in mode spawn), modules to load before the calls and not to load
                       "run"      (call, argv, env), with stdin, stdout and stderr as SCM_RIGHTS
                       "kill"     (call, signal), to the group of the call
                       "measure"  call
@@ -204,7 +204,7 @@ class Launcher:
         self._buffer = bytearray(MESSAGE_BYTES)
         self._calls = {}  # type: dict[int, Call]
         self._pids = {}  # type: dict[int, int]
-        self._ended = []  # type: list[list[Any]]
+        self._ended = []  # type: list[tuple[Any, ...]]
         self._sweeps = 0
         self._environment = given_environment()
         self._family = Family()
@@ -251,18 +251,19 @@ class Launcher:
     def _run(self, fds: list[int], number: int, argv: list[str], env: dict[str, str]) -> Any:
         """Start a program. Returns None, but in a forked child what it is to run."""
         env[MARK] = "%s-%d" % (self._mark, number)
+        pid = failed = None
         try:
             pid = self._start(fds, argv, env)
         except (OSError, ValueError) as error:
-            words = getattr(error, "strerror", None) or str(error)
-            tell(self._channel, "failed", (number, getattr(error, "errno", None), words))
-            pid = None
+            failed = (number, getattr(error, "errno", None), getattr(error, "strerror", None) or str(error))
         if pid == 0:
             self._become_child(fds)
             return list(argv), env
         for fd in fds:
             os.close(fd)
-        if pid is not None:
+        if pid is None:
+            tell(self._channel, "failed", failed)
+        else:
             self._calls[pid] = Call(number, pid)
             self._pids[number] = pid
         return None
@@ -511,7 +512,7 @@ def main() -> Any:
     if not in_namespace:
         go_inside(channel)
     # The place to take the rights and limits of the phase: nothing of the overlay is loaded, and all children inherit.
-    program = None if config["arguments"] is None else load_program(channel, config)
+    program = None if config["arguments"] is None else load_program(channel, config)  # type: Any
     launcher = Launcher(channel, program, config["mark"], in_namespace)
     if not in_namespace:
         _prctl(PR_SET_PDEATHSIG, 0, 0, 0, 0)  # from now on the bus closes the socket, and all is ended in order

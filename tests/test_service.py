@@ -43,6 +43,9 @@ class Logs:
         assert overlay == "test"
         self.text += data
 
+    def close(self) -> None:
+        pass
+
     def end(self, overlay: str, source: Hashable = None) -> None:
         self.text += b"|"
 
