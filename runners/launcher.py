@@ -39,7 +39,7 @@ import os
 import select
 import sys
 
-import _signal as signal  # `signal` would bring `enum` with it
+import _signal as signal  # type: ignore[import-not-found]  # `signal` would bring `enum` with it
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

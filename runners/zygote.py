@@ -677,6 +677,10 @@ class Guard:
         return ["it loads %s, which is the overlay's own" % name for name in found]
 
 
+_OF_LIBC = 0b11 << 31
+"""Signals 32 and 33, which the C library handles once there was a thread (nptl(7))."""
+
+
 class World:
     """What this process would not hand on to a child as it is, and what is outside of it."""
 
@@ -689,7 +693,9 @@ class World:
             "it starts threads": status["Threads"],
             "it starts a process": figures[8],  # cminflt of proc(5): page faults of children that were waited for
             "it leaves something open": _open_files(),
-            "it changes how signals are handled": [status[name] for name in ("SigBlk", "SigIgn", "SigCgt")],
+            "it changes how signals are handled": [
+                int(status[name], 16) & ~_OF_LIBC for name in ("SigBlk", "SigIgn", "SigCgt")
+            ],
             "it sets a timer": [_signal.getitimer(which) for which in range(3)],
             "it changes the umask": status.get("Umask"),
             "it changes the user": [status[name] for name in ("Uid", "Gid")],
@@ -971,7 +977,7 @@ class End:
         self._last = next(reversed(sys.modules))
         self._kept = [getattr(sys, name, None) for name in SYS_NAMES]  # or a child would free it, piece by piece
         self._forgotten = []  # type: list[Any]
-        self._builtins = frozenset(vars(builtins)) | {"_"}
+        self._last_builtin = next(reversed(vars(builtins)))
         self._tell = _make_teller()
         self._flush_c = _c_flusher() if _use_c(list(sys.modules)) else None
 
@@ -1000,22 +1006,17 @@ class End:
         self._forgotten += [sys.modules.pop(name) for name in list(self._new_modules())]
 
     def _new_modules(self) -> Iterator[str]:
-        """The names of modules that came after the fork, the latest first. To look at the others would copy them."""
-        for name in reversed(sys.modules):
-            if name == self._last:
-                return
-            if name != MAIN:
-                yield name
+        """The names of modules that came after the fork, the latest first."""
+        return (name for name in _added(sys.modules, self._last) if name != MAIN)
 
     def _let_go(self) -> None:
         """First what the script loaded and made. Where some of that still waits to be finalized, all the rest."""
         for name in SYS_NAMES:
             setattr(sys, name, None)
-        builtins._ = None  # type: ignore[attr-defined]
         sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__
         collect, unfreeze, objects, modules = gc.collect, gc.unfreeze, gc.get_objects, sys.modules
         alive = _let_go_of([MAIN] + list(self._new_modules())[::-1])
-        for name in vars(builtins).keys() - self._builtins:
+        for name in list(_added(vars(builtins), self._last_builtin)):
             delattr(builtins, name)
         collect()
         if any(_is_finalized(kind) for kind in set(map(type, objects()))):
@@ -1027,6 +1028,14 @@ class End:
                 if module is not None:
                     _empty(vars(module))
                 del module
+
+
+def _added(namespace: dict[str, Any], last: str) -> Iterator[str]:
+    """The names that came after `last`, the latest first. To look at each of the others would copy it."""
+    for name in reversed(namespace):
+        if name == last:
+            return
+        yield name
 
 
 def _let_go_of(names: Iterable[str]) -> list[Any]:
