@@ -1,0 +1,1 @@
+"""What the hostile overlays run. They stand in the overlays' folders as copies, and import nothing but each other."""
