@@ -1,0 +1,127 @@
+"""The helper's own program: under each interpreter that it may meet, and how it knows its children."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from runners import helpers as module
+from runners.helpers import Helpers
+from tests.programs import family
+from tests.programs.a_home import COMMAND, a_home, with_token
+from tests.runner_fixtures import nothing_left  # noqa: F401  # pytest finds it by its name
+from tests.support import PATIENCE_S, REPO
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+OLDEST, NEWEST = 8, 14
+FOLDERS = [*os.get_exec_path(), *map(str, sorted(Path.home().glob(".pyenv/versions/*/bin")))]
+
+
+def interpreters() -> Iterator[str]:
+    """Our own, and each CPython of these versions that is there. A shim, which is a script, is none."""
+    yield sys.executable
+    known = {Path(sys.executable).resolve()}
+    for minor in range(OLDEST, NEWEST + 1):
+        for path in (Path(folder, f"python3.{minor}").resolve() for folder in FOLDERS):
+            if path not in known and os.access(path, os.X_OK) and is_program(path):
+                known.add(path)
+                yield str(path)
+
+
+def is_program(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"\x7fELF"
+
+
+@pytest.mark.parametrize("namespace", [True, False], ids=["namespace", "subreaper"])
+@pytest.mark.parametrize("interpreter", list(interpreters()))
+async def test_it_runs_under_any_interpreter(
+    interpreter: str, namespace: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SPAWNER", (interpreter, "-I", "-S"))
+    token = f"token-{os.getpid()}-{interpreter}"
+    helpers = Helpers(most=1, namespace=namespace)
+    helper = await asyncio.wait_for(helpers.pool(a_home(token)).ready(), PATIENCE_S)
+    said, stdout = os.pipe()
+    stdin, ours = os.pipe()
+    try:
+        ended = helper.launch(["sh", "-c", "echo $TOKEN; setsid sleep 1000 & exit 3"], (stdin, stdout, 2), {}).ended
+        failed = helper.launch(["no-such-program"], (stdin, stdout, 2), {}).ended
+        killed = helper.launch([*COMMAND, token, "deaf"], (stdin, stdout, 2), {})
+        assert (await asyncio.wait_for(ended, PATIENCE_S)).code == 3
+        assert (await asyncio.wait_for(failed, PATIENCE_S)).failed is not None
+        assert (await killed.memory_mb() or 0) > 0
+        killed.signal(signal.SIGKILL)
+        assert (await asyncio.wait_for(killed.ended, PATIENCE_S)).code == -signal.SIGKILL
+        running = helper.launch([*COMMAND, token, "deaf"], (stdin, stdout, 2), {})
+        await helpers.close()
+        assert running.ended.result().lost is not None
+        assert with_token(token) == {}
+    finally:
+        await helpers.close()
+        for fd in (stdout, stdin, ours):
+            os.close(fd)
+        with os.fdopen(said) as file:
+            lines = file.read().splitlines()
+    assert lines[0] == token
+
+
+WITHOUT_LIST = f"""
+import sys
+sys.path.insert(0, {str(module.LAUNCH.parent)!r})
+import launcher
+launcher.Family.children = lambda self: launcher._children_by_scan()
+del sys.argv[0]
+exec(compile(open(sys.argv[0]).read(), sys.argv[0], "exec"), {{"__name__": "__main__", "__file__": sys.argv[0]}})
+"""
+
+
+@pytest.mark.parametrize("namespace", [True, False], ids=["namespace", "subreaper"])
+@pytest.mark.parametrize("way", ["daemon", "comet"])
+async def test_it_ends_orphans_where_the_kernel_does_not_list_children(
+    way: str, namespace: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SPAWNER", (sys.executable, "-I", "-S", "-c", WITHOUT_LIST))
+    helpers = Helpers(most=1, namespace=namespace)
+    helper = await asyncio.wait_for(helpers.pool(a_home(f"token-{os.getpid()}-scan")).ready(), PATIENCE_S)
+    null = os.open(os.devnull, os.O_RDONLY)
+    said, stdout = os.pipe()
+    try:
+        process = helper.launch([*COMMAND, f"token-{os.getpid()}-scan", way], (null, stdout, 2), {})
+        assert (await asyncio.wait_for(process.ended, PATIENCE_S)).lost is None
+        os.close(stdout)
+        os.set_blocking(said, False)
+        assert (os.read(said, 100), os.read(said, 100)) == (b"ready\n", b"")  # nobody holds its stdout
+    finally:
+        await helpers.close()
+        os.close(null)
+        os.close(said)
+
+
+@pytest.mark.parametrize("check", family.CHECKS)
+async def test_it_knows_and_ends(check: str) -> None:
+    command = [sys.executable, "-m", family.__name__, check]
+    process = await asyncio.create_subprocess_exec(*command, cwd=REPO, stderr=asyncio.subprocess.PIPE)
+    _, words = await process.communicate()
+    assert (process.returncode, words) == (0, b"")
+
+
+async def test_it_hands_on_the_environment_byte_by_byte() -> None:
+    environment = {b"A": b"x=\xff", b"EMPTY": b"", b"LC_ALL": b"C"}
+    code = f"import sys; sys.path.insert(0, {str(module.LAUNCH.parent)!r})\n"
+    code += "import os, launcher; given = launcher.given_environment()\n"
+    code += "print({os.fsencode(name): os.fsencode(value) for name, value in given.items()})"
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", code, env=environment, stdout=asyncio.subprocess.PIPE
+    )
+    said, _ = await process.communicate()
+    assert ast.literal_eval(said.decode()) == environment
