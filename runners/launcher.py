@@ -5,8 +5,9 @@
 It runs under the overlay's own interpreter, so: standard library only, any CPython from 3.8 on, and nothing of the bus;
 and as little as possible of the library, since each fork pays for what is loaded.
 
-FD is its end of a SOCK_SEQPACKET pair. Each message is a pair of a verb and what it is about, written by `marshal` in a
-version that all these interpreters read: it is part of them, and JSON is not.
+FD is its end of a SOCK_SEQPACKET pair. Each message is a pair of a verb and what it is about. To the helper they are
+written by `marshal`, in a version that all these interpreters read: it is part of them, and a reader of JSON is not.
+From the helper, which may have loaded an overlay's libraries, they are JSON: marshal is not for what nobody can trust.
 
     to the helper     "begin"    {"mark", "namespace", "arguments", "preload", "skip"}, once: what its processes are
                                  known by, whether to try for a pid namespace, of mode fork the script and what
@@ -58,8 +59,8 @@ MARSHAL = 2
 MESSAGE_BYTES = 128 * 1024
 """The longest message to the helper. A command with its environment is hardly a hundredth of it."""
 
-TOLD_AT_ONCE = 200
-"""Ends in one message, so that it is far below 64 KiB."""
+TOLD_AT_ONCE, TOLD_OF_EACH = 200, 120
+"""Ends or modules in one message, and characters of why one was not loaded, so that it is far below 64 KiB."""
 
 STREAMS = 3
 """stdin, stdout and stderr: the descriptors that a program gets."""
@@ -175,11 +176,24 @@ def _check(result: int) -> None:
 def tell(channel: Any, verb: str, about: Any, fd: int | None = None) -> None:
     rights = [] if fd is None else [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, fd.to_bytes(4, sys.byteorder))]
     try:
-        channel.sendmsg([marshal.dumps((verb, about), MARSHAL)], rights)
+        channel.sendmsg([text_of((verb, about)).encode("utf-8", "replace")], rights)
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.ECONNRESET):
             raise
         # The bus is gone; the next look at the socket says so.
+
+
+def text_of(value: Any) -> str:
+    """The JSON text of numbers, strings, lists and objects (RFC 8259)."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, str):
+        return '"%s"' % "".join("\\u%04x" % ord(sign) if sign < " " or sign in '"\\' else sign for sign in value)
+    if isinstance(value, dict):
+        return "{%s}" % ",".join("%s:%s" % (text_of(name), text_of(member)) for name, member in value.items())
+    if isinstance(value, (list, tuple)):
+        return "[%s]" % ",".join(map(text_of, value))
+    return repr(value)
 
 
 class Call:
@@ -518,7 +532,8 @@ def main() -> Any:
         _prctl(PR_SET_PDEATHSIG, 0, 0, 0, 0)  # from now on the bus closes the socket, and all is ended in order
     pidfd = open_pidfd()
     loaded, left = ([], {}) if program is None else (program.loaded, program.left)
-    tell(channel, "ready", {"namespace": in_namespace, "loaded": loaded, "left": left}, pidfd)
+    left = {name: why[:TOLD_OF_EACH] for name, why in list(left.items())[:TOLD_AT_ONCE]}
+    tell(channel, "ready", {"namespace": in_namespace, "loaded": loaded[:TOLD_AT_ONCE], "left": left}, pidfd)
     if pidfd is not None:
         os.close(pidfd)
     argv, env = launcher.serve()

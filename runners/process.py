@@ -11,6 +11,7 @@ ended only when all that it started is gone, so the pipes have then no writer le
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import errno
 import os
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from runners import python_command
 from runners.base import LARGE_BYTES, Code, Outcome, ProcessTarget
-from runners.helpers import IDLE_S, SHORTAGES, Exit, Helpers, Home, Script, UnfitError
+from runners.helpers import IDLE_S, SHORTAGES, Exit, GoneError, Helpers, Home, Script, UnfitError
 from runners.output import Input, Log, Output, Reply, join_log, judge, read_reply
 from runners.worker import WorkerPools
 
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
 
 QUICK_S = 0.02
 """How long, in seconds, a call runs before its pipes are watched. Most have ended by then, and are read once."""
+
+
+_CLOSED = Outcome(Code.CANCELLED, error="the runner was closed before the program could start")
 
 
 class ProcessRunner:
@@ -69,13 +73,13 @@ class ProcessRunner:
         if target.mode == "worker":
             return await self._workers.run(job)
         if self._closed:
-            return Outcome(Code.CANCELLED, error="the runner was closed before the program could start")
+            return _CLOSED
         try:
             call = await self._start(job, target)
         except TimeoutError:
             return Outcome(Code.TIMEOUT, error="the deadline had passed before the program could start")
         except OSError as error:
-            return _not_started(error, target, job.folder)
+            return _CLOSED if self._closed else _not_started(error, target, job.folder)
         self._calls.add(call)
         try:
             exit_ = await call.wait()
@@ -112,13 +116,13 @@ class ProcessRunner:
             raise TimeoutError
         home = Home(job.overlay, job.phase, job.rights, job.folder, target.env, job.code_hash)
         script = _script(target.argv, target.preload, target.stdin) if target.mode in ("auto", "fork") else None
-        helper = self._helpers.pool(home, script).free()
-        if helper is None:
-            async with asyncio.timeout(job.deadline - time.monotonic()):
-                helper = await self._helper(home, script)
-            if self._closed:
-                raise OSError(errno.ESHUTDOWN, "the runner was closed")
-        return _start(helper, job, target, self._kill_grace_s)
+        while True:
+            helper = self._helpers.pool(home, script).free()
+            if helper is None:
+                async with asyncio.timeout(job.deadline - time.monotonic()):
+                    helper = await self._helper(home, script)
+            with contextlib.suppress(GoneError):
+                return _start(helper, job, target, self._kill_grace_s)
 
     async def _helper(self, home: Home, script: Script | None) -> Helper:
         try:
