@@ -387,7 +387,9 @@ class Helper:
         elif verb == "ready":
             self.idle_since = time.monotonic()
             self.ready.set_result(given)
-        elif not self.ready.done():
+        elif self.ready.done():
+            raise ValueError(verb)
+        else:
             told = _Told(verb, given)
             self._learn(told)
             self.ready.set_exception(told)
