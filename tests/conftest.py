@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 from typing import TYPE_CHECKING
 
 import hypothesis
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 # No deadline: a slow machine is no fault. No database: the checkout may be read-only; a failure prints its blob.
 hypothesis.settings.register_profile("aal", deadline=None, database=None, print_blob=True)
 hypothesis.settings.load_profile("aal")
+
+
+# What the tests start is to hear a hangup, even where they are themselves run by nohup.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
