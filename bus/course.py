@@ -212,7 +212,7 @@ class Course:
         """The memory block that the overlay was told, and what it really used."""
         if self.told is None:
             return None
-        return {**self.told.memory, "peak_mb": None if outcome.peak_mb is None else figure(outcome.peak_mb)}
+        return {**self.told.memory, "peak_mb": _mb(outcome.peak_mb), "peak_floor_mb": _mb(outcome.peak_floor_mb)}
 
     def _cost_cents(self, outcome: Outcome) -> float:
         declared = self.resolved.capability.cost_cents if self.resolved and self.told else 0.0
@@ -220,6 +220,10 @@ class Course:
 
     def _duration_ms(self) -> float:
         return figure((time.monotonic() - self.received) * 1000)
+
+
+def _mb(mb: float | None) -> float | None:
+    return None if mb is None else figure(mb)
 
 
 def _name(name: str) -> str:

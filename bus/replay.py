@@ -26,6 +26,9 @@ _COMPARED = {
     "environment": "environment_hash",
 }
 _CUT_OFF = ("ERR_CANCELLED", "ERR_SHUTTING_DOWN")
+_MEASURED = ("peak_mb", "peak_floor_mb")
+"""What a record's memory block has beside what the overlay was told."""
+
 _KEPT = ("phase", "seed", "timeout_ms")
 
 
@@ -92,7 +95,7 @@ def invocation_of(recorded: Record) -> Invocation:
         timestamp_ms=recorded["timestamp_ms"],
         prev_size=recorded["prev_size"],
         environment_hash=recorded["environment_hash"],
-        memory={name: value for name, value in recorded["memory"].items() if name != "peak_mb"},
+        memory={name: value for name, value in recorded["memory"].items() if name not in _MEASURED},
     )
     return dataclasses.replace(call, replay_of=ReplayOf(seq, told))
 

@@ -150,6 +150,8 @@ class Outcome:
     exit_code: int | None = None
     cpu_ms: float | None = None
     peak_mb: float | None = None
+    peak_floor_mb: float | None = None
+    """What `peak_mb` would be of a program without any memory: the kernel counts what it shared when it was started."""
     log: str = ""
     output_bytes: int = 0
     replied: bool = False

@@ -112,6 +112,8 @@ class Exit:
     code: int | None
     cpu_ms: float | None = None
     peak_mb: float | None = None
+    peak_floor_mb: float | None = None
+    """The helper's own size, below which the kernel puts no peak."""
     lost: str | None = None
     failed: OSError | None = None
 
@@ -165,6 +167,7 @@ class Helper:
         self.idle_since = time.monotonic()
         self.log = Log(LOG_BYTES)
         self._learn = learn
+        self._floor_mb = 0.0
         self._numbers = itertools.count(1)
         self._measured: dict[int, asyncio.Future[float | None]] = {}
         self._outbox: deque[tuple[bytes, list[int]]] = deque()
@@ -377,7 +380,8 @@ class Helper:
         if verb == "ended":
             for number, status, cpu_ms, peak_kib, lost in given:
                 code = os.waitstatus_to_exitcode(status)
-                self._end(number, Exit(code, cpu_ms, round(peak_kib / 1024, 3), lost))
+                peak_mb = round(peak_kib / 1024, 3)
+                self._end(number, Exit(code, cpu_ms, peak_mb, min(peak_mb, self._floor_mb), lost))
         elif verb == "failed":
             number, error_number, words = given
             self._end(number, Exit(None, failed=OSError(error_number or errno.EINVAL, words)))
@@ -386,6 +390,7 @@ class Helper:
             self._measured.pop(number).set_result(None if kib is None else kib / 1024)
         elif verb == "ready":
             self.idle_since = time.monotonic()
+            self._floor_mb = round(given["floor_kib"] / 1024, 3)
             self.ready.set_result(given)
         elif self.ready.done():
             raise ValueError(verb)

@@ -15,8 +15,9 @@ From the helper, which may have loaded an overlay's libraries, they are JSON: ma
                       "run"      (call, argv, env), with stdin, stdout and stderr as SCM_RIGHTS
                       "kill"     (call, signal), to the group of the call
                       "measure"  call
-    from the helper   "ready"    {"namespace": bool, "loaded": [module], "left": {module: why}}, with a pidfd of itself;
-                                 or "no_namespace" why, "unfit" why, "unclean" {module: why}, and it ends
+    from the helper   "ready"    {"namespace": bool, "floor_kib": of a peak, "loaded": [module], "left": {module: why}},
+                                 with a pidfd of itself; or it ends with "no_namespace" why, "unfit" why or "unclean"
+                                 {module: why}
                       "failed"   (call, errno, words): it did not start
                       "ended"    [(call, wait status, cpu ms, peak KiB, lost), ...]
                       "memory"   (call, resident KiB or None)
@@ -437,6 +438,17 @@ def given_environment() -> dict[str, str]:
     return {os.fsdecode(name): os.fsdecode(value) for name, _, value in pairs}
 
 
+def floor_kib(forks: bool) -> int:
+    """What the kernel says at least of a child's peak (`ru_maxrss`), in KiB, however small the child is.
+
+    What is spawned shared this process's memory until its exec, and counts this one's peak; what is forked has its
+    private pages from the beginning.
+    """
+    field = b"RssAnon:" if forks else b"VmHWM:"
+    with open("/proc/self/status", "rb") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(field))
+
+
 def _children_by_scan() -> list[int]:
     """What ended while /proc was read may have left a child that was not there yet: then it is read again."""
     me = os.getpid()
@@ -533,7 +545,13 @@ def main() -> Any:
     pidfd = open_pidfd()
     loaded, left = ([], {}) if program is None else (program.loaded, program.left)
     left = {name: why[:TOLD_OF_EACH] for name, why in list(left.items())[:TOLD_AT_ONCE]}
-    tell(channel, "ready", {"namespace": in_namespace, "loaded": loaded[:TOLD_AT_ONCE], "left": left}, pidfd)
+    state = {
+        "namespace": in_namespace,
+        "floor_kib": floor_kib(program is not None),
+        "loaded": loaded[:TOLD_AT_ONCE],
+        "left": left,
+    }
+    tell(channel, "ready", state, pidfd)
     if pidfd is not None:
         os.close(pidfd)
     argv, env = launcher.serve()

@@ -42,11 +42,7 @@ _CLOSED = Outcome(Code.CANCELLED, error="the runner was closed before the progra
 
 
 class ProcessRunner:
-    """Runs a program for each job. Used in one event loop only.
-
-    `peak_mb` of an outcome has the helper's own size as its floor: the kernel counts what the program shared with it
-    before it was the program.
-    """
+    """Runs a program for each job. Used in one event loop only."""
 
     name = "proc"
 
@@ -323,6 +319,7 @@ def _outcome_of(call: _Call, exit_: Exit, code: Code, error: str | None, reply: 
         exit_code=exit_.code,
         cpu_ms=exit_.cpu_ms,
         peak_mb=exit_.peak_mb,
+        peak_floor_mb=exit_.peak_floor_mb,
         log=join_log(reply.noise, call.log),
         output_bytes=call.size,
     )
