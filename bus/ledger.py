@@ -141,7 +141,7 @@ class _Chain:
             return False
         try:
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except OSError:  # somebody has it; or it cannot be taken, which who waits for it will say
             return False
         if self._is_as_left():
             return True

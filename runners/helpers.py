@@ -139,13 +139,21 @@ class Process:
         return None if self.ended.done() else await self._helper.measure(self._number)
 
 
+_TELLS = {"no_namespace": str, "unfit": str, "unclean": dict}
+
+
 class _Told(Exception):  # noqa: N818
-    """Instead of being ready a helper told that it has to be started another way: `verb` as in `launcher.py`."""
+    """Instead of being ready a helper told that it has to be started another way: `verb` as in `launcher.py`.
+
+    Raises TypeError or KeyError for what no helper tells.
+    """
 
     def __init__(self, verb: str, given: Any) -> None:  # noqa: ANN401
+        if not isinstance(given, _TELLS[verb]):
+            raise TypeError(verb)
         super().__init__(f"{verb}: {given}")
-        self.verb = verb
-        self.given = given
+        self.verb: str = verb
+        self.given: Any = given
 
 
 class GoneError(OSError):
@@ -303,7 +311,7 @@ class Helper:
 
     def _give_up(self) -> None:
         if not self.ready.done():
-            self.ready.set_exception(OSError(errno.ETIMEDOUT, f"its helper was not ready within {START_S:g} s"))
+            self.ready.set_exception(OSError(errno.EBUSY, f"its helper was not ready within {START_S:g} s"))
             self.close()
             self.kill()
 
@@ -365,14 +373,20 @@ class Helper:
 
     def _first_message(self) -> tuple[bytes, Sequence[int]]:
         """The only one that has a descriptor."""
-        message, fds, _, _ = socket.recv_fds(self._socket, REPLY_BYTES, 1)
+        message, fds, _, _ = socket.recv_fds(self._socket, REPLY_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+        for fd in fds:
+            if not _is_pidfd_of_child(fd, self._popen.pid):
+                _close_all(fds)
+                log.warning("the helper of %s sent a descriptor that is not its own", self._pool.home.overlay)
+                self.kill()
+                return message, ()
         return message, fds
 
     def _read(self, message: bytes) -> None:
         """A helper that says what no helper says runs an overlay's library that speaks in its place: it ends."""
         try:
             self._take(*orjson.loads(message))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
             log.warning("the helper of %s said what cannot be: %s", self._pool.home.overlay, error)
             self.kill()
 
@@ -387,17 +401,21 @@ class Helper:
             self._end(number, Exit(None, failed=OSError(error_number or errno.EINVAL, words)))
         elif verb == "memory":
             number, kib = given
-            self._measured.pop(number).set_result(None if kib is None else kib / 1024)
-        elif verb == "ready":
-            self.idle_since = time.monotonic()
-            self._floor_mb = round(given["floor_kib"] / 1024, 3)
-            self.ready.set_result(given)
+            mb = None if kib is None else kib / 1024
+            self._measured.pop(number).set_result(mb)
         elif self.ready.done():
             raise ValueError(verb)
+        elif verb == "ready":
+            self._become_ready(**given)
         else:
             told = _Told(verb, given)
             self._learn(told)
             self.ready.set_exception(told)
+
+    def _become_ready(self, *, namespace: bool, floor_kib: int, loaded: list[str], left: dict[str, str]) -> None:
+        self.idle_since = time.monotonic()
+        self._floor_mb = round(floor_kib / 1024, 3)
+        self.ready.set_result({"namespace": bool(namespace), "loaded": list(loaded), "left": dict(left)})
 
     def _end(self, number: int, exit_: Exit) -> None:
         process = self.processes.pop(number, None)
@@ -453,6 +471,16 @@ def _copies(fds: Sequence[int]) -> list[int]:
     return copies
 
 
+def _is_pidfd_of_child(fd: int, parent: int) -> bool:
+    """Whether it is a pidfd (pidfd_open(2)) of a child of that process: what it says of itself is not believed."""
+    try:
+        fields = dict(line.split(":", 1) for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines())
+        status = Path(f"/proc/{int(fields['Pid'])}/status").read_text()
+    except (OSError, KeyError, ValueError):
+        return False
+    return f"PPid:\t{parent}\n" in status
+
+
 def _close_all(fds: Iterable[int]) -> None:
     for fd in fds:
         os.close(fd)
@@ -480,6 +508,7 @@ class Pool:
         self.helpers: list[Helper] = []
         self.skip: dict[str, str] = {}
         self.unfit: str | None = None
+        self.namespace = True
         self.retired = False
         self._most = most
         self._begin = begin
@@ -554,10 +583,12 @@ class Pool:
                 raise UnfitError(self.unfit)
 
     def _learn(self, told: _Told) -> None:
-        if told.verb == "unclean":
+        if told.verb == "unclean" and told.given.keys() - self.skip.keys():
             self.skip |= told.given
-        elif told.verb == "unfit":
-            self.unfit = told.given
+        elif told.verb == "no_namespace" and self.namespace:
+            self.namespace = False
+        else:
+            self.unfit = str(told.given)
 
 
 def _load(helper: Helper) -> int:
@@ -640,13 +671,13 @@ class Helpers:
         script = pool.script
         config = {
             "mark": f"{self._mark}-{next(self._numbers)}",
-            "namespace": self._namespace,
+            "namespace": self._namespace and pool.namespace,
             "arguments": None if script is None else script.arguments,
             "preload": () if script is None else script.preload,
             "skip": list(pool.skip),
         }
         self._make_room()
-        helper = Helper(pool, config, self._learn_of)
+        helper = Helper(pool, config, partial(self._learn_of, pool))
         self._alive.add(helper)
         helper.gone.add_done_callback(lambda _: self._alive.discard(helper))
         if self._looking is None:
@@ -659,8 +690,9 @@ class Helpers:
         if len(idle) >= KEPT_IDLE:
             min(idle, key=attrgetter("idle_since")).close()
 
-    def _learn_of(self, told: _Told) -> None:
-        if told.verb == "no_namespace":
+    def _learn_of(self, pool: Pool, told: _Told) -> None:
+        """Of a helper that runs nobody's Python it holds for all; another may speak for an overlay's library."""
+        if told.verb == "no_namespace" and pool.script is None:
             log.warning("programs run without a pid namespace: %s", told.given)
             self._namespace = False
 

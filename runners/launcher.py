@@ -316,9 +316,10 @@ class Launcher:
         self._channel.detach()
 
     def _kill(self, number: int, signal_number: int) -> None:
+        """The group; of a fork that has not yet made its own, the process."""
         pid = self._pids.get(number)
-        if pid is not None:
-            _signal_group(pid, signal_number)
+        if pid is not None and not _signal_group(pid, signal_number):
+            _signal(pid, signal_number)
 
     def _resident_kib(self, number: int) -> int | None:
         try:
@@ -470,11 +471,15 @@ def _parent(pid: str) -> int | None:
         return 0
 
 
-def _signal_group(group: int, number: int) -> None:
+def _signal_group(group: int, number: int) -> bool:
+    """Whether there is such a group."""
     try:
         os.killpg(group, number)
-    except (ProcessLookupError, PermissionError):
-        pass  # nobody is left; or only a set-user-ID program
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # only a set-user-ID program is left
+    return True
 
 
 def _signal_group_of(pid: int, number: int) -> None:

@@ -81,13 +81,15 @@ class ProcessRunner:
             exit_ = await call.wait()
         finally:
             self._calls.discard(call)
+            self._keep_log(job, call.log.kept())
         if exit_.failed is not None:
             return _not_started(exit_.failed, target, job.folder)
-        outcome = await _outcome(call, exit_)
-        if self._logs is not None and outcome.log:
-            self._logs.append(job.overlay, outcome.log.encode(), job.request_id)
+        return await _outcome(call, exit_)
+
+    def _keep_log(self, job: Job, text: bytes) -> None:
+        if self._logs is not None and text:
+            self._logs.append(job.overlay, text, job.request_id)
             self._logs.end(job.overlay, job.request_id)
-        return outcome
 
     def state(self, overlay: str) -> dict[str, Any]:
         helpers = self._helpers.state(overlay)

@@ -747,8 +747,9 @@ def _end_at_fork(threads: str) -> bool:
 def _sources_of_chance() -> int:
     """How many there are that a child does not seed anew."""
     known = [vars(sys.modules[name]).get(source) for name, source in RENEWED_CHANCE if name in sys.modules]
-    kinds = [kind for name, source in CHANCE if (kind := getattr(sys.modules.get(name), source, None)) is not None]
-    found = [thing for thing in gc.get_objects() if type(thing) in kinds]
+    kinds = tuple(kind for name, source in CHANCE if (kind := getattr(sys.modules.get(name), source, None)) is not None)
+    system = getattr(sys.modules.get("random"), "SystemRandom", ())
+    found = [thing for thing in gc.get_objects() if isinstance(thing, kinds) and not isinstance(thing, system)]
     return sum(not any(thing is seeded for seeded in known) for thing in found)
 
 

@@ -262,8 +262,10 @@ async def test_kill_ends_also_what_left_the_group(bench: Bench, way: str) -> Non
 
 @in_both_modes
 @pytest.mark.parametrize(
-    "words", [b"what?", b"7", b'["ended",7]', b'["ended",[[1]]]', b'["memory",[3,4]]', b'{"a":1,"b":2}']
-)
+    "words",
+    [b"what?", b"7", b'["ended",7]', b'["ended",[[1]]]', b'["ended",[[1,1e99,1,1,null]]]', b'["memory",[3,4]]',
+     b'{"a":1,"b":2}', b'["ready",{}]', b'["unfit","no"]'],
+)  # fmt: skip
 async def test_a_helper_that_says_what_cannot_be_is_ended_and_another_takes_its_place(
     bench: Bench, words: bytes
 ) -> None:
@@ -271,6 +273,18 @@ async def test_a_helper_that_says_what_cannot_be_is_ended_and_another_takes_its_
     helper._read(words)  # as from a library of the overlay that writes to the socket
     await helper.gone
     assert await bench.helper() is not helper
+
+
+@pytest.mark.parametrize("mode", ["fork"])
+@pytest.mark.parametrize("form", ["namespace"])
+async def test_only_a_pidfd_of_the_helper_itself_is_taken_for_one(bench: Bench, tmp_path: Path) -> None:
+    helper = await bench.helper()
+    for foreign in (os.pidfd_open(os.getpid()), os.eventfd(0), os.open(tmp_path, os.O_RDONLY)):
+        assert not module._is_pidfd_of_child(foreign, helper.pid)
+        os.close(foreign)
+    own = os.pidfd_open(inner(helper))
+    assert module._is_pidfd_of_child(own, helper.pid)
+    os.close(own)
 
 
 # What programs do to others and to themselves
