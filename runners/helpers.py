@@ -54,7 +54,7 @@ IDLE_S = 60.0
 """Seconds that a helper without a process is kept."""
 
 KEPT_IDLE = 32
-"""Helpers that are idle at once: each holds some 5 to 10 MB."""
+"""Idle helpers that are kept when another is started: each holds some 5 to 10 MB."""
 
 START_S = 120.0
 """How long, in seconds, a helper may take to load a script's imports before it is given up."""
@@ -685,10 +685,10 @@ class Helpers:
         return helper
 
     def _make_room(self) -> None:
-        """Of too many helpers that are idle the one that was idle for longest ends."""
-        idle = [helper for helper in self._alive if helper.is_idle]
-        if len(idle) >= KEPT_IDLE:
-            min(idle, key=attrgetter("idle_since")).close()
+        """Of too many helpers that are idle those end that were idle for longest."""
+        idle = sorted((helper for helper in self._alive if helper.is_idle), key=attrgetter("idle_since"))
+        for helper in idle[: max(0, len(idle) - KEPT_IDLE + 1)]:
+            helper.close()
 
     def _learn_of(self, pool: Pool, told: _Told) -> None:
         """Of a helper that runs nobody's Python it holds for all; another may speak for an overlay's library."""
