@@ -34,7 +34,7 @@ from runners.helpers import SHORTAGES, Home
 from runners.output import Output, describe
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+    from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 
     from runners.base import Job, ServiceTarget
     from runners.helpers import Helpers, Process
@@ -147,7 +147,7 @@ class Services:
             self._house.logs.close()
 
     async def _ready(self, job: Job, target: ServiceTarget) -> _Service:
-        keeper = self._keeper(job)
+        keeper = self._keeper(job, target.env)
         while not self._closing.is_set():
             if self._keepers[job.overlay] is not keeper:
                 error = "the overlay's code changed while the call waited for its service"
@@ -161,13 +161,16 @@ class Services:
                 await self._wait_for(service, keeper, job)
         raise ServiceError(Outcome(Code.CANCELLED, error="the runner was closed before the service was ready"))
 
-    def _keeper(self, job: Job) -> _Keeper:
-        """That of the job's overlay. New code gets a new one, and the service of the old code is ended."""
+    def _keeper(self, job: Job, env: Mapping[str, str]) -> _Keeper:
+        """That of the job's overlay. New code gets a new one, and the service of the old code is ended.
+
+        So does another environment, though it says the same: it is of another folder, made anew in the old one's place.
+        """
         keeper = self._keepers.get(job.overlay)
-        if keeper is None or keeper.code_hash != job.code_hash:
+        if keeper is None or keeper.code_hash != job.code_hash or keeper.env is not env:
             if keeper is not None and keeper.service is not None:
                 keeper.service.retire()
-            keeper = self._keepers[job.overlay] = _Keeper(job.code_hash, self._house)
+            keeper = self._keepers[job.overlay] = _Keeper(job.code_hash, env, self._house)
         return keeper
 
     async def _start(self, keeper: _Keeper, job: Job, target: ServiceTarget) -> None:
@@ -247,8 +250,9 @@ class _Keeper:
     `service` is the last that was started.
     """
 
-    def __init__(self, code_hash: str, house: _House) -> None:
+    def __init__(self, code_hash: str, env: Mapping[str, str], house: _House) -> None:
         self.code_hash = code_hash
+        self.env = env
         self.service: _Service | None = None
         self._house = house
         self._starts = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import os
 import socket
 import sys
@@ -104,9 +105,15 @@ class Bench:
         return lambda: bool(self.state["state"] == state)
 
 
+@functools.cache
+def environment(word: str) -> dict[str, str]:
+    """The same one for the same word: another would be of another folder."""
+    return programs.ENV | {"SERVICE": word}
+
+
 def a_service(*words: str, argv: tuple[str, ...] = (), env: str = "", **changes: Any) -> ServiceTarget:
     argv = argv or (sys.executable, "-I", "-S", str(programs.FOLDER / "service.py"), *words)
-    return ServiceTarget(argv, programs.ENV | {"SERVICE": env}, **{"ready_path": "/health"} | changes)
+    return ServiceTarget(argv, environment(env), **{"ready_path": "/health"} | changes)
 
 
 def a_job(target: ServiceTarget, *, code: str = "1", hard_mb: int = 256, timeout_s: float = 60.0) -> Job:
@@ -529,3 +536,12 @@ async def test_a_port_of_a_process_that_we_did_not_start_is_anothers(family: soc
 
 async def test_no_service_is_known_of_an_overlay_that_was_not_called() -> None:
     assert Services(Helpers(), None, kill_grace_s=0, drain_s=0).state("test") == {}
+
+
+async def test_a_folder_made_anew_in_the_place_of_another_gets_a_service_of_its_own(bench: Bench) -> None:
+    target = a_service()
+    async with bench.services.use(a_job(target), target) as first:
+        pass
+    anew = dataclasses.replace(target, env=dict(target.env))
+    async with bench.services.use(a_job(anew), anew) as second:
+        assert first != second
