@@ -22,6 +22,16 @@ logs/
 __pycache__/
 """
 
+_COUNT = '''\
+def count(payload):
+    """The result for one payload, or ValueError with words for the caller."""
+    text = payload.get("text")
+    if not isinstance(text, str):
+        raise ValueError("the payload needs a text")
+    return {"words": len(text.split()), "characters": len(text)}
+'''
+"""The work of every new overlay, in its one function that knows nothing of how it is called."""
+
 _PROGRAM = Template('''\
 """${name}: one call. The bus writes an envelope to stdin; one JSON reply goes to stdout, logs go to stderr."""
 
@@ -29,13 +39,7 @@ import json
 import sys
 
 
-def count(payload):
-    """The result for one payload, or ValueError with words for the caller."""
-    text = payload.get("text")
-    if not isinstance(text, str):
-        raise ValueError("the payload needs a text")
-    return {"words": len(text.split()), "characters": len(text)}
-
+${count}
 
 def answer(envelope):
     try:
@@ -91,13 +95,7 @@ import json
 import sys
 
 
-def count(payload):
-    """The result for one payload, or ValueError with words for the caller."""
-    text = payload.get("text")
-    if not isinstance(text, str):
-        raise ValueError("the payload needs a text")
-    return {"words": len(text.split()), "characters": len(text)}
-
+${count}
 
 def answer(envelope):
     request_id = envelope["request_id"]
@@ -168,13 +166,7 @@ from urllib.parse import urlsplit
 MANIFEST = Path(__file__).resolve().parent / "manifest.json"
 
 
-def count(payload):
-    """The result for one payload, or ValueError with words for the caller."""
-    text = payload.get("text")
-    if not isinstance(text, str):
-        raise ValueError("the payload needs a text")
-    return {"words": len(text.split()), "characters": len(text)}
-
+${count}
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -282,7 +274,7 @@ def overlay_files(name: str, kind: Kind, port: int) -> dict[str, str]:
     path, program, test = _PROGRAMS[kind]
     return {
         "manifest.json": json.dumps(_manifest(name, kind, port), indent=2) + "\n",
-        path: program.substitute(names),
+        path: program.substitute(names, count=_COUNT),
         path_of_test(name): test.substitute(names),
     }
 

@@ -33,10 +33,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import orjson
 
 from runners.base import Rights
-from runners.output import Log, Output
+from runners.output import Log, Output, close_all
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +128,11 @@ class Process:
         self.ended: asyncio.Future[Exit] = loop.create_future()
         self._number = number
         self._helper = helper
+
+    @property
+    def helper_pid(self) -> int:
+        """The process that everything of this one's overlay and phase is below, as this process sees it."""
+        return self._helper.pid
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to its group. KILL ends also what left the group. Nothing happens once it has ended."""
@@ -342,12 +347,12 @@ class Helper:
                 self._drop_outbox()
                 break
             self._outbox.popleft()
-            _close_all(fds)
+            close_all(fds)
         self._loop.remove_writer(self._socket.fileno())
 
     def _drop_outbox(self) -> None:
         for _, fds in self._outbox:
-            _close_all(fds)
+            close_all(fds)
         self._outbox.clear()
 
     def _receive(self) -> bool:
@@ -376,7 +381,7 @@ class Helper:
         message, fds, _, _ = socket.recv_fds(self._socket, REPLY_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
         for fd in fds:
             if not _is_pidfd_of_child(fd, self._popen.pid):
-                _close_all(fds)
+                close_all(fds)
                 log.warning("the helper of %s sent a descriptor that is not its own", self._pool.home.overlay)
                 self.kill()
                 return message, ()
@@ -466,7 +471,7 @@ def _copies(fds: Sequence[int]) -> list[int]:
         for fd in fds:
             copies.append(os.dup(fd))  # noqa: PERF401  # so that those are known that were made
     except OSError:
-        _close_all(copies)
+        close_all(copies)
         raise
     return copies
 
@@ -479,11 +484,6 @@ def _is_pidfd_of_child(fd: int, parent: int) -> bool:
     except (OSError, KeyError, ValueError):
         return False
     return f"PPid:\t{parent}\n" in status
-
-
-def _close_all(fds: Iterable[int]) -> None:
-    for fd in fds:
-        os.close(fd)
 
 
 def _end_of(code: int) -> str:

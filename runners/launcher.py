@@ -197,16 +197,6 @@ def text_of(value: Any) -> str:
     return repr(value)
 
 
-class Call:
-    """One program that runs: the number that the bus knows it by, and its process."""
-
-    __slots__ = ("number", "pid")
-
-    def __init__(self, number: int, pid: int) -> None:
-        self.number = number
-        self.pid = pid
-
-
 class Launcher:
     """Starts, reaps and kills. `program` is the script that is run by fork, None where programs are spawned."""
 
@@ -217,8 +207,8 @@ class Launcher:
         self._in_namespace = in_namespace
         self._pid = os.getpid()
         self._buffer = bytearray(MESSAGE_BYTES)
-        self._calls = {}  # type: dict[int, Call]
-        self._pids = {}  # type: dict[int, int]
+        self._calls = {}  # type: dict[int, int]  # the call of a process
+        self._pids = {}  # type: dict[int, int]  # the process of a call
         self._ended = []  # type: list[tuple[Any, ...]]
         self._sweeps = 0
         self._environment = given_environment()
@@ -279,7 +269,7 @@ class Launcher:
         if pid is None:
             tell(self._channel, "failed", failed)
         else:
-            self._calls[pid] = Call(number, pid)
+            self._calls[pid] = number
             self._pids[number] = pid
         return None
 
@@ -346,15 +336,15 @@ class Launcher:
 
     def _bury(self, pid: int) -> None:
         """Reap one. Its group is killed before, while nobody else can have its number."""
-        call = self._calls.pop(pid, None)
-        if call is not None:
+        number = self._calls.pop(pid, None)
+        if number is not None:
             _signal_group(pid, signal.SIGKILL)
         _, status, usage = os.wait4(pid, 0)
-        if call is not None:
-            del self._pids[call.number]
+        if number is not None:
+            del self._pids[number]
             cpu_ms = round((usage.ru_utime + usage.ru_stime) * 1000, 3)
             lost = LOST if self._sweeps > SWEEPS else None
-            self._ended.append((call.number, status, cpu_ms, usage.ru_maxrss, lost))
+            self._ended.append((number, status, cpu_ms, usage.ru_maxrss, lost))
 
     def _orphans_left(self) -> bool:
         """Kill what no running call can account for. True where there was something: its end is waited for."""

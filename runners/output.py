@@ -12,7 +12,7 @@ from runners.base import Code, JsonError, parse_json
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 READ_SIZE = 64 * 1024
 """Bytes taken from a pipe at once; a pipe holds that much unless the program enlarged it."""
@@ -171,7 +171,7 @@ def read_reply(stdout: bytes) -> Reply:
         except JsonError as error:
             if last.startswith((b"{", b"[")):
                 fault = error
-    return Reply(noise=text, fault=f"wrote to stdout what is not JSON ({fault}): {_preview(text)}")
+    return Reply(noise=text, fault=f"wrote to stdout what is not JSON ({fault}): {preview(text)}")
 
 
 def _is_cut_short(text: bytes) -> bool:
@@ -185,7 +185,8 @@ def _is_cut_short(text: bytes) -> bool:
     return False
 
 
-def _preview(text: bytes) -> str:
+def preview(text: bytes) -> str:
+    """The beginning of unreadable output, quoted."""
     return repr(text[: 4 * PREVIEW_LENGTH].decode("utf-8", "replace")[:PREVIEW_LENGTH])
 
 
@@ -201,7 +202,7 @@ def judge(reply: Reply, exit_code: int) -> tuple[Code, str | None]:
 
 
 def describe(exit_code: int) -> str:
-    if exit_code > 0:
+    if exit_code >= 0:
         return f"ended with exit status {exit_code}"
     try:
         return f"was ended by {signal.Signals(-exit_code).name}"
@@ -215,3 +216,8 @@ def join_log(noise: bytes, log: Log) -> str:
         joined.add(noise + b"\n" + log.kept())
         log = joined
     return log.kept().decode("utf-8", "replace")
+
+
+def close_all(fds: Iterable[int]) -> None:
+    for fd in fds:
+        os.close(fd)

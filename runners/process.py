@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from runners import python_command
 from runners.base import LARGE_BYTES, Code, Outcome, ProcessTarget
 from runners.helpers import IDLE_S, SHORTAGES, Exit, GoneError, Helpers, Home, Script, UnfitError
-from runners.output import Input, Log, Output, Reply, join_log, judge, read_reply
+from runners.output import Input, Log, Output, Reply, close_all, join_log, judge, read_reply
 from runners.worker import WorkerPools
 
 if TYPE_CHECKING:
@@ -154,10 +154,10 @@ def _start(helper: Helper, job: Job, target: ProcessTarget, kill_grace_s: float)
         process = helper.launch(target.argv, (theirs[0], theirs[1], theirs[2]), {})
         return _Call(process, _Pipes(stdin, stdout, stderr), job, kill_grace_s)
     except BaseException:
-        _close_all(ours)
+        close_all(ours)
         raise
     finally:
-        _close_all(theirs)
+        close_all(theirs)
 
 
 def _output_pipe(ours: list[int], theirs: list[int]) -> int:
@@ -179,11 +179,6 @@ def _envelope_file(envelope: bytes, theirs: list[int]) -> None:
     written = 0
     while written < len(envelope):
         written += os.pwrite(fd, memoryview(envelope)[written:], written)
-
-
-def _close_all(fds: list[int]) -> None:
-    for fd in fds:
-        os.close(fd)
 
 
 def _not_started(error: OSError, target: ProcessTarget, folder: Path) -> Outcome:

@@ -8,7 +8,7 @@ this order: no new call, `drain_s` for the running ones, TERM to its group, `kil
 its end, the next start backs off.
 
 Two decisions that a reader could not guess. What answers on the port is trusted only once the kernel says that a
-descendant of this process listens there: another program may have taken the port first. And a busy service is not a
+process of this overlay listens there: another program may have taken the port first. And a busy service is not a
 sick one: silence to a look at its health does not count while calls run, since many services serve one at a time.
 """
 
@@ -20,11 +20,8 @@ import logging
 import os
 import re
 import signal
-import socket
 import time
-from collections import defaultdict
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import aiohttp
@@ -32,6 +29,7 @@ import aiohttp
 from runners.base import Code, Outcome
 from runners.helpers import SHORTAGES, Home
 from runners.output import Output, describe
+from runners.ports import HOST, free_port, holder_of, is_taken
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
@@ -42,7 +40,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-HOST = "127.0.0.1"
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.01, 0.25
 """Seconds between two questions whether a service is ready; each wait is twice the one before."""
@@ -59,7 +56,6 @@ ANSWER_BYTES = 64 * 1024
 SILENT = "did not answer in time"
 
 _IN_USE = re.compile(rb"address (is )?already in use|EADDRINUSE", re.IGNORECASE)
-_LISTEN = "0A"  # TCP_LISTEN of <net/tcp_states.h>, as /proc/net/tcp has it
 
 State = Literal["starting", "ready", "draining", "gone"]
 
@@ -482,7 +478,7 @@ class _Service:
             left_s = give_up - self._house.clock()
             lack = await self._lack(program, min(self._house.pace.answer_s, max(left_s, LONGEST_WAIT_S)))
             if lack is None:
-                holder = await asyncio.to_thread(holder_of, program.port)
+                holder = await asyncio.to_thread(holder_of, program.port, program.process.helper_pid)
                 if holder == "ours":
                     break
                 strangers = strangers + 1 if holder == "others" else 0
@@ -558,7 +554,7 @@ class _Service:
         words = exit_.lost or ("ended" if exit_.code is None else describe(exit_.code))
         if self.up.done():
             return _FaultError(words)
-        if _IN_USE.search(self._voice.tail) or _is_taken(program.port):
+        if _IN_USE.search(self._voice.tail) or is_taken(program.port):
             return _PortTakenError(f"{words} before it was ready: port {program.port} was taken")
         return _FaultError(f"{words} before it was ready")
 
@@ -594,75 +590,3 @@ def _descriptors() -> Iterator[tuple[int, int, int]]:
         stack.callback(os.close, writer)
         os.set_blocking(reader, False)
         yield nothing, reader, writer
-
-
-def free_port() -> int:
-    """A TCP port that nobody has now, of those that the kernel gives to whoever asks for any."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def _is_taken(port: int) -> bool:
-    """Whether nobody can listen on a port now."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError:
-            return True
-    return False
-
-
-def holder_of(port: int) -> Literal["ours", "others", "nobody"]:
-    """Whose socket listens on a TCP port: that of a descendant of this process, or not.
-
-    "ours" also where the kernel does not say: without /proc/net/tcp, or where a descendant may not be looked into.
-    """
-    try:
-        sockets = _listening(port)
-    except OSError:
-        return "ours"
-    if not sockets:
-        return "nobody"
-    return "ours" if any(_has(pid, sockets) for pid in _descendants(os.getpid())) else "others"
-
-
-def _listening(port: int) -> set[str]:
-    """What /proc/PID/fd calls the sockets that listen on a port. The columns are those of proc(5), /proc/net/tcp."""
-    rows = Path("/proc/net/tcp").read_text().splitlines()[1:]
-    with contextlib.suppress(FileNotFoundError):  # a kernel without IPv6
-        rows += Path("/proc/net/tcp6").read_text().splitlines()[1:]
-    ending = f":{port:04X}"
-    columns = (row.split() for row in rows if ending in row)
-    return {f"socket:[{at[9]}]" for at in columns if at[1].endswith(ending) and at[3] == _LISTEN}
-
-
-def _has(pid: int, sockets: set[str]) -> bool:
-    """Whether a process holds one of the sockets, or may."""
-    folder = f"/proc/{pid}/fd"
-    try:
-        for fd in os.listdir(folder):  # noqa: PTH208  # half the time of pathlib, of which there is much
-            with contextlib.suppress(FileNotFoundError):
-                if os.readlink(f"{folder}/{fd}") in sockets:  # noqa: PTH115
-                    return True
-    except PermissionError:
-        return True
-    except (FileNotFoundError, ProcessLookupError):  # it has ended
-        return False
-    return False
-
-
-def _descendants(root: int) -> Iterator[int]:
-    """Every process below one, by the parents that /proc/PID/stat names."""
-    children: dict[int, list[int]] = defaultdict(list)
-    for name in filter(str.isdigit, os.listdir("/proc")):  # noqa: PTH208  # as above
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError), open(f"/proc/{name}/stat", "rb") as file:  # noqa: PTH123
-            parent = file.read().rpartition(b")")[2].split()[1]
-            children[int(parent)].append(int(name))
-    below = children[root]
-    while below:
-        pid = below.pop()
-        yield pid
-        below += children[pid]

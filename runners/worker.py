@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 from runners.base import LARGE_BYTES, Code, JsonError, Outcome, ProcessTarget, parse_json
 from runners.helpers import SHORTAGES, Home
-from runners.output import PREVIEW_LENGTH, READ_SIZE, Log, describe
+from runners.output import READ_SIZE, Log, describe, preview
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
@@ -73,21 +73,17 @@ def read_reply(line: bytes, request_id: str) -> dict[str, Any]:
     try:
         reply = parse_json(line)
     except JsonError as error:
-        raise ReplyError(f"wrote a line that is not JSON ({error}): {_preview(line)}") from None
+        raise ReplyError(f"wrote a line that is not JSON ({error}): {preview(line)}") from None
     if type(reply) is not dict:
-        raise ReplyError(f"wrote a line that is not an object: {_preview(line)}")
+        raise ReplyError(f"wrote a line that is not an object: {preview(line)}")
     named = reply.pop("request_id", None)
     if named != request_id:
-        raise ReplyError(f"wrote a line whose request_id is not the call's, {request_id!r}: {_preview(line)}")
+        raise ReplyError(f"wrote a line whose request_id is not the call's, {request_id!r}: {preview(line)}")
     if "ok" not in reply:
         if "result" not in reply:
-            raise ReplyError(f"wrote a line with neither ok nor result: {_preview(line)}")
+            raise ReplyError(f"wrote a line with neither ok nor result: {preview(line)}")
         reply["ok"] = True
     return reply
-
-
-def _preview(text: bytes) -> str:
-    return repr(text[: 4 * PREVIEW_LENGTH].decode("utf-8", "replace")[:PREVIEW_LENGTH])
 
 
 def _lying_in(pipe: int) -> int:
@@ -569,14 +565,14 @@ class _Worker:
             self._take_line(call, data[:end])
 
     def _stop_for_extra(self) -> None:
-        self.stop(Code.PROTOCOL, f"wrote what nobody had asked for: {_preview(self._extra)}")
+        self.stop(Code.PROTOCOL, f"wrote what nobody had asked for: {preview(self._extra)}")
 
     def _take_line(self, call: _Call, line: bytes) -> None:
         if self._chunks:
             line = b"".join((*self._chunks, line))
             self._chunks.clear()
         if self._rest:
-            self.stop(Code.PROTOCOL, f"wrote a line before it had read its call: {_preview(line)}")
+            self.stop(Code.PROTOCOL, f"wrote a line before it had read its call: {preview(line)}")
         elif len(line) > LARGE_BYTES:
             self._parsing = True
             reading = self._loop.run_in_executor(None, read_reply, line, call.job.request_id)
@@ -721,7 +717,7 @@ class _Worker:
         elif exit_.code is None:
             how = "ended"
         else:
-            how = describe(exit_.code) if exit_.code else "ended with exit status 0"
+            how = describe(exit_.code)
         if self.call is None:
             return how
         return f"{how} {'in the middle of a line' if self._chunks else 'before it answered'}"

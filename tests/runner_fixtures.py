@@ -12,6 +12,22 @@ from tests import programs
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+
+class Clock:
+    """The breakers' clock, in seconds. It stands still but for what a test adds."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
 PATIENCE = 200
 """Turns of the event loop in which what was closed may end."""
 

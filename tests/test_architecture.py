@@ -41,7 +41,7 @@ RUNNERS = sorted((REPO / "runners").rglob("*.py"))
 # The programs that run under an overlay's own interpreter import nothing of ours, and nobody imports them.
 RUNNER_FLOORS = [
     ["base", "launch", "launcher", "zygote"],
-    ["output", "logs", "breaker", "python_command"],
+    ["output", "logs", "ports", "breaker", "python_command"],
     ["helpers"],
     ["worker", "service"],
     ["process", "http"],

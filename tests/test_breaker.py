@@ -9,22 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runners.breaker import FAIR_WAIT_S, Breaker
+from tests.runner_fixtures import Clock, clock
 
 if TYPE_CHECKING:
     from runners.breaker import Admission
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 1000.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture

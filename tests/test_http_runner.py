@@ -20,12 +20,13 @@ from runners.breaker import FAILURES, FIRST_WAIT_S
 from runners.http import HttpRunner
 from runners.service import ServiceError
 from tests import programs
-from tests.runner_fixtures import anyio_backend, nothing_left
+from tests.runner_fixtures import anyio_backend, clock, nothing_left
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
     from runners.base import Job
+    from tests.runner_fixtures import Clock
 
 
 OK_ANSWER = b'HTTP/1.1 200 OK\r\nContent-Length: 11\r\n\r\n{"ok":true}'
@@ -481,21 +482,6 @@ async def test_a_runner_that_was_never_used_can_be_closed() -> None:
 
 
 # The circuit breaker
-
-
-class Clock:
-    """The breakers' clock. It stands still but for what a test adds."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import os
 import socket
+import subprocess
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,8 @@ from runners import service
 from runners.base import Code, HttpTarget, Job, ServiceTarget
 from runners.helpers import Helpers
 from runners.logs import OverlayLogs
-from runners.service import Pace, ServiceError, Services, holder_of
+from runners.ports import free_port, holder_of
+from runners.service import Pace, ServiceError, Services
 from tests import programs
 from tests.runner_fixtures import nothing_left
 from tests.support import until
@@ -127,7 +129,7 @@ async def ask(url: str, path: str) -> str:
 
 
 def is_listened_on(url: str) -> bool:
-    return holder_of(int(url.rpartition(":")[2])) != "nobody"
+    return holder_of(int(url.rpartition(":")[2]), os.getpid()) != "nobody"
 
 
 @pytest.fixture(scope="module")
@@ -274,8 +276,7 @@ async def test_who_else_answers_on_the_port_is_not_taken_for_the_service(
 def offer_first(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the first port that a service gets be this one, as if somebody had been quicker."""
     ports = iter([port])
-    real = service.free_port
-    monkeypatch.setattr(service, "free_port", lambda: next(ports, None) or real())
+    monkeypatch.setattr(service, "free_port", lambda: next(ports, None) or free_port())
 
 
 # Failures
@@ -521,7 +522,7 @@ def logged(folder: Path) -> list[Path]:
 async def test_a_port_without_a_listener_is_nobodys() -> None:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
-        assert holder_of(bound.getsockname()[1]) == "nobody"
+        assert holder_of(bound.getsockname()[1], os.getpid()) == "nobody"
 
 
 @pytest.mark.parametrize(("family", "host"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
@@ -531,7 +532,23 @@ async def test_a_port_of_a_process_that_we_did_not_start_is_anothers(family: soc
     except OSError as error:
         pytest.skip(f"no {family.name} here: {error}")
     with listener:
-        assert holder_of(listener.getsockname()[1]) == "others"
+        assert holder_of(listener.getsockname()[1], os.getpid()) == "others"
+
+
+async def test_a_port_is_ours_only_where_it_is_held_below_the_process_that_is_asked_about() -> None:
+    code = (
+        "import socket, sys; s = socket.create_server(('127.0.0.1', 0)); print(s.getsockname()[1], flush=True); input()"
+    )
+    start = functools.partial(subprocess.Popen, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with start([sys.executable, "-c", code]) as one, start([sys.executable, "-c", code]) as other:
+        assert one.stdout
+        assert other.stdout
+        port = int(one.stdout.readline())
+        other.stdout.readline()
+        assert holder_of(port, os.getpid()) == "ours"
+        assert holder_of(port, other.pid) == "others"
+        for process in (one, other):
+            process.communicate("\n")
 
 
 async def test_no_service_is_known_of_an_overlay_that_was_not_called() -> None:

@@ -55,27 +55,28 @@ def fork(_: int) -> None:
         sleep(0)
 
 
-def double_fork(_: int) -> None:
-    """Leave a process behind that has lost its parent and its session."""
+def detach() -> bool:
+    """Fork twice. True in a process that has lost its parent and its session."""
     child = os.fork()
     if child:
         os.waitpid(child, 0)
-        return
+        return False
     os.setsid()
     if os.fork():
         os._exit(0)
-    sleep(0)
+    return True
+
+
+def double_fork(_: int) -> None:
+    """Leave a process behind that has lost its parent and its session."""
+    if detach():
+        sleep(0)
 
 
 def daemonise(_: int) -> None:
     """As daemon(7) has it, and with an empty environment: nothing tells whose it was."""
-    child = os.fork()
-    if child:
-        os.waitpid(child, 0)
+    if not detach():
         return
-    os.setsid()
-    if os.fork():
-        os._exit(0)
     os.chdir("/")
     os.closerange(0, 1024)
     for number in (signal.SIGTERM, signal.SIGHUP):
