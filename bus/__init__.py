@@ -5,12 +5,14 @@ written to a hash-chained ledger. Read `dispatch` first: `Bus.invoke` is the sto
 
     app, local          how a call comes in: HTTP, or Python without an event loop
     envelopes, course   what is said (request, overlay's request, reply), and what is known of one call so far
-    overlays            which overlays there are, now; with overlay_entry, overlay_files, overlay_programs, codehash
+    overlays            which overlays there are, now; with codehash, overlay_entry, overlay_files; overlay_programs and
+                        overlay_packages are what an overlay needs and what it brings along
     manifests           one manifest.json, whatever its shape, as a Manifest; manifest_form says what is wrong with it
     policy              phases times permissions -> rights
     scheduler           slots, queue, degradation; with runes (the memory language) and stress (the signal)
     runners/            a process or an HTTP service: job in, outcome out
-    ledger, provenance  writing and reading the ledger; records is what a line is, canonical its JSON
+    ledger, provenance  writing and reading the ledger; chain is its file, filesync makes it last, records says what a
+                        line is, canonical its JSON
     replay              a line run again through the same Bus, and the verdict
 
 Around it: plugins and hookspecs (the plugin API), metrics (a plugin); settings, errors, schemas, model, resources; and

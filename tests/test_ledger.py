@@ -21,6 +21,7 @@ import pytest
 
 from bus import ledger as ledger_module
 from bus import provenance, schemas
+from bus.filesync import FileSync
 from bus.ledger import Fsync, Ledger, LedgerError
 from bus.provenance import iter_lines, read_line, verify
 from bus.records import environment_hash
@@ -86,6 +87,24 @@ print(written, verify(path).lines)
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "logs" / "provenance.jsonl"
+
+
+def _none(*_: object) -> Any:
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+
+@pytest.fixture(params=["kernel", "refused", "thread"])
+def syncer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Who syncs a group that the loop wrote: the kernel, or a thread, since there is no such kernel or it refuses."""
+    if request.param == "thread":
+        monkeypatch.setattr(ledger_module, "FileSync", _none)
+    elif request.param == "refused":
+        monkeypatch.setattr(FileSync, "begin", _none)
+    return str(request.param)
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def ledger_size(path: Path) -> int:
@@ -277,29 +296,73 @@ def test_what_a_loop_left_that_ended_before_it_came_to_write_is_written(
     assert [record["request_id"] for record in iter_lines(path)] == ["left", "next", "last"]
 
 
-async def test_the_loop_writes_a_small_group_and_leaves_the_sync_and_a_large_group_to_the_thread(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_the_loop_writes_a_small_group_and_leaves_the_sync_and_a_large_group_to_others(
+    path: Path, monkeypatch: pytest.MonkeyPatch, syncer: str
 ) -> None:
     threads: list[tuple[str, str]] = []
 
-    def noting(name: str) -> None:
-        real = getattr(os, name)
+    def noting(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
 
         def note(*arguments: Any) -> Any:
             threads.append((name, threading.current_thread().name))
             return real(*arguments)
 
-        monkeypatch.setattr(os, name, note)
+        monkeypatch.setattr(owner, name, note)
 
+    here = threading.current_thread().name
     with opened(path, "batch") as ledger:
         await ledger.append(call())
-        for name in ("write", "fdatasync"):
-            noting(name)
+        noting(os, "write")
+        noting(os, "fdatasync")
+        noting(FileSync, "end")
         await asyncio.gather(*(ledger.append(call()) for _ in range(3)))
+        small, threads[:] = threads.copy(), []
         await ledger.append(call(error="x" * 500_000))
+        large = threads.copy()
         monkeypatch.undo()
-    here = threading.current_thread().name
-    assert threads == [("write", here), ("fdatasync", "ledger"), ("write", "ledger"), ("fdatasync", "ledger")]
+    assert small == [("write", here), ("end", here) if syncer == "kernel" else ("fdatasync", "ledger")]
+    assert large == [("write", "ledger"), ("fdatasync", "ledger")]
+
+
+async def test_a_group_that_the_kernel_syncs_is_concluded_though_its_loop_has_ended(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_module, "RETRY_S", 0.01)
+    begun = threading.Event()
+    real = FileSync.begin
+
+    def begin(self: FileSync, fd: int, eventfd: int) -> None:
+        real(self, fd, eventfd)
+        begun.set()
+
+    def leave(ledger: Ledger, name: str) -> None:
+        """End a loop while the kernel syncs what it wrote."""
+        begun.clear()
+        loop = asyncio.new_event_loop()
+        loop.call_soon(ledger.submit, call(name))
+        while not begun.is_set():
+            loop.call_soon(loop.stop)
+            loop.run_forever()
+        loop.close()
+
+    monkeypatch.setattr(FileSync, "begin", begin)
+    descriptors = open_files()
+    with opened(path, "batch") as ledger:
+        await ledger.append(call("first"))
+        await asyncio.to_thread(leave, ledger, "left")
+        assert (await ledger.append(call("next"))).seq == 3
+        await asyncio.to_thread(leave, ledger, "last")
+    assert [record["request_id"] for record in iter_lines(path)] == ["first", "left", "next", "last"]
+    assert open_files() == descriptors
+
+
+async def test_a_ledger_that_is_closed_in_its_loop_has_synced_what_was_written(path: Path) -> None:
+    with opened(path, "batch") as ledger:
+        await ledger.append(call())
+        waiting = ledger.submit(call("last"))
+        await asyncio.sleep(0)  # now it is written, and being synced
+    assert (await waiting).seq == verify(path).lines == 2
 
 
 async def test_a_lock_that_another_holds_is_waited_for_while_the_loop_goes_on(path: Path) -> None:
@@ -342,13 +405,18 @@ async def test_each_fsync_mode_syncs_before_the_answer_as_often_as_it_says(
     path: Path, monkeypatch: pytest.MonkeyPatch, fsync: Fsync, least: int, most: int
 ) -> None:
     sizes: list[int] = []
-    real = os.fdatasync
+    real, begin = os.fdatasync, FileSync.begin
 
     def counted(fd: int) -> None:
         sizes.append(ledger_size(path))
         real(fd)
 
+    def begun(sync: FileSync, fd: int, eventfd: int) -> None:
+        sizes.append(ledger_size(path))
+        begin(sync, fd, eventfd)
+
     monkeypatch.setattr(os, "fdatasync", counted)
+    monkeypatch.setattr(FileSync, "begin", begun)
     with opened(path, fsync) as ledger:
         sizes.clear()
         receipts = await asyncio.gather(*(ledger.append(call()) for _ in range(20)))
@@ -359,15 +427,20 @@ async def test_each_fsync_mode_syncs_before_the_answer_as_often_as_it_says(
 
 
 def test_a_failed_sync_leaves_no_line_and_a_later_success_makes_the_ledger_well(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, monkeypatch: pytest.MonkeyPatch, syncer: str
 ) -> None:
-    def fail(_: int) -> None:
+    end = FileSync.end
+
+    def fail(syncs: int | FileSync) -> None:
+        if isinstance(syncs, FileSync):
+            end(syncs)
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with opened(path, "batch") as ledger:
         append(ledger, call("good"))
         with monkeypatch.context() as patch:
-            patch.setattr(os, "fdatasync", fail)
+            owner, name = (FileSync, "end") if syncer == "kernel" else (os, "fdatasync")
+            patch.setattr(owner, name, fail)
             with pytest.raises(LedgerError, match="Input/output error") as caught:
                 append(ledger, call("lost"))
             assert caught.value.retry_after_s == 1

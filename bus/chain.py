@@ -1,0 +1,340 @@
+"""The ledger's file: one lock that every process takes, a chain of lines, and an end that is always whole.
+
+A group of records is written at once. What a failed write left is cut off again, so the file holds whole lines that
+were answered, and at most one group that was not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import logging
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from bus.model import now_ms
+from bus.provenance import end_of_lines, first_line, lines_backwards, lock_path
+from bus.records import GENESIS, check, draft, environment_hash, is_foreign, parse_or_none
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from bus.records import Draft
+
+FILE_MODE = 0o640
+PROBE_BYTES = 4096
+_RECENT_BYTES = 1 << 18
+_log = logging.getLogger(__name__)
+
+Fsync = Literal["always", "batch", "never"]
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """Where a record stands. `tree_size` is the number of lines in the ledger once its group was written."""
+
+    seq: int
+    hash: str
+    tree_size: int
+
+
+class Group:
+    """Lines for one write, chained to what is in the file; `places` has where each of its records will stand."""
+
+    def __init__(self, seq: int, prev: str, *, environment_stands: bool) -> None:
+        self.seq = seq
+        self.prev = prev
+        self.environment_stands = environment_stands
+        self.places: list[tuple[int, str]] = []
+        self.text = bytearray()
+
+    def add(self, draft: Draft) -> tuple[int, str]:
+        """Chain one more; gives its seq and hash."""
+        self.seq += 1
+        line, self.prev = draft.line(self.seq, self.prev)
+        self.text += line
+        return self.seq, self.prev
+
+    def receipts(self) -> list[Receipt]:
+        return [Receipt(seq, hash_, self.seq) for seq, hash_ in self.places]
+
+
+class Chain:
+    """The file, and what this process knows of it: its identity, size, last line. For one thread at a time.
+
+    Every method raises `OSError` where the file system refuses, and leaves what it knows right, or unknown.
+    """
+
+    def __init__(self, path: Path, fsync: Fsync, environment: Mapping[str, Any]) -> None:
+        self.seq = 0
+        self._path = path
+        self._fsync = fsync
+        self._environment_hash = environment_hash(environment)
+        self._environment = draft({
+            "type": "environment",
+            "timestamp_ms": now_ms(),
+            "environment": dict(environment),
+            "environment_hash": self._environment_hash,
+        })  # fmt: skip
+        self._fd = -1
+        self._lock_fd = -1
+        self._identity: tuple[int, int] | None = None
+        self._size = 0
+        self._prev = GENESIS
+        self._environment_stands = False
+        self._owed: list[Draft] = []
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the lock of all processes, with the file open and its end known.
+
+        Raises `BrokenLineError` where the last line is not one that another can be chained to.
+        """
+        self._lock()
+        try:
+            self._catch_up()
+            yield
+        finally:
+            self.unlock()
+
+    def try_lock(self) -> bool:
+        """Take the lock of all processes if nobody has it and the file is as we left it. Does not wait."""
+        if self._lock_fd < 0:
+            return False
+        try:
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # somebody has it; or it cannot be taken, which who waits for it will say
+            return False
+        if self._is_as_left():
+            return True
+        self.unlock()
+        return False
+
+    def unlock(self) -> None:
+        fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
+
+    def extend(self, drafts: Sequence[Draft]) -> list[Receipt]:
+        """Write a group and make it last. All of it is in the file then, or nothing."""
+        group = self.write(drafts)
+        self.sync(group)
+        return self.settle(group)
+
+    def write(self, drafts: Sequence[Draft]) -> Group:
+        """Write a group; it counts only once it is settled."""
+        group = Group(self.seq, self._prev, environment_stands=self._environment_stands)
+        for owed in self._owed:
+            group.add(owed)
+        for one in drafts:
+            group.places.append(group.add(one))
+            if not group.environment_stands and one.environment_hash == self._environment_hash:
+                group.add(self._environment)
+                group.environment_stands = True
+        with self._or_cut_back():
+            write_all(self._fd, group.text)
+        return group
+
+    def sync(self, group: Group) -> None:
+        """Make what was written last, as far as asked for."""
+        if group.seq == self.seq or self._fsync == "never":
+            return
+        with self._or_cut_back():
+            os.fdatasync(self._fd)
+            if self._size == 0:
+                _sync_folder(self._path.parent)
+
+    def fd_to_sync(self) -> int | None:
+        """The descriptor whose fdatasync is all that a written group wants; None where it wants more, or nothing."""
+        return None if self._fsync == "never" or self._size == 0 else self._fd
+
+    def settle(self, group: Group) -> list[Receipt]:
+        """A group that was written and synced counts from now on. Gives where each record stands."""
+        self.seq, self._prev, self._environment_stands = group.seq, group.prev, group.environment_stands
+        self._size += len(group.text)
+        self._owed.clear()
+        return group.receipts()
+
+    def cut_back_after(self, error: OSError) -> OSError:
+        """`cut_back`, and what went wrong last: that, or `error`."""
+        try:
+            self.cut_back()
+        except OSError as worse:
+            return worse
+        return error
+
+    def cut_back(self) -> None:
+        """Leave the file as it was before a group that does not count."""
+        try:
+            os.ftruncate(self._fd, self._size)
+        except OSError:
+            self._identity = None  # what the file holds is unknown: open it anew and read its end
+            raise
+
+    def rehearse(self) -> None:
+        """Write at the end of the file as a record would be, and cut it off again."""
+        try:
+            write_all(self._fd, b" " * PROBE_BYTES)
+            if self._fsync != "never":
+                os.fdatasync(self._fd)
+        finally:
+            self.cut_back()
+
+    def close(self) -> None:
+        for fd in (self._fd, self._lock_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._lock_fd = -1
+        self._identity = None
+
+    def _lock(self) -> None:
+        """Take the lock on the file that bears the lock's name now: somebody may have removed the folder since."""
+        path = lock_path(self._path)
+        while True:
+            if self._lock_fd < 0:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._lock_fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX)
+            if _identity(os.fstat(self._lock_fd)) == _identity_at(path):
+                return
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
+    def _is_as_left(self) -> bool:
+        """Whether log and lock bear their names still, and nobody has appended."""
+        try:
+            status = self._path.stat()
+            return (
+                _identity(status) == self._identity
+                and status.st_size == self._size
+                and _identity(os.fstat(self._lock_fd)) == _identity_at(lock_path(self._path))
+            )
+        except OSError:
+            return False
+
+    def _catch_up(self) -> None:
+        """Learn what others did since: appended, died in the middle of a write, moved the file away."""
+        try:
+            status = self._path.stat()
+        except FileNotFoundError:
+            status = None
+        if status is None or _identity(status) != self._identity:
+            status = self._open()
+        if status.st_size != self._size:
+            self._read_end(status.st_size)
+
+    def _open(self) -> os.stat_result:
+        if self._identity is not None:
+            _log.warning("%s was removed or replaced; its name now holds a new chain", self._path)
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd, self._identity = -1, None
+        if is_foreign(first_line(self._path)):
+            self._move_aside()
+        self._fd = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
+        status = os.fstat(self._fd)
+        self._identity = _identity(status)
+        self._size, self.seq, self._prev = 0, 0, GENESIS
+        self._environment_stands = False
+        return status
+
+    def _move_aside(self) -> None:
+        """Keep what another program logged under this name beside the new chain; a record says so."""
+        names = (f"{self._path.name}.before-{number}" for number in itertools.count(1))
+        kept = next(name for name in names if not os.path.lexists(self._path.with_name(name)))
+        size = self._path.stat().st_size
+        self._path.rename(self._path.with_name(kept))
+        _log.warning("%s was another program's log; it is kept as %s, and a new chain begins", self._path, kept)
+        self._owe_recovered(size, kept)
+
+    def _read_end(self, size: int) -> None:
+        end = self._sound_end(size)
+        seq, prev = 0, GENESIS
+        if end > 0:
+            last = check(next(lines_backwards(self._fd, end)))
+            seq, prev = last["seq"], last["hash"]
+        if end < size:
+            self._cut_tail(end, size, seq + 1)
+        self._size, self.seq, self._prev = end, seq, prev
+        self._environment_stands = self._environment_stands or self._finds_environment(end)
+
+    def _sound_end(self, size: int) -> int:
+        """The end of the last whole line. After a power loss, a block that never reached the disk reads as NULs."""
+        end = end_of_lines(self._fd, size)
+        for line in lines_backwards(self._fd, end):
+            if b"\x00" not in line:
+                break
+            end -= len(line)
+        return end
+
+    def _cut_tail(self, end: int, size: int, seq: int) -> None:
+        """Cut off what a writer that is no more left behind; the bytes stay beside the log, and a record says so."""
+        kept = self._keep(os.pread(self._fd, size - end, end), seq)
+        os.ftruncate(self._fd, end)
+        _log.warning("cut %d bytes of an unfinished line off %s; they are in %s", size - end, self._path, kept)
+        self._owe_recovered(size - end, kept)
+
+    def _owe_recovered(self, size: int, kept: str) -> None:
+        """Have the next group begin with a record of the `size` bytes that lie in the file `kept`."""
+        members = {"type": "recovered", "timestamp_ms": now_ms(), "cut_bytes": size, "kept_as": kept}
+        self._owed.append(draft(members))
+
+    def _keep(self, tail_: bytes, seq: int) -> str:
+        name = f"{self._path.name}.torn-{seq}"
+        number = 1
+        while (path := self._path.with_name(name)).exists():
+            number += 1
+            name = f"{self._path.name}.torn-{seq}-{number}"
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
+        try:
+            write_all(fd, tail_)
+            if self._fsync != "never":
+                os.fsync(fd)
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(fd)
+        return name
+
+    def _finds_environment(self, end: int) -> bool:
+        """Whether the end of the log holds this environment, so that many short-lived writers do not repeat it."""
+        start = max(0, end - _RECENT_BYTES)
+        lines = os.pread(self._fd, end - start, start).split(b"\n")
+        named = (parse_or_none(line) for line in lines if line.startswith(b'{"environment":{'))
+        return any(record and record.get("environment_hash") == self._environment_hash for record in named)
+
+    @contextlib.contextmanager
+    def _or_cut_back(self) -> Iterator[None]:
+        """Where the file system refuses, leave the file as it was before."""
+        try:
+            yield
+        except OSError:
+            self.cut_back()
+            raise
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def _identity_at(path: Path) -> tuple[int, int] | None:
+    try:
+        return _identity(path.stat())
+    except FileNotFoundError:
+        return None
+
+
+def write_all(fd: int, data: bytes | bytearray) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
