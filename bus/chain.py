@@ -71,6 +71,7 @@ class Chain:
     def __init__(self, path: Path, fsync: Fsync, environment: Mapping[str, Any]) -> None:
         self.seq = 0
         self._path = path
+        self._lock_path = lock_path(path)
         self._fsync = fsync
         self._environment_hash = environment_hash(environment)
         self._environment = draft({
@@ -190,13 +191,12 @@ class Chain:
 
     def _lock(self) -> None:
         """Take the lock on the file that bears the lock's name now: somebody may have removed the folder since."""
-        path = lock_path(self._path)
         while True:
             if self._lock_fd < 0:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self._lock_fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
+                self._lock_path.parent.mkdir(parents=True, exist_ok=True)
+                self._lock_fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX)
-            if _identity(os.fstat(self._lock_fd)) == _identity_at(path):
+            if _identity(os.fstat(self._lock_fd)) == _identity_at(self._lock_path):
                 return
             os.close(self._lock_fd)
             self._lock_fd = -1
@@ -204,11 +204,11 @@ class Chain:
     def _is_as_left(self) -> bool:
         """Whether log and lock bear their names still, and nobody has appended."""
         try:
-            status = self._path.stat()
+            status = os.stat(self._path)  # noqa: PTH116  # for every group
             return (
                 _identity(status) == self._identity
                 and status.st_size == self._size
-                and _identity(os.fstat(self._lock_fd)) == _identity_at(lock_path(self._path))
+                and _identity(os.fstat(self._lock_fd)) == _identity_at(self._lock_path)
             )
         except OSError:
             return False
@@ -321,7 +321,7 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
 
 def _identity_at(path: Path) -> tuple[int, int] | None:
     try:
-        return _identity(path.stat())
+        return _identity(os.stat(path))  # noqa: PTH116  # for every group
     except FileNotFoundError:
         return None
 

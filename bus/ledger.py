@@ -14,6 +14,7 @@ import logging
 import os
 import queue
 import threading
+import time
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +36,10 @@ __all__ = ["Fsync", "Ledger", "LedgerError", "Receipt"]
 
 RETRY_S = 1
 """How often an idle writer tries again to write a ledger that could not be written; refusals say so in Retry-After."""
+
+GATHER_S = 0.001
+"""A group of several is followed by the next so many seconds after it at the soonest: where calls come quickly, one
+write and one sync are then for more of them. A lone caller waits for nobody."""
 
 _log = logging.getLogger(__name__)
 _GROUP_LIMIT = 1024
@@ -63,12 +68,28 @@ _Answers = list[tuple[_Waiting, "Receipt | LedgerError"]]
 
 
 class _Flight(NamedTuple):
-    """A group that is written and being synced by the kernel; `eventfd` is read in `loop` once that has ended."""
+    """A group that is written, and that the kernel syncs."""
 
     waiting: list[_Waiting]
     written: Group
+
+
+class _Ear(NamedTuple):
+    """Where a loop hears that a flight has ended."""
+
     loop: asyncio.AbstractEventLoop
     eventfd: int
+
+    def close(self) -> None:
+        """In its loop, so that the number of the descriptor is not given to another while that still reads it."""
+        if _running_loop() is self.loop:
+            self.loop.remove_reader(self.eventfd)
+            os.close(self.eventfd)
+            return
+        try:
+            self.loop.call_soon_threadsafe(self.close)
+        except RuntimeError:  # it is closed, and reads no more
+            os.close(self.eventfd)
 
 
 class Ledger:
@@ -89,7 +110,9 @@ class Ledger:
         self._steps: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._kernel: FileSync | None = None
+        self._ear: _Ear | None = None
         self._flight: _Flight | None = None
+        self._not_before = 0.0
         self._pid = 0
 
     @property
@@ -126,6 +149,7 @@ class Ledger:
         thread.join()
         with self._writing:
             self._chain.close()
+            self._close_ear()
             if self._kernel is not None:
                 self._kernel.close()
                 self._kernel = None
@@ -146,7 +170,7 @@ class Ledger:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Receipt] = loop.create_future()
         if self._enqueue(_Waiting(draft_call(record), future, written)):
-            loop.call_soon(self._flush)  # behind the other calls of this turn, so that one write takes them all
+            self._plan(loop)
         return future
 
     def probe(self) -> bool:
@@ -203,6 +227,14 @@ class Ledger:
             self._waiting.append(waiting)
             return len(self._waiting) == 1
 
+    def _plan(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Write what waits behind the other calls of this turn, or a little later, so that one write takes them all."""
+        left_s = self._not_before - time.monotonic()
+        if left_s > 0:
+            loop.call_later(left_s, self._flush)
+        else:
+            loop.call_soon(self._flush)
+
     def _flush(self) -> None:
         """Begin to write what waits. Somebody who writes already is not waited for: he comes here when he is done."""
         with self._gate:  # so that no step comes behind the last one
@@ -214,6 +246,7 @@ class Ledger:
                 self._steps.put(partial(self._write, group))
                 return
             if self._fsync != "never":
+                self._not_before = time.monotonic() + GATHER_S if len(group) > 1 else 0.0
                 if not self._sync_by_kernel(group, written):
                     self._steps.put(partial(self._sync_and_conclude, group, written))
                 return
@@ -241,33 +274,42 @@ class Ledger:
         if self._kernel is None or loop is None or fd is None:
             return False
         try:
-            eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        except OSError:  # no descriptor is left
-            return False
-        try:
-            self._kernel.begin(fd, eventfd)
+            self._kernel.begin(fd, self._ear_of(loop).eventfd)
         except OSError as error:
-            _log.info("the ledger is synced by a thread: %s", error)
-            self._kernel.close()
-            self._kernel = None
-            os.close(eventfd)
+            _log.info("a thread syncs the ledger: %s", error)
             return False
-        self._flight = flight = _Flight(group, written, loop, eventfd)
-        loop.add_reader(eventfd, self._land, flight, self._kernel)
+        self._flight = _Flight(group, written)
         return True
 
-    def _land(self, flight: _Flight, kernel: FileSync) -> None:
-        """The kernel has synced a group. Once, by its loop, or by the thread if that one does not run any more."""
+    def _ear_of(self, loop: asyncio.AbstractEventLoop) -> _Ear:
+        if self._ear is None or self._ear.loop is not loop:
+            ear = _Ear(loop, os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+            loop.add_reader(ear.eventfd, self._hear, ear)
+            self._close_ear()
+            self._ear = ear
+        return self._ear
+
+    def _close_ear(self) -> None:
+        if self._ear is not None:
+            self._ear.close()
+            self._ear = None
+
+    def _hear(self, ear: _Ear) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(ear.eventfd)
+        self._land()
+
+    def _land(self) -> None:
+        """The kernel has synced a group, or it is waited for: by the thread, for a loop that does not run any more."""
         with self._gate:
-            if self._flight is not flight:
+            flight, self._flight = self._flight, None
+            if flight is None or self._kernel is None:
                 return
-            self._flight = None
         error = None
         try:
-            kernel.end()
+            self._kernel.end()
         except OSError as failed:
             error = self._chain.cut_back_after(failed)
-        _stop_reading(flight)
         self._conclude(flight.waiting, flight.written, error)
 
     def _sync_and_conclude(self, group: list[_Waiting], written: Group) -> None:
@@ -309,7 +351,7 @@ class Ledger:
 
     def _write_rest(self) -> None:
         """The last groups: nothing comes any more."""
-        self._land_for_loop()
+        self._land()
         while self._waiting:
             self._writing.acquire()
             self._write(self._take())
@@ -327,15 +369,10 @@ class Ledger:
 
     def _look_after(self) -> None:
         """Now and then: try to get well again, and write what a loop left that ended before it came to write."""
-        self._land_for_loop()
+        self._land()
         if not self.healthy:
             self.probe()
         self._flush()
-
-    def _land_for_loop(self) -> None:
-        flight = self._flight
-        if flight is not None and self._kernel is not None:
-            self._land(flight, self._kernel)
 
     def _answer(self, group: Sequence[_Waiting], answers: Sequence[Receipt | LedgerError]) -> bool:
         """Wake each loop once for all of its callers, in the order of the file; says whether one was there to wake."""
@@ -364,7 +401,8 @@ class Ledger:
                 waiting.future.set_result(answer)
             else:
                 waiting.future.set_exception(answer)
-        self._flush()
+        if self._waiting:
+            self._plan(asyncio.get_running_loop())
 
     def _failures(self, error: Exception, count: int) -> list[LedgerError]:
         """Note what failed, and give each caller an exception of its own."""
@@ -388,15 +426,3 @@ def _running_loop() -> asyncio.AbstractEventLoop | None:
         return asyncio.get_running_loop()
     except RuntimeError:
         return None
-
-
-def _stop_reading(flight: _Flight) -> None:
-    """In its loop, so that the number of the descriptor is not given to another while it is read."""
-    if _running_loop() is flight.loop:
-        flight.loop.remove_reader(flight.eventfd)
-        os.close(flight.eventfd)
-        return
-    try:
-        flight.loop.call_soon_threadsafe(_stop_reading, flight)
-    except RuntimeError:  # it is closed, and reads no more
-        os.close(flight.eventfd)

@@ -357,6 +357,26 @@ async def test_a_group_that_the_kernel_syncs_is_concluded_though_its_loop_has_en
     assert open_files() == descriptors
 
 
+async def test_a_lone_caller_waits_for_nobody(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger_module, "GATHER_S", 3600)
+    with opened(path, "batch") as ledger:
+        assert [(await ledger.append(call())).seq for _ in range(3)] == [1, 2, 3]
+
+
+async def test_after_a_group_of_several_calls_that_come_soon_share_the_next(
+    path: Path, monkeypatch: pytest.MonkeyPatch, syncer: str
+) -> None:
+    monkeypatch.setattr(ledger_module, "GATHER_S", 0.05)
+    with opened(path, "batch") as ledger:
+        await ledger.append(call())
+        await asyncio.gather(*(ledger.append(call()) for _ in range(2)))
+        waiting = []
+        for _ in range(5):
+            waiting.append(ledger.submit(call()))
+            await asyncio.sleep(0)
+        assert {receipt.tree_size for receipt in await asyncio.gather(*waiting)} == {8}
+
+
 async def test_a_ledger_that_is_closed_in_its_loop_has_synced_what_was_written(path: Path) -> None:
     with opened(path, "batch") as ledger:
         await ledger.append(call())
