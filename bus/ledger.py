@@ -14,7 +14,6 @@ import logging
 import os
 import queue
 import threading
-import time
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
@@ -37,9 +36,9 @@ __all__ = ["Fsync", "Ledger", "LedgerError", "Receipt"]
 RETRY_S = 1
 """How often an idle writer tries again to write a ledger that could not be written; refusals say so in Retry-After."""
 
-GATHER_S = 0.001
-"""A group of several is followed by the next so many seconds after it at the soonest: where calls come quickly, one
-write and one sync are then for more of them. A lone caller waits for nobody."""
+GATHER_TURNS = 3
+"""Turns of the loop from the first record of a group to its write. Where calls come quickly each turn brings more, so
+that one write and one sync are for many; a loop that has nothing else to do turns in a few microseconds."""
 
 _log = logging.getLogger(__name__)
 _GROUP_LIMIT = 1024
@@ -112,7 +111,6 @@ class Ledger:
         self._kernel: FileSync | None = None
         self._ear: _Ear | None = None
         self._flight: _Flight | None = None
-        self._not_before = 0.0
         self._pid = 0
 
     @property
@@ -227,13 +225,12 @@ class Ledger:
             self._waiting.append(waiting)
             return len(self._waiting) == 1
 
-    def _plan(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Write what waits behind the other calls of this turn, or a little later, so that one write takes them all."""
-        left_s = self._not_before - time.monotonic()
-        if left_s > 0:
-            loop.call_later(left_s, self._flush)
+    def _plan(self, loop: asyncio.AbstractEventLoop, turns: int = GATHER_TURNS) -> None:
+        """Write what waits, some turns of the loop from now."""
+        if turns:
+            loop.call_soon(self._plan, loop, turns - 1)
         else:
-            loop.call_soon(self._flush)
+            self._flush()
 
     def _flush(self) -> None:
         """Begin to write what waits. Somebody who writes already is not waited for: he comes here when he is done."""
@@ -246,7 +243,6 @@ class Ledger:
                 self._steps.put(partial(self._write, group))
                 return
             if self._fsync != "never":
-                self._not_before = time.monotonic() + GATHER_S if len(group) > 1 else 0.0
                 if not self._sync_by_kernel(group, written):
                     self._steps.put(partial(self._sync_and_conclude, group, written))
                 return

@@ -22,7 +22,7 @@ import pytest
 from bus import ledger as ledger_module
 from bus import provenance, schemas
 from bus.filesync import FileSync
-from bus.ledger import Fsync, Ledger, LedgerError
+from bus.ledger import GATHER_TURNS, Fsync, Ledger, LedgerError
 from bus.provenance import iter_lines, read_line, verify
 from bus.records import environment_hash
 from tests.ledgers import ENVIRONMENT, append, call, opened, write
@@ -357,31 +357,21 @@ async def test_a_group_that_the_kernel_syncs_is_concluded_though_its_loop_has_en
     assert open_files() == descriptors
 
 
-async def test_a_lone_caller_waits_for_nobody(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger_module, "GATHER_S", 3600)
-    with opened(path, "batch") as ledger:
-        assert [(await ledger.append(call())).seq for _ in range(3)] == [1, 2, 3]
-
-
-async def test_after_a_group_of_several_calls_that_come_soon_share_the_next(
-    path: Path, monkeypatch: pytest.MonkeyPatch, syncer: str
-) -> None:
-    monkeypatch.setattr(ledger_module, "GATHER_S", 0.05)
+async def test_calls_of_one_turn_of_the_loop_and_the_next_share_a_group(path: Path, syncer: str) -> None:
     with opened(path, "batch") as ledger:
         await ledger.append(call())
-        await asyncio.gather(*(ledger.append(call()) for _ in range(2)))
-        waiting = []
-        for _ in range(5):
-            waiting.append(ledger.submit(call()))
-            await asyncio.sleep(0)
-        assert {receipt.tree_size for receipt in await asyncio.gather(*waiting)} == {8}
+        waiting = [ledger.submit(call()) for _ in range(3)]
+        await asyncio.sleep(0)
+        waiting += [ledger.submit(call()) for _ in range(3)]
+        assert {receipt.tree_size for receipt in await asyncio.gather(*waiting)} == {7}
 
 
 async def test_a_ledger_that_is_closed_in_its_loop_has_synced_what_was_written(path: Path) -> None:
     with opened(path, "batch") as ledger:
         await ledger.append(call())
         waiting = ledger.submit(call("last"))
-        await asyncio.sleep(0)  # now it is written, and being synced
+        for _ in range(GATHER_TURNS + 1):
+            await asyncio.sleep(0)  # in the end it is written, and being synced
     assert (await waiting).seq == verify(path).lines == 2
 
 
