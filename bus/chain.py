@@ -11,8 +11,7 @@ import fcntl
 import itertools
 import logging
 import os
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from bus.model import now_ms
 from bus.provenance import end_of_lines, first_line, lines_backwards, lock_path
@@ -32,8 +31,7 @@ _log = logging.getLogger(__name__)
 Fsync = Literal["always", "batch", "never"]
 
 
-@dataclass(frozen=True, slots=True)
-class Receipt:
+class Receipt(NamedTuple):
     """Where a record stands. `tree_size` is the number of lines in the ledger once its group was written."""
 
     seq: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import orjson
 
@@ -25,8 +25,7 @@ _ERROR_LIMIT = 4096
 _NAME_LIMIT = 129
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """What a caller gets; `body` has the form of `schemas/outcome.schema.json`.
 
     `record` is the ledger's line, None where it could not be written.
@@ -159,7 +158,7 @@ class Course:
         told = dataclasses.replace(
             outcome, code="ERR_LEDGER", error=self.refusal.detail, retryable=False, replied=False
         )
-        return dataclasses.replace(self._answer(told, None, None), http_status=500)
+        return self._answer(told, None, None)._replace(http_status=500)
 
     def _answer(self, outcome: Outcome, record: Record | None, provenance: dict[str, Any] | None) -> Answer:
         known = CATALOGUE[Code.FAILED] if outcome.replied else entry(outcome.code)

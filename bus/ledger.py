@@ -15,7 +15,6 @@ import os
 import queue
 import threading
 from collections import defaultdict
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -54,8 +53,7 @@ class LedgerError(OverloadError):
         super().__init__("ERR_LEDGER", detail, hint=hint, retry_after_s=RETRY_S)
 
 
-@dataclass(frozen=True, slots=True)
-class _Waiting:
+class _Waiting(NamedTuple):
     """A record on its way, and its caller, in whichever loop that is."""
 
     draft: Draft

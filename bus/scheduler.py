@@ -15,15 +15,14 @@ import math
 import time
 from bisect import bisect_left, insort
 from collections import Counter, deque
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bus.canonical import figure
 from bus.errors import BusError, DeadlineError, OverloadError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import Callable
 
     from bus.model import Degradation
     from bus.runes import KvRule, MemoryProfile, Step
@@ -47,8 +46,7 @@ _LEAST = 0.001
 """The smallest shrink factor that three decimals can say; a factor of 0 would leave nothing to shrink."""
 
 
-@dataclass(frozen=True, slots=True)
-class Grant:
+class Grant(NamedTuple):
     """Leave to run, held while the context of `Scheduler.admit` is open."""
 
     queued_s: float
@@ -116,22 +114,14 @@ class Scheduler:
         self._idle.set()
         self._closed = False
 
-    @asynccontextmanager
-    async def admit(
-        self, key: str, priority: int, deadline: float, concurrency: int | None = None
-    ) -> AsyncIterator[Grant]:
-        """Wait for leave to run a call of `key`; the slot is given back when the context ends.
+    def admit(self, key: str, priority: int, deadline: float, concurrency: int | None = None) -> Admission:
+        """Wait, on entering the context, for leave to run a call of `key`; the slot is given back when it ends.
 
         `priority` is 0 to 9, `deadline` a time on the scheduler's clock, `concurrency` the most calls of `key` that may
         run at once (None: any number). Raises `OverloadError` (ERR_BUSY, ERR_STRESS, ERR_SHUTTING_DOWN) and
         `DeadlineError` (ERR_DEADLINE).
         """
-        arrived = self._clock()
-        lane = await self._enter(key, priority, deadline, concurrency)
-        try:
-            yield Grant(self._clock() - arrived)
-        finally:
-            self._leave(lane)
+        return Admission(self, key, priority, deadline, concurrency)
 
     @property
     def closed(self) -> bool:
@@ -169,7 +159,7 @@ class Scheduler:
         }
 
     async def _enter(self, key: str, priority: int, deadline: float, concurrency: int | None) -> _Lane:
-        """Take a slot, now or in turn."""
+        """Take a slot, now or in turn. `Admission` gives it back."""
         refusal = self._refusal(priority, deadline)
         if refusal:
             raise self._counted(refusal)
@@ -317,6 +307,24 @@ class Scheduler:
         """Seconds until the line will be gone at the rate of the last completions, counted since the line formed."""
         between_s = (self._clock() - self._completions[0]) / max(1, len(self._completions) - 1)
         return max(RETRY_MIN_S, min(RETRY_MAX_S, math.ceil((self.waiting + 1) * between_s)))
+
+
+class Admission:
+    """The context of one call in `Scheduler.admit`. A class, as a generator's context costs three times as much."""
+
+    __slots__ = ("_asked", "_lane", "_scheduler")
+
+    def __init__(self, scheduler: Scheduler, *asked: Any) -> None:  # noqa: ANN401
+        self._scheduler = scheduler
+        self._asked = asked
+
+    async def __aenter__(self) -> Grant:
+        arrived = self._scheduler._clock()
+        self._lane = await self._scheduler._enter(*self._asked)
+        return Grant(self._scheduler._clock() - arrived)
+
+    async def __aexit__(self, *_: object) -> None:
+        self._scheduler._leave(self._lane)
 
 
 def memory_block(
