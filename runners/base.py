@@ -39,6 +39,7 @@ class Code(enum.StrEnum):
     UNREACHABLE = "ERR_HTTP_UNREACHABLE"
     HTTP_STATUS = "ERR_HTTP_STATUS"
     CIRCUIT_OPEN = "ERR_CIRCUIT_OPEN"
+    MEMORY_LIMIT = "ERR_MEMORY_LIMIT"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,8 @@ Mode = Literal["auto", "spawn", "fork", "worker"]
 class Workers:
     """The pool of an overlay in mode `worker`: `count` processes, each replaced after `max_calls` calls.
 
-    A worker whose memory is above `max_mb` after a call is replaced, too; None takes the HARD of the call's profile.
+    So is one that uses more memory than `max_mb`, with all that it started, also during a call; None takes the HARD of
+    the call's profile.
     """
 
     count: int = 1
@@ -88,7 +90,7 @@ class ServiceTarget:
     """An HTTP service that the bus starts, with its port in `OVERLAY_PORT` and for `{port}` in the command.
 
     It is ready once a GET of `ready_path` answers 2xx (None: once it listens), for which it has `start_timeout_s`. It
-    is stopped after `idle_s` without a call, and replaced where its memory is above `max_mb`.
+    is stopped after `idle_s` without a call, and ended where it uses more memory than `max_mb`.
     """
 
     argv: tuple[str, ...]
@@ -118,7 +120,8 @@ class HttpTarget:
 class Job:
     """An admitted invocation, as a runner gets it. `deadline` is in seconds on the `time.monotonic` clock.
 
-    What keeps running from call to call serves only jobs with the `code_hash` that it was started from.
+    `edition` counts what its overlay has been: code, manifest and folder. A higher number is a later one. What keeps
+    running from call to call serves only jobs of the edition that it was started for.
     """
 
     request_id: str
@@ -133,7 +136,7 @@ class Job:
     hard_mb: int
     max_output_bytes: int
     max_log_bytes: int = 64 * 1024
-    code_hash: str = ""
+    edition: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,14 +184,20 @@ class Runner(Protocol):
     async def run(self, job: Job) -> Outcome:
         """Run to the end or to `job.deadline`.
 
-        Raises nothing but `asyncio.CancelledError`, and that only after all it started has ended.
+        Raises nothing but `asyncio.CancelledError`, and that only after all that it started for this job has ended.
         """
 
     def state(self, overlay: str) -> dict[str, Any]:
         """What it keeps for an overlay from call to call, as JSON for people; empty where nothing."""
 
-    async def close(self) -> None:
-        """End all that still runs and let go of pooled resources."""
+    def forget(self, overlay: str) -> None:
+        """The overlay was removed or disabled: what is kept for it ends, each as soon as its calls have ended."""
+
+    async def close(self, *, at_once: bool = False) -> None:
+        """End all that still runs and let go of pooled resources; `at_once` without the grace that a TERM gives.
+
+        A second call, while the first still waits, may bring the end nearer.
+        """
 
 
 class JsonError(ValueError):

@@ -1,34 +1,34 @@
-"""The helper: a small resident process that starts the programs of one overlay for the bus, and reaps and kills them.
+"""What starts the programs of one overlay for the bus, and reaps and kills them.
 
-    python3 launch.py FD
+    launch.py FD MARK [inside]
 
-It runs under the overlay's own interpreter, so: standard library only, any CPython from 3.8 on, and nothing of the bus;
+It runs in the process inside a containment (`containment.py`), which has taken everything that holds it, and in mode
+fork under the overlay's own interpreter. So: standard library only, any CPython from 3.8 on, and nothing of the bus;
 and as little as possible of the library, since each fork pays for what is loaded.
 
-FD is its end of a SOCK_SEQPACKET pair. Each message is a pair of a verb and what it is about. To the helper they are
-written by `marshal`, in a version that all these interpreters read: it is part of them, and a reader of JSON is not.
-From the helper, which may have loaded an overlay's libraries, they are JSON: marshal is not for what nobody can trust.
+FD is its end of a SOCK_SEQPACKET pair, MARK what its programs are known by. Each message is a pair of a verb and what
+it is about. To the helper they are written by `marshal`, in a version that all these interpreters read: it is part of
+them, and a reader of JSON is not. From the helper, which may have loaded an overlay's libraries, they are JSON: marshal
+is not for what nobody can trust.
 
-    to the helper     "begin"    {"mark", "namespace", "arguments", "preload", "skip"}, once: what its processes are
-                                 known by, whether to try for a pid namespace, of mode fork the script and what
-                                 follows it (None in mode spawn), modules to load before the calls and not to load
+    to the helper     "begin"    {"bus", "namespace", "interpreter", "arguments", "preload", "skip"}, once: the process
+                                 id of the bus; whether to try for a pid namespace; of mode fork the interpreter with
+                                 its options, the script and what follows it (both None in mode spawn), modules to load
+                                 before the calls and not to load
                       "run"      (call, argv, env), with stdin, stdout and stderr as SCM_RIGHTS
                       "kill"     (call, signal), to the group of the call
                       "measure"  call
-    from the helper   "ready"    {"namespace": bool, "floor_kib": of a peak, "loaded": [module], "left": {module: why}},
-                                 with a pidfd of itself; or it ends with "no_namespace" why, "unfit" why or "unclean"
-                                 {module: why}
+    from containment  "contained" {"namespace": bool}, with a pidfd of the process inside; or it ends with
+                      "no_namespace" why, or after "contained" with
+                      "not_started" (errno, words): the overlay's interpreter
+    from the helper   "ready"    {"floor_kib": of a peak, "loaded": [module], "left": {module: why}}; or it ends with
+                                 "unfit" why or "unclean" {module: why}
                       "failed"   (call, errno, words): it did not start
                       "ended"    [(call, wait status, cpu ms, peak KiB, lost), ...]
-                      "memory"   (call, resident KiB or None)
+                      "memory"   (call, KiB or None)
 
-Nothing outlives its call. The helper is two processes: the one that the bus started stays outside and only waits for
-its child, which does the work. Where the kernel allows it that child is process 1 of a pid namespace of its own, to
-which whatever loses its parent comes as a child, and with which all of it dies. Elsewhere both are child subreapers
-(prctl(2)): orphans come to the inner one, and to the outer one what the inner one leaves when it is killed.
-
-A call has ended once its process was reaped and every orphan is gone that no running call can account for; only then is
-its exit told. When the bus goes, the socket closes, or the parent-death signal comes, and everything ends.
+Nothing outlives its call. It has ended once its process was reaped and every orphan is gone that no running call can
+account for; only then is its exit told. When the bus goes, the socket closes, and everything ends.
 """
 
 from __future__ import annotations
@@ -49,10 +49,8 @@ if TYPE_CHECKING:
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
 
-CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWPID = 0x00020000, 0x10000000, 0x20000000
-MS_REC, MS_SLAVE = 0x4000, 0x80000
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
-"""Of <linux/sched.h>, <linux/mount.h> and <linux/prctl.h>."""
+"""Of <linux/prctl.h>."""
 
 MARSHAL = 2
 """The version of the format. Every CPython reads it."""
@@ -77,12 +75,6 @@ RESET_SIGNALS = (
 )
 """What the bus or this process may ignore or handle, and a program finds as the system has it."""
 
-NR_PIDFD_OPEN = 434
-"""Of <asm-generic/unistd.h>: pidfd_open(2), which Python itself has from 3.9 on, and not in every build."""
-
-WATCHED = (signal.SIGTERM, signal.SIGCHLD)
-"""What the process outside waits for."""
-
 SWEEPS_ALONE, SWEEPS = 10, 100
 """How often orphans are looked for and killed, alone and then with their groups, before the whole namespace is."""
 
@@ -94,84 +86,15 @@ MARK = "OVERLAY_CALL"
 
 LOST = "a program of the same overlay left processes behind that could only be ended together with this call"
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_prctl = ctypes.CDLL(None).prctl
+prctl = ctypes.CDLL(None).prctl
 """Called in each fork, without the errno that nobody asks for: that alone would touch fifty pages."""
 
 
-def enter_namespace(channel: Any) -> bool:
-    """Go on as process 1 of a new pid namespace with a /proc of its own; False where the kernel has none to give.
-
-    The process that was started stays outside, waits for the one that goes on, and is killed with the bus.
-    """
-    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    uid, gid = os.geteuid(), os.getegid()
-    if _libc.unshare(CLONE_NEWPID | CLONE_NEWNS | (CLONE_NEWUSER if uid else 0)) != 0:
-        _prctl(PR_SET_PDEATHSIG, 0, 0, 0, 0)
-        return False
-    try:
-        if uid:
-            _map_ids(uid, gid)
-        inside = os.fork()
-        if inside:
-            _wait_for(inside, channel)
-        _prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        _check(_libc.mount(b"none", b"/", None, MS_REC | MS_SLAVE, None))
-        _check(_libc.mount(b"proc", b"/proc", b"proc", 0, None))
-    except OSError as error:
-        tell(channel, "no_namespace", str(error))
-        os._exit(1)
-    return True
-
-
-def _map_ids(uid: int, gid: int) -> None:
-    """The same ids inside as outside (user_namespaces(7))."""
-    for name, text in (("setgroups", "deny"), ("uid_map", "%d %d 1" % (uid, uid)), ("gid_map", "%d %d 1" % (gid, gid))):
-        with open("/proc/self/" + name, "w") as file:
-            file.write(text)
-
-
-def _wait_for(inside: int, channel: Any) -> NoReturn:
-    """Hold nothing, and end when process 1 of the namespace has ended."""
-    channel.close()
-    os.closerange(0, 3)
-    _, status = os.waitpid(inside, 0)
-    _exit_like(status)
-
-
-def _exit_like(status: int) -> NoReturn:
-    os._exit(128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status))
-
-
-def go_inside(channel: Any) -> None:
-    """Without a namespace: go on as a child and subreaper, watched over by the process that was started."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # a program may try some at its parent
-    _prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    inside = os.fork()
-    if inside:
-        _watch_over(inside, channel)
-    _prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # while it cannot be told by the bus
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
-
-
-def _watch_over(inside: int, channel: Any) -> NoReturn:
-    """Wait until the child has ended, or for TERM, which the bus sends or its death; then end all that is left."""
-    channel.close()
-    os.closerange(0, 3)
-    _prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-    while signal.sigwait(WATCHED) == signal.SIGCHLD:
-        if os.waitid(os.P_PID, inside, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
-            break
-    _signal(inside, signal.SIGKILL)
-    _, status = os.waitpid(inside, 0)
-    Family().end()
-    _exit_like(status)
-
-
-def _check(result: int) -> None:
-    if result != 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+def open_channel() -> Any:
+    """Our end of the socket to the bus, for no program to inherit."""
+    fd = int(sys.argv[1])
+    os.set_inheritable(fd, False)
+    return _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, fd)
 
 
 def tell(channel: Any, verb: str, about: Any, fd: int | None = None) -> None:
@@ -200,12 +123,12 @@ def text_of(value: Any) -> str:
 class Launcher:
     """Starts, reaps and kills. `program` is the script that is run by fork, None where programs are spawned."""
 
-    def __init__(self, channel: Any, program: Any, mark: str, in_namespace: bool) -> None:
+    def __init__(self, channel: Any, program: Any, mark: str) -> None:
         self._channel = channel
         self._program = program
         self._mark = mark
-        self._in_namespace = in_namespace
         self._pid = os.getpid()
+        self.in_namespace = self._pid == 1
         self._buffer = bytearray(MESSAGE_BYTES)
         self._calls = {}  # type: dict[int, int]  # the call of a process
         self._pids = {}  # type: dict[int, int]  # the process of a call
@@ -250,7 +173,7 @@ class Launcher:
         if verb == "kill":
             self._kill(*given)
         elif verb == "measure":
-            tell(self._channel, "memory", (given, self._resident_kib(given)))
+            tell(self._channel, "memory", (given, self._memory_kib(given)))
         return None
 
     def _run(self, fds: list[int], number: int, argv: list[str], env: dict[str, str]) -> Any:
@@ -293,8 +216,8 @@ class Launcher:
     def _become_child(self, fds: list[int]) -> None:
         """As a new process is: a session of its own, these three descriptors and no other, signals as they come."""
         os.setsid()
-        _prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-        _prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != self._pid:  # it ended before the signal was asked for
             os._exit(1)
         signal.set_wakeup_fd(-1)
@@ -309,14 +232,16 @@ class Launcher:
         """The group; of a fork that has not yet made its own, the process."""
         pid = self._pids.get(number)
         if pid is not None and not _signal_group(pid, signal_number):
-            _signal(pid, signal_number)
+            send_signal(pid, signal_number)
 
-    def _resident_kib(self, number: int) -> int | None:
-        try:
-            with open("/proc/%d/statm" % self._pids[number]) as file:
-                return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
-        except (KeyError, OSError, IndexError):
+    def _memory_kib(self, number: int) -> int | None:
+        """What a call has of memory now, with all that it started; None where it has ended."""
+        pid = self._pids.get(number)
+        if pid is None:
             return None
+        orphans = [orphan for orphan in self._family.children() if orphan not in self._calls]
+        pids = self._family.descendants([pid] + [orphan for orphan in orphans if self._call_of(orphan) == number])
+        return _resident_kib(pid) if len(pids) == 1 else sum(map(_share_kib, pids))
 
     def _reap(self) -> None:
         """Take every ended process off the kernel's table, then tell the bus of the calls of which nothing is left."""
@@ -348,40 +273,41 @@ class Launcher:
 
     def _orphans_left(self) -> bool:
         """Kill what no running call can account for. True where there was something: its end is waited for."""
-        orphans = [pid for pid in self._family.children() if pid not in self._calls and not self._is_of_a_call(pid)]
+        orphans = [pid for pid in self._family.children() if pid not in self._calls and self._call_of(pid) is None]
         if not orphans:
             return False
         self._sweeps += 1
-        if self._sweeps > SWEEPS and self._in_namespace:
+        if self._sweeps > SWEEPS and self.in_namespace:
             os.kill(-1, signal.SIGKILL)
         for pid in orphans:
             if self._sweeps > SWEEPS_ALONE:
                 _signal_group_of(pid, signal.SIGKILL)
-            _signal(pid, signal.SIGKILL)
+            send_signal(pid, signal.SIGKILL)
         return True
 
-    def _is_of_a_call(self, pid: int) -> bool:
-        """Whether it belongs to a call that runs. In mode fork each call keeps its orphans itself, as a subreaper."""
+    def _call_of(self, orphan: int) -> int | None:
+        """The running call that it belongs to. In mode fork each call keeps its orphans itself, as a subreaper."""
         if self._program is not None:
-            return False
+            return None
         try:
-            session = os.getsid(pid)
+            session = os.getsid(orphan)
         except OSError:  # it is gone
-            return False
-        return session in self._calls or self._is_marked(pid) or self._is_marked(session)
+            return None
+        return self._calls.get(session) or self._call_named_by(orphan) or self._call_named_by(session)
 
-    def _is_marked(self, pid: int) -> bool:
-        """Whether its environment names a call that runs."""
+    def _call_named_by(self, pid: int) -> int | None:
+        """The running call that the environment of a process names. (Numbers begin with 1.)"""
+        name = ("%s=%s-" % (MARK, self._mark)).encode()
         try:
             with open("/proc/%d/environ" % pid, "rb") as file:
-                variables = file.read().split(b"\0")
+                numbers = [text[len(name) :] for text in file.read().split(b"\0") if text.startswith(name)]
         except OSError:  # it is gone, or of another user
-            return False
-        return any(("%s=%s-%d" % (MARK, self._mark, number)).encode() in variables for number in self._pids)
+            return None
+        return next((int(number) for number in numbers if number.isdigit() and int(number) in self._pids), None)
 
     def _end_all(self) -> NoReturn:
         """The bus is gone. In a namespace all ends with this process."""
-        if not self._in_namespace:
+        if not self.in_namespace:
             self._family.end()
         os._exit(0)
 
@@ -410,14 +336,27 @@ class Family:
             text += part
         return [int(pid) for pid in text.split()]
 
+    def descendants(self, roots: list[int]) -> list[int]:
+        """These processes with their children and all that come from them, each once."""
+        parents = None if self._list >= 0 else _parents()
+        found = dict.fromkeys(roots)
+        row = roots
+        while row:
+            below = [child for pid in row for child in (_children_of(pid) if parents is None else _of(pid, parents))]
+            row = [pid for pid in below if pid not in found]
+            found.update(dict.fromkeys(row))
+        return list(found)
+
     def end(self) -> None:
         """Kill until nobody is left."""
         while True:
             for pid in self.children():
                 _signal_group_of(pid, signal.SIGKILL)
-                _signal(pid, signal.SIGKILL)
+                send_signal(pid, signal.SIGKILL)
             try:
                 os.wait()
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass  # there may be thousands that nobody reaped
             except ChildProcessError:
                 return
 
@@ -440,14 +379,54 @@ def floor_kib(forks: bool) -> int:
         return next(int(line.split()[1]) for line in file if line.startswith(field))
 
 
+def _resident_kib(pid: int) -> int | None:
+    """Of /proc/PID/statm; None where it has ended."""
+    try:
+        with open("/proc/%d/statm" % pid) as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
+    except (OSError, IndexError):
+        return None
+
+
+def _share_kib(pid: int) -> int:
+    """The process's share of what it has in memory, of which others may have the same (Pss of proc(5)).
+
+    Its resident memory where the kernel does not tell: of another user's, or before Linux 4.14.
+    """
+    try:
+        with open("/proc/%d/smaps_rollup" % pid, "rb") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith(b"Pss:"))
+    except (OSError, StopIteration):
+        return _resident_kib(pid) or 0
+
+
+def _children_of(pid: int) -> list[int]:
+    """Of all its threads; none where it has ended."""
+    found = []
+    try:
+        for thread in os.listdir("/proc/%d/task" % pid):
+            with open("/proc/%d/task/%s/children" % (pid, thread)) as file:
+                found += [int(child) for child in file.read().split()]
+    except OSError:
+        pass
+    return found
+
+
 def _children_by_scan() -> list[int]:
-    """What ended while /proc was read may have left a child that was not there yet: then it is read again."""
-    me = os.getpid()
+    return _of(os.getpid(), _parents())
+
+
+def _of(parent: int, parents: dict[int, int | None]) -> list[int]:
+    return [pid for pid, its in parents.items() if its == parent]
+
+
+def _parents() -> dict[int, int | None]:
+    """Of every process. What ended while /proc was read may have left a child that was not there yet: then again."""
     for _ in range(SCANS):
         parents = {int(name): _parent(name) for name in os.listdir("/proc") if name.isdigit()}
         if None not in parents.values():
             break
-    return [pid for pid, parent in parents.items() if parent == me]
+    return parents
 
 
 def _parent(pid: str) -> int | None:
@@ -482,7 +461,7 @@ def _signal_group_of(pid: int, number: int) -> None:
         _signal_group(group, number)
 
 
-def _signal(pid: int, number: int) -> None:
+def send_signal(pid: int, number: int) -> None:
     try:
         os.kill(pid, number)
     except (ProcessLookupError, PermissionError):
@@ -498,56 +477,28 @@ def load_program(channel: Any, config: Any) -> Any:
     try:
         program = zygote.prepare(list(config["arguments"]), list(config["preload"]), config["skip"])
     except zygote.UnfitError as error:
-        tell(channel, "unfit", str(error))
+        tell(channel, "unfit", str(error)[:TOLD_AT_ONCE])
         os._exit(1)
     if program.unclean:
-        tell(channel, "unclean", program.unclean)
+        tell(channel, "unclean", _in_short(program.unclean))
         os._exit(1)
     return program
 
 
-def as_started_fresh() -> None:
-    """Signals as a new interpreter has them, whatever the bus was started with; children inherit them."""
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    for number in (signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM, signal.SIGCHLD):
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def open_pidfd() -> int | None:
-    """Of this process; None where the kernel knows none, before Linux 5.3."""
-    fd = _libc.syscall(NR_PIDFD_OPEN, os.getpid(), 0)
-    if fd < 0:
-        return None
-    return int(fd)
+def _in_short(reasons: dict[str, str]) -> dict[str, str]:
+    return {name: why[:TOLD_OF_EACH] for name, why in list(reasons.items())[:TOLD_AT_ONCE]}
 
 
 def main() -> Any:
     """Returns only in a forked child: what runs the program, and the call that it is to run."""
-    fd = int(sys.argv[1])
-    os.set_inheritable(fd, False)
-    channel = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, fd)
-    _, config = marshal.loads(channel.recv(MESSAGE_BYTES))  # noqa: S302
-    as_started_fresh()
-    in_namespace = config["namespace"] and enter_namespace(channel)
-    if not in_namespace:
-        go_inside(channel)
-    # The place to take the rights and limits of the phase: nothing of the overlay is loaded, and all children inherit.
+    channel, mark = open_channel(), sys.argv[2]
+    _, config = marshal.loads(channel.recv(MESSAGE_BYTES))  # noqa: S302  # only the bus has the other end
     program = None if config["arguments"] is None else load_program(channel, config)  # type: Any
-    launcher = Launcher(channel, program, config["mark"], in_namespace)
-    if not in_namespace:
-        _prctl(PR_SET_PDEATHSIG, 0, 0, 0, 0)  # from now on the bus closes the socket, and all is ended in order
-    pidfd = open_pidfd()
+    launcher = Launcher(channel, program, mark)
+    if not launcher.in_namespace:
+        prctl(PR_SET_PDEATHSIG, 0, 0, 0, 0)  # from now on the bus closes the socket, and all is ended in order
     loaded, left = ([], {}) if program is None else (program.loaded, program.left)
-    left = {name: why[:TOLD_OF_EACH] for name, why in list(left.items())[:TOLD_AT_ONCE]}
-    state = {
-        "namespace": in_namespace,
-        "floor_kib": floor_kib(program is not None),
-        "loaded": loaded[:TOLD_AT_ONCE],
-        "left": left,
-    }
-    tell(channel, "ready", state, pidfd)
-    if pidfd is not None:
-        os.close(pidfd)
+    floor = floor_kib(program is not None)
+    tell(channel, "ready", {"floor_kib": floor, "loaded": loaded[:TOLD_AT_ONCE], "left": _in_short(left)})
     argv, env = launcher.serve()
     return program.run, argv, env

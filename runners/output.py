@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -63,16 +64,21 @@ class Output:
             self._ended()
 
     def drain(self) -> None:
-        """Take what is left, and close: whoever could write to it is gone."""
-        while not self.closed:
+        """Take what is left, and close: whoever could write to it is gone.
+
+        At most what the pipe can hold, in case that somebody is not.
+        """
+        left = 0 if self.closed else fcntl.fcntl(self._fd, fcntl.F_GETPIPE_SZ)
+        while left > 0 and not self.closed:
             try:
                 data = os.read(self._fd, READ_SIZE)
             except BlockingIOError:
-                data = b""
-            if data:
-                self._take(data)
-            else:
-                self.close()
+                break
+            if not data:
+                break
+            left -= len(data)
+            self._take(data)
+        self.close()
 
     def close(self) -> None:
         if not self.closed:
@@ -208,6 +214,11 @@ def describe(exit_code: int) -> str:
         return f"was ended by {signal.Signals(-exit_code).name}"
     except ValueError:  # the real-time signals have no names
         return f"was ended by signal {-exit_code}"
+
+
+def excess(memory_mb: float, may_mb: int) -> str:
+    """What is said of a process that has more memory than it may, both in MiB. It goes on after a name or "it"."""
+    return f"used {memory_mb:.1f} MiB of memory, more than the {may_mb} that it may"
 
 
 def join_log(noise: bytes, log: Log) -> str:

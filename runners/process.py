@@ -1,7 +1,7 @@
 """Programs that run for one call: the envelope on stdin, the reply on stdout, the log on stderr.
 
 The bus starts none of them itself: a helper does (`helpers.py`), by spawning the command or by forking an interpreter
-that has the script loaded. `_Call` is the bus's side: a small state machine of callbacks on the process, the pipes and
+that has the script loaded. `_Run` is the bus's side: a small state machine of callbacks on the process, the pipes and
 a timer. It ends by itself, whoever waits for it, so a cancellation at any moment leaves nothing behind.
 
 A call that is over before its program ends in this order: TERM to the group, `kill_grace_s`, KILL. Its process has
@@ -23,22 +23,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from runners import python_command
 from runners.base import LARGE_BYTES, Code, Outcome, ProcessTarget
-from runners.helpers import IDLE_S, SHORTAGES, Exit, GoneError, Helpers, Home, Script, UnfitError
+from runners.helper import GoneError, Home, Script
+from runners.helpers import IDLE_S, SHORTAGES, Helpers, UnfitError
 from runners.output import Input, Log, Output, Reply, close_all, join_log, judge, read_reply
-from runners.worker import WorkerPools
+from runners.workers import WorkerPools
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from runners.base import Job
-    from runners.helpers import Helper, Process
+    from runners.helper import Exit, Helper, Process
     from runners.logs import OverlayLogs
 
 QUICK_S = 0.02
 """How long, in seconds, a call runs before its pipes are watched. Most have ended by then, and are read once."""
 
 
-_CLOSED = Outcome(Code.CANCELLED, error="the runner was closed before the program could start")
+_REFUSED = Outcome(Code.CANCELLED, error="the runner was closed before the program could start")
 
 
 class ProcessRunner:
@@ -58,8 +59,9 @@ class ProcessRunner:
         self._logs = logs
         self._workers = WorkerPools(self._helpers, logs, kill_grace_s=kill_grace_s, idle_s=idle_s)
         self._kill_grace_s = kill_grace_s
-        self._calls: set[_Call] = set()
+        self._runs: set[_Run] = set()
         self._closed = False
+        self._at_once = False
 
     async def run(self, job: Job) -> Outcome:
         """Start the program and wait for its end, or end it at `job.deadline`."""
@@ -69,22 +71,22 @@ class ProcessRunner:
         if target.mode == "worker":
             return await self._workers.run(job)
         if self._closed:
-            return _CLOSED
+            return _REFUSED
         try:
-            call = await self._start(job, target)
+            run = await self._start(job, target)
         except TimeoutError:
             return Outcome(Code.TIMEOUT, error="the deadline had passed before the program could start")
         except OSError as error:
-            return _CLOSED if self._closed else _not_started(error, target, job.folder)
-        self._calls.add(call)
+            return _REFUSED if self._closed else _not_started(error, target, job.folder)
+        self._runs.add(run)
         try:
-            exit_ = await call.wait()
+            exit_ = await run.wait()
         finally:
-            self._calls.discard(call)
-            self._keep_log(job, call.log.kept())
+            self._runs.discard(run)
+            self._keep_log(job, run.log.kept())
         if exit_.failed is not None:
             return _not_started(exit_.failed, target, job.folder)
-        return await _outcome(call, exit_)
+        return await _outcome(run, exit_)
 
     def _keep_log(self, job: Job, text: bytes) -> None:
         if self._logs is not None and text:
@@ -95,24 +97,29 @@ class ProcessRunner:
         helpers = self._helpers.state(overlay)
         return ({"helpers": helpers} if helpers else {}) | self._workers.state(overlay)
 
-    async def close(self) -> None:
-        """End every call that still runs, and start no more."""
+    def forget(self, overlay: str) -> None:
+        self._workers.forget(overlay)
+        self._helpers.forget(overlay)
+
+    async def close(self, *, at_once: bool = False) -> None:
+        """End every call that still runs, and start no more. A second with `at_once` ends the grace of the first."""
         self._closed = True
-        calls = list(self._calls)
-        for call in calls:
-            call.stop(Code.CANCELLED)
-        if calls:
-            await asyncio.wait([call.ended for call in calls])
-        await self._workers.close()
-        await self._helpers.close()
+        self._at_once = self._at_once or at_once
+        runs = list(self._runs)
+        for run in runs:
+            run.stop(Code.CANCELLED, at_once=at_once)
+        if runs:
+            await asyncio.wait([run.ended for run in runs])
+        await self._workers.close(at_once=self._at_once)
+        await self._helpers.close(at_once=self._at_once)
         if self._logs is not None:
             self._logs.close()
 
-    async def _start(self, job: Job, target: ProcessTarget) -> _Call:
+    async def _start(self, job: Job, target: ProcessTarget) -> _Run:
         """Raises OSError (no such folder, too many files, ...) or TimeoutError, and then leaves nothing behind."""
         if job.deadline <= time.monotonic():
             raise TimeoutError
-        home = Home(job.overlay, job.phase, job.rights, job.folder, target.env, job.code_hash)
+        home = Home(job.overlay, job.phase, job.rights, job.folder, target.env, job.edition)
         script = _script(target.argv, target.preload, target.stdin) if target.mode in ("auto", "fork") else None
         while True:
             helper = self._helpers.pool(home, script).free()
@@ -139,7 +146,7 @@ def _script(argv: tuple[str, ...], preload: tuple[str, ...], stdin: Any) -> Scri
     return Script(command.interpreter, command.arguments[:length], preload, stdin)
 
 
-def _start(helper: Helper, job: Job, target: ProcessTarget, kill_grace_s: float) -> _Call:
+def _start(helper: Helper, job: Job, target: ProcessTarget, kill_grace_s: float) -> _Run:
     ours: list[int] = []
     theirs: list[int] = []
     try:
@@ -152,7 +159,7 @@ def _start(helper: Helper, job: Job, target: ProcessTarget, kill_grace_s: float)
             _envelope_file(job.envelope, theirs)
         stdout, stderr = _output_pipe(ours, theirs), _output_pipe(ours, theirs)
         process = helper.launch(target.argv, (theirs[0], theirs[1], theirs[2]), {})
-        return _Call(process, _Pipes(stdin, stdout, stderr), job, kill_grace_s)
+        return _Run(process, _Pipes(stdin, stdout, stderr), job, kill_grace_s)
     except BaseException:
         close_all(ours)
         raise
@@ -214,7 +221,7 @@ class _Pipes(NamedTuple):
     stderr: int
 
 
-class _Call:
+class _Run:
     """One running program, from its start until nothing of it is left; then `ended` holds how it ended.
 
     `reason` says why it was ended from outside: TIMEOUT, OUTPUT_TOO_LARGE or CANCELLED; None where it ended by itself.
@@ -264,14 +271,17 @@ class _Call:
         self._stderr.watch()
         self._timer = self._loop.call_later(self._deadline - time.monotonic(), self.stop, Code.TIMEOUT)
 
-    def stop(self, reason: Code) -> None:
-        """TERM to the group now, KILL after the grace. The first reason stays."""
-        if self.reason is not None or self.ended.done():
+    def stop(self, reason: Code, *, at_once: bool = False) -> None:
+        """TERM to the group now, KILL after the grace; `at_once` KILL now. The first reason stays."""
+        if self.ended.done() or (self.reason is not None and not at_once):
             return
-        self.reason = reason
+        self.reason = self.reason or reason
         self._timer.cancel()
         self._stdout.watch()  # it may have something to say while it stops
         self._stderr.watch()
+        if at_once:
+            self._process.signal(signal.SIGKILL)
+            return
         self._process.signal(signal.SIGTERM)
         self._timer = self._loop.call_later(self._kill_grace_s, self._process.signal, signal.SIGKILL)
 
@@ -296,18 +306,18 @@ class _Call:
             self._waiter.set_result(None)
 
 
-async def _outcome(call: _Call, exit_: Exit) -> Outcome:
-    if call.reason is not None:
-        return _outcome_of(call, exit_, call.reason, _ended_early(call, call.reason))
+async def _outcome(run: _Run, exit_: Exit) -> Outcome:
+    if run.reason is not None:
+        return _outcome_of(run, exit_, run.reason, _ended_early(run, run.reason))
     if exit_.lost is not None:
-        return dataclasses.replace(_outcome_of(call, exit_, Code.CRASH, exit_.lost), retryable=True)
-    stdout = call.stdout
+        return dataclasses.replace(_outcome_of(run, exit_, Code.CRASH, exit_.lost), retryable=True)
+    stdout = run.stdout
     reply = read_reply(stdout) if len(stdout) <= LARGE_BYTES else await asyncio.to_thread(read_reply, stdout)
     code, error = judge(reply, exit_.code or 0)
-    return _outcome_of(call, exit_, code, error, reply)
+    return _outcome_of(run, exit_, code, error, reply)
 
 
-def _outcome_of(call: _Call, exit_: Exit, code: Code, error: str | None, reply: Reply | None = None) -> Outcome:
+def _outcome_of(run: _Run, exit_: Exit, code: Code, error: str | None, reply: Reply | None = None) -> Outcome:
     reply = reply or Reply()
     return Outcome(
         code=code,
@@ -317,14 +327,14 @@ def _outcome_of(call: _Call, exit_: Exit, code: Code, error: str | None, reply: 
         cpu_ms=exit_.cpu_ms,
         peak_mb=exit_.peak_mb,
         peak_floor_mb=exit_.peak_floor_mb,
-        log=join_log(reply.noise, call.log),
-        output_bytes=call.size,
+        log=join_log(reply.noise, run.log),
+        output_bytes=run.size,
     )
 
 
-def _ended_early(call: _Call, reason: Code) -> str:
+def _ended_early(run: _Run, reason: Code) -> str:
     if reason == Code.OUTPUT_TOO_LARGE:
-        return f"the program wrote more than {call.max_output_bytes} bytes to stdout, and was ended"
+        return f"the program wrote more than {run.max_output_bytes} bytes to stdout, and was ended"
     if reason == Code.TIMEOUT:
-        return f"the program had not ended within its {call.allowed_s:.3f} s, and was ended"
+        return f"the program had not ended within its {run.allowed_s:.3f} s, and was ended"
     return "the program still ran when the runner was closed, and was ended"

@@ -38,12 +38,18 @@ FLOORS = [
 FLOOR = {f"bus.{name}": floor for floor, names in enumerate(FLOORS, 1) for name in names} | {"bus": 6}
 MODULES = sorted((REPO / "bus").rglob("*.py"))
 RUNNERS = sorted((REPO / "runners").rglob("*.py"))
-# The programs that run under an overlay's own interpreter import nothing of ours, and nobody imports them.
+# The programs that run as a helper import nothing of ours but each other, by their bare names; nobody imports them.
+PROGRAMS = ["launch", "launcher", "containment", "zygote"]
+PROGRAMS += ["zygote_script", "zygote_reading", "zygote_loading", "zygote_ending"]
 RUNNER_FLOORS = [
-    ["base", "launch", "launcher", "zygote"],
-    ["output", "logs", "ports", "breaker", "python_command"],
+    ["base", "launch", "launcher", "containment", "zygote"],
+    ["zygote_script", "zygote_reading", "zygote_loading", "zygote_ending"],
+    ["output", "logs", "ports", "breaker", "http_client", "python_command", "strays"],
+    ["helper", "probe"],
     ["helpers"],
     ["worker", "service"],
+    ["worker_pool", "services"],
+    ["workers"],
     ["process", "http"],
 ]
 RUNNER_FLOOR = {f"runners.{name}": floor for floor, names in enumerate(RUNNER_FLOORS, 1) for name in names}
@@ -106,7 +112,7 @@ def test_runners_know_nothing_of_the_bus_not_even_for_types(file: Path) -> None:
 def test_a_module_of_the_runners_imports_only_what_stands_below_it(file: Path) -> None:
     own = RUNNER_FLOOR[name_of(file)]
     above = {name for name in imports(file) if RUNNER_FLOOR[name] >= own}
-    assert above | (imports(file) & {"runners.launcher", "runners.zygote"}) == set()
+    assert above | (imports(file) & {f"runners.{name}" for name in PROGRAMS}) == set()
 
 
 def test_the_ground_floor_imports_nothing_of_ours() -> None:
@@ -117,7 +123,7 @@ def test_the_ground_floor_imports_nothing_of_ours() -> None:
 def test_the_bus_knows_of_the_runners_the_ground_floor_only(file: Path) -> None:
     """Of the runners the bus knows the ground floor, and the plugins that register them know them."""
     allowed = {"runners", "runners.base"} | (
-        {"runners.process", "runners.http", "runners.helpers", "runners.service", "runners.logs"}
+        {f"runners.{name}" for name in ("helpers", "http", "logs", "process", "python_command", "services")}
         if name_of(file) == "bus.plugins"
         else {"bus.cli_overlays": {"runners.logs"}, "bus.doctor": {"runners.helpers"}}.get(name_of(file), set())
     )

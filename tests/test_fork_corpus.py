@@ -17,14 +17,15 @@ import pytest
 
 from runners import python_command
 from runners.base import ProcessTarget, Rights
-from runners.helpers import Helpers, Home, Script, UnfitError
+from runners.helper import Home, Script
+from runners.helpers import Helpers, UnfitError
 from runners.process import ProcessRunner
 from tests.programs import make_job
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
 
-    from runners.helpers import Helper
+    from runners.helper import Helper
 
 CORPUS = Path(__file__).parent / "corpus"
 STDIN = '{"payload":\n{"n": 3, "text": "žluťoučký kůň"}}\n'.encode()
@@ -251,7 +252,7 @@ async def run_twice_by_fork(helpers: Helpers, home: Home, argv: Sequence[str], c
     """Nothing where it cannot be forked."""
     try:
         async with forking(helpers, home, argv, case.stdin) as helper:
-            assert set(case.loaded) <= set(helper.ready.result()["loaded"])
+            assert set(case.loaded) <= set(helper.ready.result().loaded)
             return [await run(helper, argv, case.stdin) for _ in range(2)]
     except UnfitError:
         return []
@@ -276,7 +277,7 @@ async def test_what_a_process_has_of_its_own_is_made_anew_for_each_call(helpers:
     argv = (sys.executable, "fresh_each_time.py")
     async with forking(helpers, home, argv) as helper:
         first, second = [await run(helper, argv) for _ in range(2)]
-        assert helper.ready.result()["loaded"][:4] == ["json", "logging", "multiprocessing", "os"]
+        assert helper.ready.result().loaded[:4] == ("json", "logging", "multiprocessing", "os")
     assert first.code == 0, first.log
     things, others = json.loads(first.stdout), json.loads(second.stdout)
     assert {name for name in things if things[name] == others[name]} == set()
@@ -285,7 +286,7 @@ async def test_what_a_process_has_of_its_own_is_made_anew_for_each_call(helpers:
 async def test_what_draws_at_its_import_draws_otherwise_in_each_call(helpers: Helpers, home: Home) -> None:
     argv = (sys.executable, "import_draws.py", "show")
     async with forking(helpers, home, argv) as helper:
-        assert "draws" in helper.ready.result()["left"]
+        assert "draws" in helper.ready.result().left
         first, second = [await run(helper, argv) for _ in range(2)]
     assert first.code == second.code == 0
     assert first.stdout != second.stdout

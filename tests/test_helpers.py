@@ -17,10 +17,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 
-from runners import helpers as module
-from runners.helpers import Exit, GoneError, Helper, Helpers
+from runners import helper as module
+from runners import helpers as pools
+from runners.helper import Exit, GoneError, Helper
+from runners.helpers import Helpers
 from tests.programs import hostile
 from tests.programs.a_home import COMMAND, a_home, script_of, with_token
 from tests.runner_fixtures import nothing_left
@@ -29,7 +32,8 @@ from tests.support import PATIENCE_S, REPO, eventually, is_alive, until
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
-    from runners.helpers import Home, Pool, Process
+    from runners.helper import Home, Process
+    from runners.helpers import Pool
 
 FORMS = ["namespace", "subreaper"]
 MODES = ["spawn", "fork"]
@@ -166,6 +170,11 @@ class Bench:
         assert with_token(self.token) == {}
 
 
+def started_by_us() -> list[int]:
+    """The processes that this one started, whichever thread did."""
+    return [child.pid for child in psutil.Process().children()]
+
+
 def children(pid: int) -> list[int]:
     """Of a process with one thread, zombies too."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
@@ -195,6 +204,10 @@ def another(home: Home) -> Home:
     return dataclasses.replace(home, phase="CLEAR")
 
 
+def later(home: Home, editions: int = 1) -> Home:
+    return dataclasses.replace(home, edition=home.edition + editions)
+
+
 def descriptors(pid: int | None = None) -> list[int]:
     """Those that a process has open; of this one also that by which it looks."""
     return sorted(int(path.name) for path in Path(f"/proc/{pid or 'self'}/fd").iterdir())
@@ -204,8 +217,7 @@ def descriptors(pid: int | None = None) -> list[int]:
 async def bench(form: str, mode: str) -> AsyncIterator[Bench]:
     made = Bench(form, mode)
     try:
-        ready = (await made.helper()).ready.result()
-        if form == "namespace" and not ready["namespace"]:
+        if form == "namespace" and not (await made.helper()).namespace:
             pytest.skip("this kernel gives no pid namespace")
         yield made
     finally:
@@ -258,33 +270,6 @@ async def test_kill_ends_also_what_left_the_group(bench: Bench, way: str) -> Non
     exit_ = await program.end()
     assert (exit_.code, exit_.lost) == (-signal.SIGKILL, None)
     assert programs_of(await bench.helper()) == []
-
-
-@in_both_modes
-@pytest.mark.parametrize(
-    "words",
-    [b"what?", b"7", b'["ended",7]', b'["ended",[[1]]]', b'["ended",[[1,1e99,1,1,null]]]', b'["memory",[3,4]]',
-     b'{"a":1,"b":2}', b'["ready",{}]', b'["unfit","no"]'],
-)  # fmt: skip
-async def test_a_helper_that_says_what_cannot_be_is_ended_and_another_takes_its_place(
-    bench: Bench, words: bytes
-) -> None:
-    helper = await bench.helper()
-    helper._read(words)  # as from a library of the overlay that writes to the socket
-    await helper.gone
-    assert await bench.helper() is not helper
-
-
-@pytest.mark.parametrize("mode", ["fork"])
-@pytest.mark.parametrize("form", ["namespace"])
-async def test_only_a_pidfd_of_the_helper_itself_is_taken_for_one(bench: Bench, tmp_path: Path) -> None:
-    helper = await bench.helper()
-    for foreign in (os.pidfd_open(os.getpid()), os.eventfd(0), os.open(tmp_path, os.O_RDONLY)):
-        assert not module._is_pidfd_of_child(foreign, helper.pid)
-        os.close(foreign)
-    own = os.pidfd_open(inner(helper))
-    assert module._is_pidfd_of_child(own, helper.pid)
-    os.close(own)
 
 
 # What programs do to others and to themselves
@@ -579,7 +564,7 @@ async def test_a_bus_without_descriptors_cannot_let_a_program_wait(bench: Bench)
 
     with no_more_descriptors(), pytest.raises(OSError, match="Too many") as caught:
         fill_the_socket()
-    assert caught.value.errno in module.SHORTAGES  # an ordinary user may have no more on their way, either
+    assert caught.value.errno in pools.SHORTAGES  # an ordinary user may have no more on their way, either
     os.close(null)
     os.kill(pid, signal.SIGCONT)
     exits = [await asyncio.wait_for(process.ended, PATIENCE_S) for process in processes]
@@ -650,12 +635,10 @@ async def test_a_helper_that_was_idle_for_long_ends(bench: Bench) -> None:
 
 
 @in_one_form
-@pytest.mark.parametrize("changed", ["code_hash", "env"])
-async def test_a_pool_that_another_replaced_lets_its_calls_end(bench: Bench, changed: str) -> None:
+async def test_a_pool_that_another_replaced_lets_its_calls_end(bench: Bench) -> None:
     old = await bench.helper()
     program = await bench.started("hold")
-    change: Any = {"code_hash": "other"} if changed == "code_hash" else {"env": dict(bench.home.env)}
-    bench.home = dataclasses.replace(bench.home, **change)
+    bench.home = later(bench.home)
     new = await bench.helper()
     assert new is not old
     assert not old.gone.done()
@@ -669,9 +652,74 @@ async def test_a_pool_that_another_replaced_lets_its_calls_end(bench: Bench, cha
 @in_one_form
 async def test_a_pool_without_calls_that_another_replaced_ends_at_once(bench: Bench) -> None:
     old = await bench.helper()
-    bench.home = dataclasses.replace(bench.home, code_hash="other")
+    bench.home = later(bench.home)
     bench.pool()
     await asyncio.wait_for(asyncio.shield(old.gone), PATIENCE_S)
+
+
+@in_one_form
+async def test_a_late_program_of_an_older_edition_has_a_helper_that_ends_with_it(bench: Bench) -> None:
+    old_home, bench.home = bench.home, later(bench.home, 2)
+    new = await bench.helper()
+    bench.home = later(old_home)
+    late = await bench.helper()
+    program = bench.launch(late, "hold")
+    assert await program.line() == "ready"
+    assert not late.gone.done()
+    program.let_go()
+    assert (await program.end()).code == hostile.ENDED
+    await asyncio.wait_for(asyncio.shield(late.gone), PATIENCE_S)
+    assert bench.helpers.pool(later(old_home, 2), bench.script).any() is new
+
+
+@in_one_form
+async def test_a_helper_that_nobody_waits_for_any_more_ends_where_its_edition_is_old(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pools, "TIDY_S", 0.0)
+    bench.helpers.pool(later(bench.home), bench.script)
+    before = len(started_by_us())
+    waiting = asyncio.create_task(bench.helpers.pool(bench.home, bench.script).ready())
+    await until(lambda: len(started_by_us()) > before)
+    waiting.cancel()
+    await until(lambda: len(started_by_us()) == 0)
+    assert bench.helpers.state("test") == []
+
+
+@in_one_form
+async def test_what_was_forgotten_ends_with_its_calls_and_is_made_anew(bench: Bench) -> None:
+    busy, program = await bench.helper(), await bench.started("hold")
+    bench.helpers.forget("other")
+    assert await bench.helper() is busy
+    bench.helpers.forget("test")
+    assert bench.helpers.state("test")[0]["running"] == 1
+    new = await bench.helper()
+    assert new is not busy
+    program.let_go()
+    assert (await program.end()).code == hostile.ENDED
+    await asyncio.wait_for(asyncio.shield(busy.gone), PATIENCE_S)
+    bench.helpers.forget("test")
+    await asyncio.wait_for(asyncio.shield(new.gone), PATIENCE_S)
+    assert bench.helpers.state("test") == []
+
+
+@in_one_form
+async def test_of_too_many_idle_helpers_the_longest_idle_end(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pools, "KEPT_IDLE", 2)
+    monkeypatch.setattr(pools, "TIDY_S", 0.0)
+    phases = ["ALIGN", "CLEAR", "SEAL", "ASCEND"]
+    homes = [dataclasses.replace(bench.home, phase=phase) for phase in phases]
+    helpers = [await bench.helpers.pool(home).ready() for home in homes[:1]]
+    programs = [bench.launch(helpers[0], "hold")]
+    for home in homes[1:]:
+        helpers.append(await bench.helpers.pool(home).ready())
+        programs.append(bench.launch(helpers[-1], "hold"))
+    for program in programs:
+        assert await program.line() == "ready"
+        program.let_go()
+        await program.end()
+    await until(lambda: sum(helper.is_open for helper in helpers) <= 2)
+    assert [helper.is_open for helper in helpers] == [False, False, True, True]
 
 
 @in_one_form
@@ -699,7 +747,7 @@ async def test_a_second_helper_is_begun_where_the_first_has_work(bench: Bench) -
 
 
 @in_one_form
-async def test_a_folder_made_anew_with_its_manifest_read_anew_is_the_new_folder(bench: Bench, tmp_path: Path) -> None:
+async def test_a_folder_made_anew_is_the_new_folder_for_the_next_edition(bench: Bench, tmp_path: Path) -> None:
     folder = tmp_path / "overlay"
 
     async def listed() -> str:
@@ -724,7 +772,7 @@ async def test_a_folder_made_anew_with_its_manifest_read_anew_is_the_new_folder(
     assert await listed() == ""
     folder.mkdir()
     (folder / "new").touch()
-    bench.home = a_home(bench.token, folder=folder)
+    bench.home = a_home(bench.token, folder=folder, edition=1)
     assert await listed() == "new\n"
 
 
@@ -752,6 +800,23 @@ async def test_who_waits_for_a_helper_is_told_when_all_are_closed(bench: Bench) 
 
 
 @in_both_modes
+@pytest.mark.parametrize("stopped", ["inner", "outer"])
+async def test_closing_at_once_ends_also_what_is_stopped_while_a_first_close_waits(
+    bench: Bench, stopped: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "AT_ONCE_S", 0.05)
+    helper = await bench.helper()
+    program = await bench.started("deaf")
+    os.kill(helper.pid if stopped == "outer" else inner(helper), signal.SIGSTOP)
+    first = asyncio.create_task(bench.helpers.close())
+    await asyncio.sleep(0)
+    await asyncio.wait_for(bench.helpers.close(at_once=True), module.GONE_S)
+    await asyncio.wait_for(first, PATIENCE_S)
+    assert (await program.end()).lost is not None
+    assert with_token(bench.token) == {}
+
+
+@in_both_modes
 async def test_closing_ends_what_runs(bench: Bench) -> None:
     helper = await bench.helper()
     programs = [await bench.started(way) for way in ("hold", "deaf", "comet", "unknown")]
@@ -761,6 +826,16 @@ async def test_closing_ends_what_runs(bench: Bench) -> None:
         assert (await program.end()).lost is not None
     assert with_token(bench.token) == {}
 
+
+WITHOUT_LIST = f"""
+import sys
+sys.path.insert(0, {str(module.LAUNCH.parent)!r})
+import launcher
+launcher.Family.__init__ = lambda self: vars(self).update(_list=-1, highest_fd=-1)
+del sys.argv[0]
+exec(compile(open(sys.argv[0]).read(), sys.argv[0], "exec"), {{"__name__": "__main__", "__file__": sys.argv[0]}})
+"""
+"""A helper where the kernel does not list children."""
 
 DIES_AT_FIRST = """
 import os, sys
@@ -777,7 +852,7 @@ async def test_a_helper_killed_while_it_starts_is_started_again(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     interpreter = (sys.executable, "-I", "-S", "-c", DIES_AT_FIRST.format(str(tmp_path / "died")))
-    monkeypatch.setattr(module, "SPAWNER", interpreter)
+    monkeypatch.setattr(module, "INTERPRETER", interpreter)
     script = bench.script and dataclasses.replace(bench.script, interpreter=interpreter)
     pool = bench.helpers.pool(bench.home, script) if script else bench.helpers.pool(another(bench.home))
     assert (await asyncio.wait_for(pool.ready(), PATIENCE_S)).is_open
@@ -787,7 +862,7 @@ async def test_a_helper_killed_while_it_starts_is_started_again(
 
 @in_one_form
 async def test_a_helper_that_is_silent_at_its_start_is_given_up(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SPAWNER", (sys.executable, "-I", "-S", "-c", "import signal; signal.pause()"))
+    monkeypatch.setattr(module, "INTERPRETER", (sys.executable, "-I", "-S", "-c", "import signal; signal.pause()"))
     monkeypatch.setattr(module, "START_S", 0.05)
     with pytest.raises(OSError, match="not ready within"):
         await bench.helpers.pool(another(bench.home)).ready()
@@ -830,6 +905,24 @@ async def test_an_exit_tells_the_memory_of_its_peak_and_a_running_program_that_o
     assert 50 < resident < 90
     assert 50 < exit_.peak_mb < 90
     assert await program.process.memory_mb() is None
+
+
+@in_both_modes
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("way", ["fill child", "fill daemon"])
+async def test_the_memory_of_a_program_is_that_of_all_that_it_started(
+    bench: Bench, way: str, listed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not listed and bench.script is None:
+        monkeypatch.setattr(module, "INTERPRETER", (*module.INTERPRETER, "-c", WITHOUT_LIST))
+        bench.home = another(bench.home)
+    other = await bench.started("fill child", 20)
+    program = await bench.started(way, 50)
+    of_all, of_other = await program.process.memory_mb(), await other.process.memory_mb()
+    assert of_all is not None
+    assert of_other is not None
+    assert 50 < of_all < 75
+    assert 20 < of_other < 45
 
 
 async def test_the_memory_of_a_program_whose_helper_has_ended_is_not_known(bench: Bench) -> None:

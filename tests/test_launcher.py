@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from runners import helpers as module
+from runners import helper as module
+from runners.helper import Script
 from runners.helpers import Helpers
 from tests.programs import family
-from tests.programs.a_home import COMMAND, a_home, with_token
+from tests.programs.a_home import ARGUMENTS, COMMAND, a_home, with_token
+from tests.programs.hostile import ENDED
 from tests.runner_fixtures import nothing_left  # noqa: F401  # pytest finds it by its name
 from tests.support import PATIENCE_S, REPO
 
@@ -44,35 +46,29 @@ def is_program(path: Path) -> bool:
 
 @pytest.mark.parametrize("namespace", [True, False], ids=["namespace", "subreaper"])
 @pytest.mark.parametrize("interpreter", list(interpreters()))
-async def test_it_runs_under_any_interpreter(
-    interpreter: str, namespace: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "SPAWNER", (interpreter, "-I", "-S"))
+async def test_it_forks_under_any_interpreter(interpreter: str, namespace: bool) -> None:
     token = f"token-{os.getpid()}-{interpreter}"
+    script = Script((interpreter, "-I", "-S"), ARGUMENTS, stdin="pipe")
+    argv = [*script.interpreter, *ARGUMENTS, token]
     helpers = Helpers(most=1, namespace=namespace)
-    helper = await asyncio.wait_for(helpers.pool(a_home(token)).ready(), PATIENCE_S)
-    said, stdout = os.pipe()
+    helper = await asyncio.wait_for(helpers.pool(a_home(token), script).ready(), PATIENCE_S)
+    null = os.open(os.devnull, os.O_RDWR)
     stdin, ours = os.pipe()
     try:
-        ended = helper.launch(["sh", "-c", "echo $TOKEN; setsid sleep 1000 & exit 3"], (stdin, stdout, 2), {}).ended
-        failed = helper.launch(["no-such-program"], (stdin, stdout, 2), {}).ended
-        killed = helper.launch([*COMMAND, token, "deaf"], (stdin, stdout, 2), {})
-        assert (await asyncio.wait_for(ended, PATIENCE_S)).code == 3
-        assert (await asyncio.wait_for(failed, PATIENCE_S)).failed is not None
+        ended = helper.launch([*argv, "daemon"], (null, null, 2), {}).ended
+        assert (await asyncio.wait_for(ended, PATIENCE_S)).code == ENDED
+        killed = helper.launch([*argv, "deaf"], (stdin, null, 2), {})
         assert (await killed.memory_mb() or 0) > 0
         killed.signal(signal.SIGKILL)
         assert (await asyncio.wait_for(killed.ended, PATIENCE_S)).code == -signal.SIGKILL
-        running = helper.launch([*COMMAND, token, "deaf"], (stdin, stdout, 2), {})
+        running = helper.launch([*argv, "deaf"], (stdin, null, 2), {})
         await helpers.close()
         assert running.ended.result().lost is not None
         assert with_token(token) == {}
     finally:
         await helpers.close()
-        for fd in (stdout, stdin, ours):
+        for fd in (null, stdin, ours):
             os.close(fd)
-        with os.fdopen(said) as file:
-            lines = file.read().splitlines()
-    assert lines[0] == token
 
 
 WITHOUT_LIST = f"""
@@ -90,7 +86,7 @@ exec(compile(open(sys.argv[0]).read(), sys.argv[0], "exec"), {{"__name__": "__ma
 async def test_it_ends_orphans_where_the_kernel_does_not_list_children(
     way: str, namespace: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "SPAWNER", (sys.executable, "-I", "-S", "-c", WITHOUT_LIST))
+    monkeypatch.setattr(module, "INTERPRETER", (sys.executable, "-I", "-S", "-c", WITHOUT_LIST))
     helpers = Helpers(most=1, namespace=namespace)
     helper = await asyncio.wait_for(helpers.pool(a_home(f"token-{os.getpid()}-scan")).ready(), PATIENCE_S)
     null = os.open(os.devnull, os.O_RDONLY)

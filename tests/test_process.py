@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pytest
 
 from runners.base import Code, ProcessTarget
+from runners.output import READ_SIZE, Output
 from runners.process import ProcessRunner
 from tests import programs
 from tests.runner_fixtures import anyio_backend, nothing_left
@@ -293,6 +295,47 @@ async def test_closing_asks_a_program_to_stop_first(tmp_path: Path) -> None:
 async def test_a_program_that_will_not_stop_is_killed(tmp_path: Path) -> None:
     outcome = await close_while_running("ignores_term.sh", tmp_path, kill_grace_s=0.05)
     assert outcome.exit_code == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("first", [True, False])
+async def test_closing_at_once_gives_no_grace_nor_leaves_that_of_an_earlier_close(tmp_path: Path, first: bool) -> None:
+    runner = ProcessRunner(kill_grace_s=1000)
+    async with programs.start_signal(tmp_path) as (fifo, started):
+        call = asyncio.create_task(runner.run(programs.make_job(programs.target("ignores_term.sh"), {"started": fifo})))
+        await started
+        closing = [asyncio.create_task(runner.close())] if first else []
+        await asyncio.sleep(0)
+        await runner.close(at_once=True)
+        await asyncio.gather(*closing)
+    outcome = await call
+    assert (outcome.code, outcome.exit_code) == (Code.CANCELLED, -signal.SIGKILL)
+
+
+async def test_a_forgotten_overlay_keeps_no_helper_and_its_next_call_has_a_new_one(tmp_path: Path) -> None:
+    runner = ProcessRunner()
+    pids = []
+    for _ in range(2):
+        outcome = await runner.run(programs.make_job(programs.target("echo.sh"), folder=tmp_path))
+        assert outcome.ok
+        pids += [helper["pid"] for helper in runner.state("test")["helpers"]]
+        runner.forget("test")
+        assert runner.state("test") == {}
+    assert len(set(pids)) == 2
+    await runner.close()
+
+
+async def test_an_output_that_somebody_still_writes_to_is_drained_of_what_its_pipe_holds() -> None:
+    reader, writer = os.pipe2(os.O_NONBLOCK)
+    taken: list[int] = []
+
+    def take(data: bytes) -> None:
+        taken.append(len(data))
+        os.write(writer, bytes(READ_SIZE))  # a pipe has that much room once so much was taken
+
+    os.write(writer, bytes(READ_SIZE))
+    Output(asyncio.get_running_loop(), reader, take, watched=False).drain()
+    assert sum(taken) == fcntl.fcntl(writer, fcntl.F_GETPIPE_SZ)
+    os.close(writer)
 
 
 async def close_while_running(name: str, folder: Path, kill_grace_s: float) -> Outcome:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Self
 
 import psutil
 
-from runners.helpers import LAUNCH
+from runners.helper import LAUNCH
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from runners.base import Rights
-from runners.helpers import Home, Script
+from runners.helper import Home, Script
 from tests import programs
 
 INTERPRETER = (sys.executable, "-I", "-S")

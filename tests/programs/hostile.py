@@ -151,6 +151,18 @@ def fill(mib: int) -> None:
     hold()
 
 
+def fill_beside(way: Callable[[Callable[[], object]], object], mib: int) -> None:
+    """Memory that a child has, or a daemon."""
+    memory = []
+
+    def take() -> None:
+        memory.append(bytearray(mib << 20))
+        memory[0][::4096] = b"." * len(memory[0][::4096])
+
+    way(take)
+    hold()
+
+
 LEFT: dict[str, Callable[[], object]] = {
     "orphan": lambda: beside(lambda: None),
     "daemon": daemon,
@@ -169,6 +181,8 @@ WAYS: dict[str, Callable[[int], object]] = {
     "hold": lambda _: hold(),
     "burn": burn,
     "fill": fill,
+    "fill child": lambda mib: fill_beside(beside, mib),
+    "fill daemon": lambda mib: fill_beside(daemon, mib),
     "flood": lambda _: flood(),
     "stop": lambda _: stop(os.kill, os.getpid()),
     "stop group": lambda _: stop(os.killpg, 0),

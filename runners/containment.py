@@ -1,0 +1,172 @@
+"""What holds a helper: two processes, of which the one that the bus started stays outside and only waits.
+
+Its child, inside, does the work. Where the kernel allows it that is process 1 of a pid namespace of its own, to which
+whatever loses its parent comes as a child, and with which all of it dies. Elsewhere both are child subreapers
+(prctl(2)): orphans come to the inner one, and to the outer one what the inner one leaves when it is killed.
+
+All this is the bus's own code under the bus's own interpreter, up to and with the message "contained". Only then, in
+mode fork, the process inside becomes the overlay's interpreter, whose word nobody takes: it may be any program, and may
+renounce what it was given. It is held by what it cannot reach: the process outside ends it when the bus goes, and the
+bus when the process outside does.
+"""
+
+from __future__ import annotations
+
+import _socket
+import ctypes
+import marshal
+import os
+import select
+import sys
+
+import _signal as signal  # type: ignore[import-not-found]  # `signal` would bring `enum` with it
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, NoReturn
+
+    from runners import launcher
+else:
+    import launcher
+
+CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWPID = 0x00020000, 0x10000000, 0x20000000
+MS_REC, MS_SLAVE = 0x4000, 0x80000
+"""Of <linux/sched.h> and <linux/mount.h>."""
+
+WATCHED = (signal.SIGTERM, signal.SIGCHLD)
+"""What the process outside waits for."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def contain() -> None:
+    """Go on as the process inside: in mode fork as the overlay's interpreter, else as this one."""
+    channel = launcher.open_channel()
+    _, config = marshal.loads(channel.recv(launcher.MESSAGE_BYTES, _socket.MSG_PEEK))  # noqa: S302  # from the bus
+    _as_started_fresh()
+    in_namespace = config["namespace"] and _unshare(channel)
+    _go_inside(channel, config["bus"], in_namespace)
+    # The place to take the rights and limits of the phase: nothing of the overlay is loaded, and all children inherit.
+    pidfd = os.pidfd_open(os.getpid())
+    launcher.tell(channel, "contained", {"namespace": in_namespace}, pidfd)
+    os.close(pidfd)
+    if config["interpreter"] is None:
+        channel.detach()
+    else:
+        _become(config["interpreter"], channel)
+
+
+def _as_started_fresh() -> None:
+    """Signals as a new interpreter has them, whatever the bus was started with; children inherit them."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    for number in (signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _unshare(channel: Any) -> bool:
+    """Have the next child be process 1 of a new pid namespace. False where the kernel has none to give.
+
+    Root may be one without the capability; then it gets a user namespace, as any other user does.
+    """
+    uid, gid = os.geteuid(), os.getegid()
+    if uid == 0 and _libc.unshare(CLONE_NEWPID | CLONE_NEWNS) == 0:
+        return True
+    if _libc.unshare(CLONE_NEWPID | CLONE_NEWNS | CLONE_NEWUSER) != 0:
+        return False
+    try:
+        _map_ids(uid, gid)
+    except OSError as error:
+        _give_up(channel, "no_namespace", str(error))
+    return True
+
+
+def _map_ids(uid: int, gid: int) -> None:
+    """The same ids inside as outside (user_namespaces(7))."""
+    for name, text in (("setgroups", "deny"), ("uid_map", "%d %d 1" % (uid, uid)), ("gid_map", "%d %d 1" % (gid, gid))):
+        with open("/proc/self/" + name, "w") as file:
+            file.write(text)
+
+
+def _go_inside(channel: Any, bus: int, in_namespace: bool) -> None:
+    """Returns in the process inside only.
+
+    Signals are blocked until then, as a program may try some at its parent. The parent's death is asked for by both,
+    and may have come before: a bus that is gone is no parent any more, and of the process outside the pipe has ended.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    launcher.prctl(launcher.PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != bus:
+        os._exit(1)
+    if not in_namespace:
+        launcher.prctl(launcher.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    alive, lives = os.pipe2(os.O_CLOEXEC)
+    try:
+        inside = os.fork()
+    except OSError as error:
+        _give_up(channel, "not_started", (error.errno, error.strerror))
+    if inside:
+        _watch_over(inside, in_namespace, [channel.fileno(), alive])
+    os.close(lives)
+    launcher.prctl(launcher.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if _has_ended(alive):
+        os._exit(1)
+    os.close(alive)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    if in_namespace:
+        _mount_proc(channel)
+    else:
+        launcher.prctl(launcher.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def _watch_over(inside: int, in_namespace: bool, held: list[int]) -> NoReturn:
+    """Wait until the process inside has ended, or for TERM from the bus or by its death; then end all that is left."""
+    for fd in held + list(range(launcher.STREAMS)):
+        os.close(fd)
+    while signal.sigwait(WATCHED) == signal.SIGCHLD:
+        if os.waitid(os.P_PID, inside, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            break
+    launcher.send_signal(inside, signal.SIGKILL)  # not yet reaped, it has its number
+    _, status = os.waitpid(inside, 0)
+    if not in_namespace:
+        launcher.Family().end()
+    os._exit(128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status))
+
+
+def _has_ended(pipe: int) -> bool:
+    """Whether nobody can write to it any more."""
+    poll = select.poll()
+    poll.register(pipe, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def _mount_proc(channel: Any) -> None:
+    """The namespace's own, so that what is in it sees itself."""
+    try:
+        _check(_libc.mount(b"none", b"/", None, MS_REC | MS_SLAVE, None))
+        _check(_libc.mount(b"proc", b"/proc", b"proc", 0, None))
+    except OSError as error:
+        _give_up(channel, "no_namespace", str(error))
+
+
+def _check(result: int) -> None:
+    if result != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def _become(interpreter: tuple[str, ...], channel: Any) -> NoReturn:
+    """Go on as the overlay's interpreter, with this file's neighbour; it is found as any command is (`subprocess`)."""
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores, and hands on so
+        signal.signal(number, signal.SIG_DFL)
+    os.set_inheritable(channel.fileno(), True)
+    try:
+        os.execvpe(interpreter[0], [*interpreter, *sys.argv, "inside"], launcher.given_environment())  # noqa: S606
+    except OSError as error:
+        _give_up(channel, "not_started", (error.errno, error.strerror))
+    except ValueError as error:  # a NUL in a string
+        _give_up(channel, "not_started", (None, str(error)))
+
+
+def _give_up(channel: Any, verb: str, about: Any) -> NoReturn:
+    launcher.tell(channel, verb, about)
+    os._exit(1)

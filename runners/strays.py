@@ -1,0 +1,59 @@
+"""Programs that lost every process that would have ended them: found by the mark of their helper, and killed.
+
+A last resort for where the kernel gives no pid namespace, and both processes of a helper were killed at once. What
+changed its environment and runs another program is not found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+from pathlib import Path
+
+MARK = "OVERLAY_CALL"
+"""The environment variable of a program whose value begins with the mark of its helper. A fork has its command line."""
+
+ROUNDS = 10
+"""How often /proc is read at most: what is found may have started another meanwhile."""
+
+END_MS = 1000
+"""How long, in milliseconds, one that was killed may take to end before the next is looked at."""
+
+
+def end(mark: str) -> None:
+    """Kill what carries the mark, round by round until nothing does. It blocks: call it in a thread."""
+    for _ in range(ROUNDS):
+        if not [pid for pid in _others() if _carries(pid, mark) and _end(pid, mark)]:
+            return
+
+
+def _others() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != os.getpid()]  # noqa: PTH208
+
+
+def _carries(pid: int, mark: str) -> bool:
+    """False, too, of what has ended or is another user's."""
+    try:
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return mark.encode() in words or any(variable.startswith(f"{MARK}={mark}-".encode()) for variable in variables)
+
+
+def _end(pid: int, mark: str) -> bool:
+    """Whether it was there to be killed. It is looked at again once nobody else can come to have its number."""
+    with contextlib.suppress(ProcessLookupError):
+        pidfd = os.pidfd_open(pid)
+        try:
+            if _carries(pid, mark):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                poll = select.poll()
+                poll.register(pidfd, select.POLLIN)
+                poll.poll(END_MS)
+                return True
+        finally:
+            os.close(pidfd)
+    return False
