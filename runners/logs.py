@@ -6,10 +6,13 @@ Renamed, not cut: so who reads it misses nothing. `OverlayLogs` writes; `LogRead
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
 import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -25,6 +28,9 @@ MAX_BYTES = 2**20
 LINE_BYTES = 16 * 1024
 """How much of a line that does not end is held back for its end."""
 
+DELAY_S = 0.05
+"""How long, in seconds, lines are gathered in an event loop before they are written. Nobody who reads a log notices."""
+
 _FILE_MODE = 0o640
 
 
@@ -39,110 +45,198 @@ def rotated(path: Path) -> Path:
 
 
 @dataclass(slots=True)
-class _File:
-    """An overlay's open file. `warned`: that it cannot be written was said, and it has not been written since."""
+class _Said:
+    """What an overlay has said that is not in its file yet."""
 
-    path: Path
-    fd: int | None = None
-    size: int = 0
-    warned: bool = False
     begun: dict[Hashable, bytes] = field(default_factory=dict)
     """Of each source the line that has not ended yet."""
+    waiting: deque[bytes] = field(default_factory=deque)
+    """Whole lines, with their time."""
+    size: int = 0
+    """Of all that is waiting, in bytes."""
 
 
 class OverlayLogs:
     """Writes the logs of all overlays. `clock` gives seconds since 1970.
 
+    In an event loop lines are gathered for `DELAY_S` and then written by a thread, in their order, so that a slow disk
+    holds nobody up; what waits for it is bounded by `max_bytes` an overlay, the newest being kept. Outside of a loop
+    they are written at once. Used in one loop only, or in one thread.
+
     It never raises. What cannot be written (a full disk, no permission) is dropped, with one warning an overlay until
-    it can be written again.
+    it can be written again. No file is kept open.
     """
 
     def __init__(self, folder: Path, max_bytes: int = MAX_BYTES, *, clock: Callable[[], float] = time.time) -> None:
         self._folder = folder
         self._max_bytes = max_bytes
         self._clock = clock
-        self._files: dict[str, _File] = {}
+        self._said: dict[str, _Said] = {}
+        self._warned: set[str] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._thread: ThreadPoolExecutor | None = None
+        self._writing: Future[None] | None = None
 
     def append(self, overlay: str, data: bytes, source: Hashable = None) -> None:
         """Write the lines of `data`. One that has not ended waits for its rest, up to `LINE_BYTES`.
 
         `source` tells apart the processes of one overlay, so that none ends the line of another.
         """
-        file = self._file(overlay)
-        begun = (file.begun.pop(source, b"") + data).replace(b"\r\n", b"\n")
+        said = self._said.get(overlay)
+        if said is None:
+            said = self._said[overlay] = _Said()
+        begun = (said.begun.pop(source, b"") + data).replace(b"\r\n", b"\n")
         lines, newline, rest = begun.rpartition(b"\n")
         if len(rest) > LINE_BYTES:
             lines, newline, rest = begun, b"\n", b""
         if rest:
-            file.begun[source] = rest
+            said.begun[source] = rest
         if newline:
-            self._put(file, lines)
+            self._put(said, lines)
 
     def end(self, overlay: str, source: Hashable = None) -> None:
         """The source says nothing more: a line that it has begun is written as it is."""
-        file = self._file(overlay)
-        if rest := file.begun.pop(source, b""):
-            self._put(file, rest)
+        said = self._said.get(overlay)
+        if said is not None and (rest := said.begun.pop(source, b"")):
+            self._put(said, rest)
+
+    def flush(self) -> None:
+        """Write now whatever has ended, and wait until it stands in the files."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._writing is not None:
+            wait([self._writing])
+        self._write_all(self._take())
 
     def close(self) -> None:
-        """Write the lines that were begun, and close the files."""
-        for overlay, file in self._files.items():
-            for source in list(file.begun):
+        """Write all, lines that were begun as they are. What is said later opens it again."""
+        for overlay, said in list(self._said.items()):
+            for source in list(said.begun):
                 self.end(overlay, source)
-            _close(file)
-        self._files.clear()
+        self.flush()
+        if self._thread is not None:
+            self._thread.shutdown()
+            self._thread = None
 
-    def _file(self, overlay: str) -> _File:
-        file = self._files.get(overlay)
-        if file is None:
-            file = self._files[overlay] = _File(path_of(self._folder, overlay))
-        return file
-
-    def _put(self, file: _File, lines: bytes) -> None:
-        """Write lines that are parted by newlines, the last one without its own."""
+    def _put(self, said: _Said, lines: bytes) -> None:
+        """Take lines that are parted by newlines, the last one without its own."""
         stamp = _stamp(self._clock())
         # One pass in C: a program may well write a hundred thousand empty lines at once.
-        text = stamp + lines.replace(b"\n", b"\n" + stamp) + b"\n"
-        try:
-            self._write(file, _newest(text, self._max_bytes))
-        except OSError as error:
-            _close(file)
-            if not file.warned:
-                log.warning("%s cannot be written, lines are dropped: %s", file.path, error.strerror)
-            file.warned = True
-        else:
-            file.warned = False
+        text = _newest(stamp + lines.replace(b"\n", b"\n" + stamp) + b"\n", self._max_bytes)
+        said.waiting.append(text)
+        said.size += len(text)
+        while said.size - len(said.waiting[0]) >= self._max_bytes:
+            said.size -= len(said.waiting.popleft())
+        self._write_soon()
 
-    def _write(self, file: _File, text: bytes) -> None:
-        fd = self._open(file)
-        if file.size and file.size + len(text) > self._max_bytes:
-            file.path.replace(rotated(file.path))
-            _close(file)
-            fd = self._open(file)
-        written = 0
+    def _write_soon(self) -> None:
         try:
-            while written < len(text):
-                written += os.write(fd, memoryview(text)[written:])
-        except OSError:
-            with contextlib.suppress(OSError):  # no half line stays, to which the next would be added
-                os.ftruncate(fd, file.size)
-            raise
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            self.flush()
+            return
+        if self._timer is None and (self._writing is None or self._writing.done()):
+            self._timer = loop.call_later(DELAY_S, self._hand_over, loop)
 
-    def _open(self, file: _File) -> int:
-        """The descriptor of what bears the file's name now: who else removed, renamed or emptied it may do so."""
-        if file.fd is not None:
-            ours = os.fstat(file.fd)
-            with contextlib.suppress(FileNotFoundError):
-                there = file.path.stat()
-                if (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino):
-                    file.size = there.st_size
-                    return file.fd
-            _close(file)
-        self._folder.mkdir(parents=True, exist_ok=True)
+    def _hand_over(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = None
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "overlay-logs")
+        self._writing = self._thread.submit(self._write_all, self._take())
+        asyncio.wrap_future(self._writing, loop=loop).add_done_callback(self._written)
+
+    def _written(self, written: asyncio.Future[None]) -> None:
+        written.result()
+        if any(said.waiting for said in self._said.values()):
+            self._write_soon()
+
+    def _take(self) -> dict[str, bytes]:
+        """All that waits, by overlay. What then has nothing more to say is forgotten."""
+        texts: dict[str, bytes] = {}
+        for overlay, said in list(self._said.items()):
+            if said.waiting:
+                texts[overlay] = b"".join(said.waiting)
+                said.waiting.clear()
+                said.size = 0
+            if not said.begun:
+                del self._said[overlay]
+        return texts
+
+    def _write_all(self, texts: dict[str, bytes]) -> None:
+        for overlay, text in texts.items():
+            path = path_of(self._folder, overlay)
+            try:
+                self._write(path, _newest(text, self._max_bytes))
+            except OSError as error:
+                if overlay not in self._warned:
+                    log.warning("%s cannot be written, lines are dropped: %s", path, error.strerror)
+                self._warned.add(overlay)
+            else:
+                self._warned.discard(overlay)
+
+    def _write(self, path: Path, text: bytes) -> None:
+        """The file is the one that bears the name now: who else removed, renamed or emptied it may do so."""
+        fd = self._open(path)
+        try:
+            size = os.fstat(fd).st_size
+            if size and size + len(text) > self._max_bytes:
+                path.replace(rotated(path))
+                os.close(fd)
+                fd = -1
+                fd, size = self._open(path), 0
+            _write_whole(fd, text, size)
+        finally:
+            if fd >= 0:
+                os.close(fd)
+
+    def _open(self, path: Path) -> int:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-        file.fd = os.open(file.path, flags, _FILE_MODE)
-        file.size = os.fstat(file.fd).st_size
-        return file.fd
+        try:
+            return os.open(path, flags, _FILE_MODE)
+        except FileNotFoundError:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            return os.open(path, flags, _FILE_MODE)
+
+
+class Voice:
+    """One process among those that an overlay's log is of: what it says, and what the bus says of it.
+
+    `name` is how the bus calls it there: `worker 3`, `the service`. Its own lines stand as they are, those of the bus
+    begin with `aal:`, so that a log reads as one story.
+    """
+
+    def __init__(self, logs: OverlayLogs | None, overlay: str, name: str) -> None:
+        self._logs = logs
+        self._overlay = overlay
+        self._name = name
+
+    def say(self, data: bytes) -> None:
+        """What the process wrote."""
+        if self._logs is not None:
+            self._logs.append(self._overlay, data, self)
+
+    def end(self) -> None:
+        """It says nothing more."""
+        if self._logs is not None:
+            self._logs.end(self._overlay, self)
+
+    def note(self, words: str) -> None:
+        """A line of the bus between its own. The words go on from the name."""
+        if self._logs is not None:
+            self._logs.append(self._overlay, f"aal: {self._name} {words}\n".encode())
+
+
+def _write_whole(fd: int, text: bytes, size: int) -> None:
+    """Raises OSError, and then leaves the file as it was, of `size` bytes: no half line, to which the next is added."""
+    written = 0
+    try:
+        while written < len(text):
+            written += os.write(fd, memoryview(text)[written:])
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.ftruncate(fd, size)
+        raise
 
 
 def _stamp(now: float) -> bytes:
@@ -160,12 +254,6 @@ def _newest(text: bytes, limit: int) -> bytes:
         return kept
     last = text[:-1].rpartition(b"\n")[2]
     return last[: limit - 1] + b"\n"
-
-
-def _close(file: _File) -> None:
-    if file.fd is not None:
-        os.close(file.fd)
-        file.fd = None
 
 
 class LogReader:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
 
-from runners.logs import LINE_BYTES, LogReader, OverlayLogs, path_of, rotated
+from runners import logs as overlay_logs
+from runners.logs import LINE_BYTES, LogReader, OverlayLogs, Voice, path_of, rotated
+from tests import programs
+from tests.support import until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -197,6 +202,125 @@ def test_a_full_disk_leaves_no_half_line(
     logs.append("echo", b"three\n")
     assert path.read_bytes() == STAMP + b"one\n" + STAMP + b"three\n"
     assert "No space left on device" in caplog.text
+
+
+def test_what_the_bus_says_of_a_process_stands_between_its_lines(logs: OverlayLogs, path: Path) -> None:
+    voice = Voice(logs, "echo", "worker 3")
+    voice.say(b"hel")
+    voice.note("is let go")
+    voice.say(b"lo\nbye")
+    voice.end()
+    assert path.read_bytes() == STAMP + b"aal: worker 3 is let go\n" + STAMP + b"hello\n" + STAMP + b"bye\n"
+
+
+def test_a_process_without_a_log_may_speak(tmp_path: Path) -> None:
+    voice = Voice(None, "echo", "the service")
+    voice.say(b"hello\n")
+    voice.note("ended")
+    voice.end()
+    assert list(tmp_path.iterdir()) == []
+
+
+# In an event loop
+
+
+def written(path: Path) -> bytes:
+    return path.read_bytes() if path.exists() else b""
+
+
+class SlowDisk:
+    """Lets writes wait at a gate; `sizes` are those of the texts that were written."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.gate = threading.Event()
+        self.reached = threading.Event()
+        self.sizes: list[int] = []
+        self._write = overlay_logs._write_whole
+        monkeypatch.setattr(overlay_logs, "_write_whole", self)
+
+    def __call__(self, fd: int, text: bytes, size: int) -> None:
+        self.reached.set()
+        self.gate.wait()
+        self.sizes.append(len(text))
+        self._write(fd, text, size)
+
+
+async def test_in_a_loop_lines_are_gathered_and_written_soon(
+    logs: OverlayLogs, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = SlowDisk(monkeypatch)
+    disk.gate.set()
+    for number in range(10):
+        logs.append("echo", b"%d\n" % number)
+    assert written(path) == b""
+    await until(lambda: len(disk.sizes) == 1)
+    await until(lambda: written(path).count(b"\n") == 10)
+    logs.append("echo", b"later\n")
+    await until(lambda: written(path).endswith(b"later\n"))
+    assert len(disk.sizes) == 2
+
+
+async def test_a_slow_disk_holds_nobody_up_and_keeps_the_order(
+    logs: OverlayLogs, path: Path, reader: LogReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = SlowDisk(monkeypatch)
+    logs.append("echo", b"first\n")
+    await until(disk.reached.is_set)
+    for number in range(5):
+        logs.append("echo", b"%d\n" % number)
+        await asyncio.sleep(0)
+    assert written(path) == b""
+    disk.gate.set()
+    await until(lambda: written(path).count(b"\n") == 6)
+    assert said(reader.last(10)) == [b"first", b"0", b"1", b"2", b"3", b"4"]
+
+
+async def test_what_waits_for_a_slow_disk_is_bounded_and_its_end_is_kept(
+    logs: OverlayLogs, path: Path, reader: LogReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = SlowDisk(monkeypatch)
+    logs.append("echo", b"first\n")
+    await until(disk.reached.is_set)
+    for number in range(10_000):
+        logs.append("echo", b"%d\n" % number)
+    disk.gate.set()
+    await until(lambda: len(disk.sizes) == 2)
+    logs.flush()
+    assert disk.sizes[1] <= 1000
+    lines = said(reader.last(1))
+    assert lines == [b"9999"]
+
+
+async def test_closing_waits_for_the_disk_and_writes_the_rest(logs: OverlayLogs, path: Path) -> None:
+    logs.append("echo", b"one\n")
+    await until(path.exists)
+    logs.append("echo", b"two\nthree")
+    logs.append("other", b"four\n")
+    logs.close()
+    assert written(path) == STAMP + b"one\n" + STAMP + b"two\n" + STAMP + b"three\n"
+    assert written(path.with_name("other.log")) == STAMP + b"four\n"
+
+
+async def test_a_disk_that_fails_is_dropped_with_one_warning_in_a_loop_too(
+    logs: OverlayLogs, path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path.parent.write_text("a file where the folder should be")
+    for _ in range(3):
+        logs.append("echo", b"lost\n")
+        logs.flush()
+    assert len(caplog.records) == 1
+    path.parent.unlink()
+    logs.append("echo", b"kept\n")
+    await until(path.exists)
+    logs.close()
+    assert written(path) == STAMP + b"kept\n"
+
+
+def test_no_file_is_kept_open(logs: OverlayLogs) -> None:
+    before = programs.held()
+    for overlay in ("echo", "other"):
+        logs.append(overlay, b"one\n")
+    assert programs.held() == before
 
 
 # Reading

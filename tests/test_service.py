@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -20,31 +22,42 @@ from runners.base import Code, HttpTarget, Job, ServiceTarget
 from runners.helpers import Helpers
 from runners.logs import OverlayLogs
 from runners.ports import free_port, holder_of
-from runners.service import Pace, ServiceError, Services
+from runners.service import Pace, ServiceError
+from runners.services import Services
 from tests import programs
 from tests.runner_fixtures import nothing_left
-from tests.support import until
+from tests.support import is_alive, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Hashable
     from pathlib import Path
 
+    from runners.base import Outcome
+
 QUICK = Pace(
-    check_s=0.01, answer_s=5.0, misses=3, first_backoff_s=0.01, longest_backoff_s=1.0, steady_s=10.0, patience_s=10.0
+    check_s=0.01,
+    memory_s=0.01,
+    answer_s=5.0,
+    misses=3,
+    first_backoff_s=0.01,
+    longest_backoff_s=1.0,
+    steady_s=10.0,
+    patience_s=10.0,
 )
 IMPATIENT = dataclasses.replace(QUICK, answer_s=0.02)
 FAILS = ("sh", "-c", "echo no luck >&2; exit 3")
 
 
 class Logs:
-    """What was logged, in memory."""
+    """What was logged, in memory: everything, and what of it the bus noted."""
 
     def __init__(self) -> None:
         self.text = b""
+        self.notes = b""
 
     def append(self, overlay: str, data: bytes, source: Hashable = None) -> None:
-        assert overlay == "test"
         self.text += data
+        self.notes += data if source is None else b""
 
     def close(self) -> None:
         pass
@@ -83,8 +96,22 @@ class Bench:
             await services.close()
         await self.helpers.close()
 
-    def use(self, target: ServiceTarget, **job: Any) -> Any:
-        return self.services.use(a_job(target, **job), target)
+    @contextlib.asynccontextmanager
+    async def use(self, target: ServiceTarget, **job: Any) -> AsyncIterator[str]:
+        """The URL of the service."""
+        async with self.services.use(a_job(target, **job), target) as used:
+            yield used.url
+
+    async def cut_off(self, target: ServiceTarget, path: str = "/wait", **job: Any) -> Outcome:
+        """The outcome of a call that loses its service."""
+        async with self.services.use(a_job(target, **job), target) as used:
+            assert used.outcome_of_end() is None
+            with pytest.raises(aiohttp.ClientError):
+                await ask(used.url, path)
+            await until(lambda: used.outcome_of_end() is not None)
+            outcome = used.outcome_of_end()
+        assert outcome is not None
+        return outcome
 
     async def who(self, target: ServiceTarget, **job: Any) -> str:
         """What tells one service from the next."""
@@ -107,20 +134,14 @@ class Bench:
         return lambda: bool(self.state["state"] == state)
 
 
-@functools.cache
-def environment(word: str) -> dict[str, str]:
-    """The same one for the same word: another would be of another folder."""
-    return programs.ENV | {"SERVICE": word}
-
-
 def a_service(*words: str, argv: tuple[str, ...] = (), env: str = "", **changes: Any) -> ServiceTarget:
     argv = argv or (sys.executable, "-I", "-S", str(programs.FOLDER / "service.py"), *words)
-    return ServiceTarget(argv, environment(env), **{"ready_path": "/health"} | changes)
+    return ServiceTarget(argv, programs.ENV | {"SERVICE": env}, **{"ready_path": "/health"} | changes)
 
 
-def a_job(target: ServiceTarget, *, code: str = "1", hard_mb: int = 256, timeout_s: float = 60.0) -> Job:
+def a_job(target: ServiceTarget, *, timeout_s: float = 60.0, **changes: Any) -> Job:
     job = programs.make_job(HttpTarget("/", service=target), timeout_s=timeout_s)
-    return dataclasses.replace(job, code_hash=code, hard_mb=hard_mb)
+    return dataclasses.replace(job, **changes)
 
 
 async def ask(url: str, path: str) -> str:
@@ -175,6 +196,7 @@ async def test_the_first_call_starts_the_service_and_the_next_finds_it(bench: Be
     target = a_service()
     assert await bench.who(target) == await bench.who(target)
     assert (bench.state["state"], bench.state["starts"], bench.state["failures"]) == ("ready", 1, 0)
+    assert (bench.state["calls"], is_alive(bench.state["pid"]), bench.state["uptime_s"] >= 0) == (0, True, True)
 
 
 async def test_the_port_stands_in_the_environment_by_two_names(bench: Bench) -> None:
@@ -279,6 +301,27 @@ def offer_first(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service, "free_port", lambda: next(ports, None) or free_port())
 
 
+async def test_two_overlays_that_want_one_port_get_one_each(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    port = free_port()
+    offers = iter([port, port])
+    monkeypatch.setattr(service, "free_port", lambda: next(offers, None) or free_port())
+    target = a_service()
+    async with bench.use(target) as first, bench.use(target, overlay="other") as second:
+        assert first == f"http://127.0.0.1:{port}"
+        assert await ask(first, "/who") != await ask(second, "/who")
+
+
+async def test_a_service_that_takes_another_overlays_port_for_its_own_is_told_so_and_harms_nobody(
+    bench: Bench,
+) -> None:
+    async with bench.use(a_service()) as first:
+        port = first.rpartition(":")[2]
+        stubborn = ("sh", "-c", f"OVERLAY_PORT={port} exec '{sys.executable}' '{programs.FOLDER / 'service.py'}'")
+        outcome = await bench.refused(a_service(argv=stubborn), overlay="other")
+        assert "it found an address in use, though OVERLAY_PORT=" in outcome.error
+        assert await ask(first, "/who")
+
+
 # Failures
 
 
@@ -377,18 +420,80 @@ async def test_a_lapse_is_no_sickness(bench: Bench) -> None:
         assert bench.state["failures"] == 0
 
 
-@pytest.mark.parametrize(("max_mb", "hard_mb"), [(1, 256), (None, 1)])
-async def test_a_service_that_is_too_big_is_replaced(bench: Bench, max_mb: int | None, hard_mb: int) -> None:
-    await bench.who(a_service(max_mb=max_mb), hard_mb=hard_mb)
+LIMITS = pytest.mark.parametrize(("max_mb", "hard_mb"), [(60, 256), (None, 60)])
+TOO_MUCH = re.compile(r"the service used (\d+\.\d) MiB of memory, more than the 60 that it may")
+
+
+@LIMITS
+async def test_a_service_that_is_too_big_without_a_call_is_replaced(
+    bench: Bench, max_mb: int | None, hard_mb: int
+) -> None:
+    target = a_service(max_mb=max_mb)
+    before = await bench.who(target, hard_mb=hard_mb)
+    async with bench.use(target, hard_mb=hard_mb) as url:
+        await ask(url, "/grow_soon")
     await until(lambda: bench.state["failures"] == 1)
-    assert "MiB, more than the 1 that it may" in bench.state["last_error"]
+    assert TOO_MUCH.fullmatch(f"the service {bench.state['last_error']}")
     await until(lambda: "memory_mb" not in bench.state)
+    assert await bench.who(target) != before
+
+
+@LIMITS
+@pytest.mark.parametrize("path", ["/grow", "/breed"])
+async def test_a_service_that_gets_too_big_during_a_call_is_ended_at_once_and_the_call_told_the_figure(
+    bench: Bench, max_mb: int | None, hard_mb: int, path: str
+) -> None:
+    """Whether it is the service itself that takes the memory, or a child of it. Its calls have no time to drain."""
+    bench.new(drain_s=3600.0)
+    target = a_service(max_mb=max_mb)
+    outcome = await bench.cut_off(target, path, hard_mb=hard_mb)
+    assert (outcome.code, outcome.retryable) == (Code.MEMORY_LIMIT, None)
+    figure = TOO_MUCH.fullmatch(outcome.error or "")
+    assert figure
+    assert float(figure[1]) > 60
+    assert await bench.who(target)
+
+
+async def test_a_service_that_takes_too_much_memory_while_it_starts_does_not_come_up(bench: Bench, gate: str) -> None:
+    outcome = await bench.refused(a_service("grow", f"gate={gate}", max_mb=60))
+    assert outcome.code is Code.START
+    assert TOO_MUCH.match(outcome.error)
+
+
+async def test_a_service_that_drains_may_not_have_too_much_memory_either(bench: Bench) -> None:
+    bench.new(drain_s=3600.0)
+    target = a_service(max_mb=60)
+    async with bench.services.use(a_job(target), target) as used:
+        bench.services.forget("test")
+        with pytest.raises(aiohttp.ClientError):
+            await ask(used.url, "/grow")
+        outcome = used.outcome_of_end()
+    assert outcome is not None
+    assert outcome.code is Code.MEMORY_LIMIT
+
+
+async def test_a_call_that_loses_its_service_to_a_crash_is_told_how_it_ended(bench: Bench) -> None:
+    outcome = await bench.cut_off(a_service(), "/die")
+    assert (outcome.code, outcome.error) == (Code.CRASH, "the service ended with exit status 3")
+    assert (outcome.retryable, outcome.log) == (None, "last words")
+
+
+async def test_a_call_whose_service_drained_for_too_long_is_told_why_it_was_ended(bench: Bench) -> None:
+    bench.new(drain_s=0.05)
+    target = a_service()
+    cut_off = asyncio.create_task(bench.cut_off(target, edition=1))
+    await until(lambda: bench.services.state("test").get("service", {}).get("calls") == 1)
+    await bench.who(target, edition=2)
+    outcome = await cut_off
+    assert outcome.code is Code.CANCELLED
+    assert outcome.error == "the service is replaced: its overlay has changed, and was ended before it answered"
 
 
 async def test_the_largest_call_says_how_big_it_may_be(bench: Bench) -> None:
     target = a_service()
-    async with bench.use(target, hard_mb=1), bench.use(target, hard_mb=256):
-        await until(lambda: bench.state.get("memory_mb", 0) > 1)
+    async with bench.use(target, hard_mb=60), bench.use(target, hard_mb=256) as url:
+        await ask(url, "/grow_soon")
+        await until(lambda: bench.state.get("memory_mb", 0) > 60)
         assert bench.state["state"] == "ready"
 
 
@@ -413,8 +518,8 @@ async def test_a_service_with_a_call_is_not_idle(bench: Bench) -> None:
 
 async def test_new_code_gets_a_new_service_at_once_and_the_old_one_ends_after_its_calls(bench: Bench) -> None:
     target = a_service()
-    async with bench.use(target, code="1") as old:
-        async with bench.use(target, code="2") as new:
+    async with bench.use(target, edition=1) as old:
+        async with bench.use(target, edition=2) as new:
             assert new != old
         assert await ask(old, "/who")
     await until(lambda: not is_listened_on(old))
@@ -425,18 +530,89 @@ async def test_new_code_gets_a_new_service_at_once_and_the_old_one_ends_after_it
 async def test_old_code_is_ended_when_its_calls_take_too_long(bench: Bench) -> None:
     bench.new(drain_s=0.05)
     target = a_service()
-    async with bench.use(target, code="1") as old:
-        await bench.who(target, code="2")
+    async with bench.use(target, edition=1) as old:
+        await bench.who(target, edition=2)
         await until(lambda: not is_listened_on(old))
 
 
-async def test_a_call_of_old_code_does_not_wait_for_a_service_that_will_not_come(bench: Bench, gate: str) -> None:
-    waits = asyncio.create_task(bench.refused(a_service(f"gate={gate}"), code="1"))
+async def test_a_call_of_an_older_edition_does_not_wait_for_a_service_that_will_not_come(
+    bench: Bench, gate: str
+) -> None:
+    waits = asyncio.create_task(bench.refused(a_service(f"gate={gate}"), edition=1))
     await until(lambda: "port" in bench.services.state("test").get("service", {}))
-    await bench.who(a_service(), code="2")
+    await bench.who(a_service(), edition=2)
     outcome = await waits
     assert (outcome.code, outcome.retryable) == (Code.START, True)
-    assert "the overlay's code changed" in outcome.error
+    assert "the overlay was changed, disabled or removed while the call waited" in outcome.error
+
+
+async def test_a_late_call_of_an_older_edition_is_refused_and_the_newer_goes_on(bench: Bench) -> None:
+    target = a_service()
+    newer = await bench.who(target, edition=2)
+    outcome = await bench.refused(target, edition=1)
+    assert (outcome.code, outcome.retryable) == (Code.START, True)
+    assert "the overlay has changed since the call came in" in outcome.error
+    assert await bench.who(target, edition=2) == newer
+
+
+async def test_an_overlay_that_is_disabled_while_its_service_runs_loses_it_after_its_calls(bench: Bench) -> None:
+    target = a_service()
+    async with bench.use(target) as url:
+        bench.services.forget("test")
+        bench.services.forget("another")
+        assert bench.services.state("test") == {}
+        assert await ask(url, "/who")
+        other = await bench.who(target)
+    await until(lambda: not is_listened_on(url))
+    assert b"aal: the service is stopped: its overlay was removed or disabled\n" in bench.logs.text
+    assert await bench.who(target) == other
+    assert bench.state["starts"] == 1
+
+
+async def test_a_service_that_only_starts_ends_at_once_when_its_overlay_is_disabled(bench: Bench, gate: str) -> None:
+    waits = asyncio.create_task(bench.refused(a_service(f"gate={gate}")))
+    await until(lambda: "port" in bench.services.state("test").get("service", {}))
+    bench.services.forget("test")
+    assert (await waits).code is Code.START
+
+
+class NoHelpers:
+    """Helpers of which none is ever ready."""
+
+    async def start(self, *_: object) -> None:
+        await asyncio.get_running_loop().create_future()
+
+    async def close(self, *, at_once: bool) -> None:
+        pass
+
+
+async def test_closing_does_not_wait_for_a_helper_that_is_not_ready() -> None:
+    helpers: Any = NoHelpers()
+    services = Services(helpers, None, kill_grace_s=60.0, drain_s=60.0)
+    bench = Bench(helpers)
+    bench.services = services
+    waits = asyncio.create_task(bench.refused(a_service()))
+    await until(lambda: bool(services.state("test")))
+    await asyncio.sleep(0)
+    await services.close()
+    assert (await waits).code is Code.CANCELLED
+
+
+@pytest.mark.parametrize("words", [(), ("deaf",)])
+async def test_a_second_close_at_once_ends_the_drain_and_the_grace_of_the_first(
+    bench: Bench, words: tuple[str, ...]
+) -> None:
+    bench.new(drain_s=3600.0 if not words else 0.0, kill_grace_s=3600.0)
+    target = a_service(*words)
+    cut_off = asyncio.create_task(bench.cut_off(target))
+    await until(lambda: bench.services.state("test").get("service", {}).get("calls") == 1)
+    closing = asyncio.create_task(bench.services.close())
+    await until(bench.is_("draining"))
+    await bench.services.close(at_once=True)
+    await closing
+    outcome = await cut_off
+    assert outcome.code is Code.CANCELLED
+    assert outcome.error == "the service is ended with the bus, and was ended before it answered"
 
 
 async def test_closing_lets_running_calls_end_and_takes_no_more(bench: Bench) -> None:
@@ -496,7 +672,13 @@ async def test_what_it_says_goes_to_the_log_with_a_line_for_what_happens_to_it(b
     async with bench.use(a_service("say=half a line")):
         pass
     await bench.services.close()
-    assert bench.logs.text.startswith(f"aal: the service starts on port {bench_port(bench)}\nhalf a line|".encode())
+    assert b"half a line" in bench.logs.text
+    assert b"|aal: the service was ended" in bench.logs.text
+    assert bench.logs.notes.decode().splitlines() == [
+        f"aal: the service starts on port {bench_port(bench)} (edition 0)",
+        "aal: the service is ended with the bus",
+        "aal: the service was ended by SIGTERM",
+    ]
 
 
 def bench_port(bench: Bench) -> int:
@@ -508,7 +690,6 @@ async def test_a_flood_is_kept_to_the_size_of_the_log(bench: Bench, tmp_path: Pa
     bench.new(logs=logs)
     await bench.who(a_service("flood=2000000"))
     await bench.services.close()
-    logs.close()
     assert sum(file.stat().st_size for file in logged(tmp_path)) <= 200_000
 
 
@@ -553,12 +734,3 @@ async def test_a_port_is_ours_only_where_it_is_held_below_the_process_that_is_as
 
 async def test_no_service_is_known_of_an_overlay_that_was_not_called() -> None:
     assert Services(Helpers(), None, kill_grace_s=0, drain_s=0).state("test") == {}
-
-
-async def test_a_folder_made_anew_in_the_place_of_another_gets_a_service_of_its_own(bench: Bench) -> None:
-    target = a_service()
-    async with bench.services.use(a_job(target), target) as first:
-        pass
-    anew = dataclasses.replace(target, env=dict(target.env))
-    async with bench.services.use(a_job(anew), anew) as second:
-        assert first != second

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -13,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from runners import worker
 from runners.base import LARGE_BYTES, Code, Job, ProcessTarget, Workers
 from runners.helpers import Helpers
-from runners.worker import ReplyError, WorkerPools, read_reply
+from runners.worker import ReplyError, reply_on
+from runners.worker_pool import WorkerPace
+from runners.workers import WorkerPools
 from tests import programs
 from tests.runner_fixtures import anyio_backend, nothing_left
 from tests.support import is_alive, until
@@ -35,15 +37,19 @@ READY = "read line"
 
 
 class Logs:
-    """What was logged, in memory."""
+    """What was logged, in memory: what workers said, and what the bus noted of them."""
 
     def __init__(self) -> None:
         self.text = b""
+        self.notes = ""
         self.ended = 0
 
     def append(self, overlay: str, data: bytes, source: Hashable = None) -> None:
         assert overlay == "test"
-        self.text += data
+        if source is None:
+            self.notes += data.decode()
+        else:
+            self.text += data
 
     def end(self, overlay: str, source: Hashable = None) -> None:
         self.ended += 1
@@ -57,9 +63,10 @@ class Bench:
         self.logs = Logs()
         self.pools = self.new_pools(**options)
 
-    def new_pools(self, *, kill_grace_s: float = 0.1, idle_s: float = 60.0) -> WorkerPools:
+    def new_pools(self, *, kill_grace_s: float = 0.1, idle_s: float = 60.0, **pace: Any) -> WorkerPools:
         logs: Any = self.logs
-        return WorkerPools(self.helpers, logs, kill_grace_s=kill_grace_s, idle_s=idle_s)
+        quick = WorkerPace(**{"memory_s": 0.01} | pace)
+        return WorkerPools(self.helpers, logs, kill_grace_s=kill_grace_s, idle_s=idle_s, pace=quick)
 
     async def call(self, do: str = "echo", **payload: Any) -> Outcome:
         return await self.pools.run(a_job({"do": do, **payload}))
@@ -75,6 +82,18 @@ class Bench:
         found = self.pools.state("test").get("workers", [])
         assert isinstance(found, list)
         return found
+
+    def tasks(self) -> list[str]:
+        """What runs beside the test, by name."""
+        ours = asyncio.current_task()
+        return [str(task.get_coro()) for task in asyncio.all_tasks() if task is not ours and "Pool" in repr(task)]
+
+    def does(self) -> list[str]:
+        return [worker["state"] for worker in self.workers()]
+
+    def do(self, *states: str) -> bool:
+        """Whether these are the states of the workers."""
+        return self.does() == list(states)
 
 
 def a_job(
@@ -134,7 +153,7 @@ async def bench() -> AsyncIterator[Bench]:
     ],
 )
 async def test_a_reply_is_the_protocol_reply_without_its_request_id(line: str, reply: dict[str, Any]) -> None:
-    assert read_reply(line.encode(), "1") == reply
+    assert reply_on(line.encode(), "1") == reply
 
 
 @pytest.mark.parametrize(
@@ -152,7 +171,7 @@ async def test_a_reply_is_the_protocol_reply_without_its_request_id(line: str, r
 )
 async def test_any_other_line_is_refused_with_its_fault(line: str, fault: str) -> None:
     with pytest.raises(ReplyError, match=fault):
-        read_reply(line.encode(), "1")
+        reply_on(line.encode(), "1")
 
 
 async def test_one_process_answers_call_after_call(bench: Bench) -> None:
@@ -219,16 +238,46 @@ async def test_state_says_what_each_worker_does(bench: Bench, tmp_path: Path) ->
     async with programs.start_signal(tmp_path) as (path, started):
         call = asyncio.create_task(bench.call("hang", started=path))
         await asyncio.sleep(0)
-        assert bench.workers() == [{"phase": "OPEN", "state": "starting", "calls": 0}]
+        assert bench.workers() == [{"phase": "OPEN", "state": "loading", "calls": 0}]
         await started
-        assert bench.workers() == [{"phase": "OPEN", "state": "busy", "calls": 0}]
+        assert (bench.does(), bench.workers()[0]["calls"]) == (["loading"], 0)
         call.cancel()
         await asyncio.wait([call])
+        assert bench.does() == ["late"]
+    bench.pools.forget("test")
+    assert bench.does() == ["ending"]
     assert (await bench.call()).ok
-    await until(lambda: "memory_mb" in bench.workers()[0])
+    await until(lambda: bench.does() == ["idle"] and "memory_mb" in bench.workers()[0])
     (state,) = bench.workers()
-    assert state.pop("memory_mb") > 1
-    assert state == {"phase": "OPEN", "state": "idle", "calls": 1}
+    assert state["memory_mb"] > 1
+    assert state["uptime_s"] >= 0
+    assert is_alive(state["pid"])
+    assert (state["phase"], state["calls"]) == ("OPEN", 1)
+
+
+async def test_a_worker_that_has_answered_before_is_busy_with_its_call(bench: Bench, tmp_path: Path) -> None:
+    assert (await bench.call()).ok
+    async with programs.start_signal(tmp_path) as (path, started):
+        call = asyncio.create_task(bench.call("hang", started=path))
+        await started
+        assert bench.does() == ["busy"]
+        call.cancel()
+        await asyncio.wait([call])
+
+
+async def test_the_log_tells_what_became_of_each_worker(bench: Bench) -> None:
+    two = Workers(max_calls=2)
+    for _ in range(2):
+        await bench.pid(workers=two, changes={"edition": 7})
+    assert (await bench.call("exit", status=3)).code is Code.CRASH
+    await until(lambda: bench.logs.notes.count("\n") == 5)
+    assert sorted(bench.logs.notes.splitlines()) == [
+        "aal: worker 1 ended with exit status 0",
+        "aal: worker 1 is replaced: it has answered 2 calls",
+        "aal: worker 1 starts (phase OPEN, edition 7)",
+        "aal: worker 2 ended with exit status 3 before it answered",
+        "aal: worker 2 starts (phase OPEN, edition 0)",
+    ]
 
 
 # What a worker writes to stderr
@@ -270,58 +319,110 @@ async def test_a_worker_that_is_let_go_sees_the_end_of_its_stdin_first(bench: Be
     await until(gone.exists)
 
 
-@pytest.mark.parametrize("limit", [{"workers": Workers(max_mb=60)}, {"changes": {"hard_mb": 60}}])
-async def test_a_worker_that_has_grown_is_replaced(bench: Bench, limit: dict[str, Any]) -> None:
-    job = a_job({"do": "grow", "mb": 64}, **limit)
-    assert (await bench.pools.run(job)).ok
+async def test_a_worker_that_has_grown_is_replaced_quietly_when_it_has_no_call(bench: Bench) -> None:
+    bench.pools = bench.new_pools(memory_s=0.5)
+    assert (await bench.call("grow", mb=64)).ok
+    await until(lambda: "memory_mb" in bench.workers()[0])
+    assert (await bench.pools.run(a_job(changes={"hard_mb": 60}))).ok
     await until(lambda: bench.workers() == [])
-    assert b"MB of memory, more than 60, and is replaced" in bench.logs.text
+    assert "worker 1 is replaced: it used " in bench.logs.notes
+    assert " MiB of memory, more than the 60 that it may" in bench.logs.notes
     assert (await bench.call()).ok
 
 
-async def test_memory_is_not_looked_at_after_every_call(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "MEMORY_EVERY_S", math.inf)
+@pytest.mark.parametrize("do", ["swell", "breed"])
+@pytest.mark.parametrize("limit", [{"workers": Workers(max_mb=60)}, {"changes": {"hard_mb": 60}}])
+async def test_a_call_during_which_its_worker_takes_too_much_memory_is_told_the_figure(
+    bench: Bench, do: str, limit: dict[str, Any]
+) -> None:
+    """Whether it is the worker itself that takes it, or a child of it."""
+    outcome = await bench.pools.run(a_job({"do": do, "mb": 64, "log": "big\n"}, **limit))
+    assert (outcome.code, outcome.log) == (Code.MEMORY_LIMIT, "big\n")
+    figure = re.fullmatch(
+        r"the worker used (\d+\.\d) MiB of memory, more than the 60 that it may, and was ended", error_of(outcome)
+    )
+    assert figure
+    assert float(figure[1]) > 60
+    assert (await bench.call()).ok
+
+
+async def test_memory_is_looked_at_now_and_then_and_not_for_each_call(bench: Bench) -> None:
+    bench.pools = bench.new_pools(memory_s=math.inf)
     small = Workers(max_mb=60)
-    pid = await bench.pid(workers=small)
-    await until(lambda: "memory_mb" in bench.workers()[0])
     assert (await bench.pools.run(a_job({"do": "grow", "mb": 64}, workers=small))).ok
-    assert {await bench.pid(workers=small) for _ in range(20)} == {pid}
-    assert bench.workers()[0]["memory_mb"] < 60
+    assert len({await bench.pid(workers=small) for _ in range(20)}) == 1
+    assert "memory_mb" not in bench.workers()[0]
 
 
-async def test_new_code_gets_new_workers_and_the_old_finish_what_they_do(bench: Bench, tmp_path: Path) -> None:
+async def test_workers_without_calls_are_left_in_peace(bench: Bench) -> None:
+    assert (await bench.call()).ok
+    await until(lambda: "memory_mb" in bench.workers()[0])
+    await until(lambda: not bench.tasks())
+
+
+# Editions
+
+
+async def test_a_newer_edition_gets_new_workers_and_the_old_finish_what_they_do(bench: Bench, tmp_path: Path) -> None:
     async with programs.start_signal(tmp_path) as (path, started):
         go_on = tmp_path / "go_on"
-        script = f"{READY}; echo > '{path}'; until [ -e '{go_on}' ]; do sleep 0.01; done; {answers()}; read line"
-        old = asyncio.create_task(bench.pools.run(shell(script, changes={"code_hash": "old"})))
+        script = f"while {READY}; do echo > '{path}'; until [ -e '{go_on}' ]; do sleep 0.01; done; {answers()}; done"
+        old = asyncio.create_task(bench.pools.run(shell(script, changes={"edition": 1})))
+        waiting = asyncio.create_task(bench.pools.run(shell(script, changes={"edition": 1})))
         await started
-        new = await bench.pid(changes={"code_hash": "new"})
-        assert [worker["state"] for worker in bench.workers()] == ["busy", "idle"]
+        new = await bench.pid(changes={"edition": 2})
+        assert bench.does() == ["loading", "idle"]
         go_on.touch()
         assert (await old).ok
-        assert [worker["state"] for worker in bench.workers()] == ["idle"]
-        assert await bench.pid(changes={"code_hash": "new"}) == new
+        assert (await waiting).ok
+        await until(lambda: bench.does() == ["idle"])
+        assert await bench.pid(changes={"edition": 2}) == new
 
 
-async def test_workers_without_a_call_end_when_the_code_changes(bench: Bench) -> None:
-    old = await bench.pid(changes={"code_hash": "old"})
-    new = await bench.pid(changes={"code_hash": "new"})
+async def test_workers_without_a_call_end_when_a_newer_edition_is_called(bench: Bench) -> None:
+    old = await bench.pid(changes={"edition": 1})
+    new = await bench.pid(changes={"edition": 2})
     await until(lambda: not is_alive(old))
-    again = await bench.pid(changes={"code_hash": "old"})
-    assert again not in {old, new}
-    await until(lambda: not is_alive(new))
+    assert is_alive(new)
+    assert "worker 1 is let go: its overlay has changed\n" in bench.logs.notes
 
 
-async def test_another_environment_gets_another_worker(bench: Bench) -> None:
-    assert await bench.pid() != await bench.pid(env=dict(programs.ENV))
-    assert len(bench.workers()) == 1
+async def test_a_late_call_of_an_older_edition_is_served_and_the_newer_goes_on(bench: Bench) -> None:
+    new = await bench.pid(changes={"edition": 2})
+    old = await bench.pid(changes={"edition": 1})
+    assert old != new
+    await until(lambda: not is_alive(old))
+    assert await bench.pid(changes={"edition": 2}) == new
+    await until(lambda: bench.does() == ["idle"])
+
+
+async def test_what_is_forgotten_ends_once_its_calls_have(bench: Bench, tmp_path: Path) -> None:
+    two = Workers(count=2)
+    async with programs.start_signal(tmp_path) as (path, started):
+        go_on = tmp_path / "go_on"
+        script = f"""while {READY}; do case $line in *'"stay": "'*) {announce()};
+            until [ -e '{go_on}' ]; do sleep 0.01; done;; esac; {answers()}; done"""
+        argv = ("sh", "-c", script)
+        stays = asyncio.create_task(bench.pools.run(a_job({"stay": path}, argv, workers=two)))
+        await started
+        assert (await bench.pools.run(a_job({}, argv, workers=two))).ok
+        bench.pools.forget("test")
+        bench.pools.forget("another")
+        assert bench.does() == ["loading", "ending"]
+        await until(lambda: bench.does() == ["loading"])
+        go_on.touch()
+        assert (await stays).ok
+    await until(lambda: bench.workers() == [])
+    assert "worker 1 is let go: its overlay was removed or disabled\n" in bench.logs.notes
+    assert (await bench.call()).ok
 
 
 async def test_an_idle_pool_ends_and_the_next_call_begins_anew(bench: Bench) -> None:
     bench.pools = bench.new_pools(idle_s=0.01)
     pid = await bench.pid()
     await until(lambda: not is_alive(pid))
-    assert bench.pools.state("test") == {}
+    await until(lambda: bench.pools.state("test") == {})
+    assert "worker 1 is let go: no call for 0.01 s\n" in bench.logs.notes
     assert (await bench.call()).ok
 
 
@@ -360,7 +461,7 @@ async def test_a_second_reply_costs_the_worker_its_place_and_no_call_its_answer(
     assert outcome.ok
     assert await bench.pid() != pid
     await until(lambda: not is_alive(pid))
-    assert b"what nobody had asked for" in bench.logs.text
+    assert "worker 1 wrote what nobody had asked for: " in bench.logs.notes
 
 
 async def test_output_between_two_calls_ends_a_worker(bench: Bench, tmp_path: Path) -> None:
@@ -370,7 +471,7 @@ async def test_output_between_two_calls_ends_a_worker(bench: Bench, tmp_path: Pa
     assert [worker["state"] for worker in bench.workers()] == ["idle"]
     go_on.touch()
     await until(lambda: bench.workers() == [])
-    await until(lambda: b"the worker wrote what nobody had asked for: 'more\\n', without a call\n" in bench.logs.text)
+    assert "worker 1 wrote what nobody had asked for: 'more\\n'\n" in bench.logs.notes
 
 
 async def test_a_reply_before_the_call_was_read_is_refused(bench: Bench) -> None:
@@ -395,10 +496,8 @@ async def test_a_reply_of_exactly_the_cap_is_taken(bench: Bench) -> None:
     assert outcome.code is Code.OUTPUT_TOO_LARGE
 
 
-async def test_a_worker_that_closes_its_stdout_and_stays_is_ended(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(worker, "EXIT_GRACE_S", 0.01)
+async def test_a_worker_that_closes_its_stdout_and_stays_is_ended(bench: Bench) -> None:
+    bench.pools = bench.new_pools(exit_grace_s=0.01)
     outcome = await bench.call("mute")
     assert outcome.code is Code.PROTOCOL
     assert error_of(outcome) == "the worker closed its stdout and went on, and was ended"
@@ -451,11 +550,8 @@ async def test_a_missing_program_is_named(bench: Bench) -> None:
     assert bench.pools.state("test") == {}
 
 
-async def test_a_worker_that_crashes_at_every_start_is_not_started_in_a_hot_loop(
-    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(worker, "FIRST_BACKOFF_S", 60.0)
-    monkeypatch.setattr(worker, "LONGEST_BACKOFF_S", 60.0)
+async def test_a_worker_that_crashes_at_every_start_is_not_started_in_a_hot_loop(bench: Bench, tmp_path: Path) -> None:
+    bench.pools = bench.new_pools(first_backoff_s=60.0, longest_backoff_s=60.0)
     starts = tmp_path / "starts"
     script = f"echo x >> '{starts}'; echo no luck >&2; exit 3"
     outcomes = await asyncio.gather(*(bench.pools.run(shell(script)) for _ in range(10)))
@@ -468,11 +564,8 @@ async def test_a_worker_that_crashes_at_every_start_is_not_started_in_a_hot_loop
     assert starts.read_text() == "x\n" * 2
 
 
-async def test_the_next_call_after_the_wait_tries_again(
-    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(worker, "FIRST_BACKOFF_S", 0.01)
-    monkeypatch.setattr(worker, "LONGEST_BACKOFF_S", 0.01)
+async def test_the_next_call_after_the_wait_tries_again(bench: Bench, tmp_path: Path) -> None:
+    bench.pools = bench.new_pools(first_backoff_s=0.01, longest_backoff_s=0.01)
     healed = tmp_path / "healed"
     script = f"[ -e '{healed}' ] || exit 3; while {READY}; do {answers()}; done"
     assert [(await bench.pools.run(shell(script))).code for _ in range(5)] == [Code.CRASH] * 5
@@ -484,19 +577,16 @@ async def test_the_next_call_after_the_wait_tries_again(
     assert [(await bench.pools.run(shell(script))).code for _ in range(5)] == [Code.OK] * 5
 
 
-async def test_an_answer_ends_the_row_of_failures(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "FIRST_BACKOFF_S", 60.0)
-    monkeypatch.setattr(worker, "LONGEST_BACKOFF_S", 60.0)
+async def test_an_answer_ends_the_row_of_failures(bench: Bench) -> None:
+    bench.pools = bench.new_pools(first_backoff_s=60.0, longest_backoff_s=60.0)
     for _ in range(2):
         assert (await bench.call("exit", status=3)).code is Code.CRASH
         assert (await bench.call()).ok
         assert (await bench.call("exit", status=3)).code is Code.CRASH
 
 
-async def test_a_call_waits_out_a_failing_start_while_another_worker_lives(
-    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(worker, "FIRST_BACKOFF_S", 0.05)
+async def test_a_call_waits_out_a_failing_start_while_another_worker_lives(bench: Bench, tmp_path: Path) -> None:
+    bench.pools = bench.new_pools(first_backoff_s=0.05)
     two = Workers(count=2)
     async with programs.start_signal(tmp_path) as (path, started):
         hanging = asyncio.create_task(bench.pools.run(a_job({"do": "hang", "started": path}, workers=two)))
@@ -512,30 +602,142 @@ async def test_a_call_waits_out_a_failing_start_while_another_worker_lives(
 # Time
 
 
-async def test_a_reply_that_never_comes_is_a_timeout_of_that_call_only(bench: Bench, tmp_path: Path) -> None:
-    async with programs.start_signal(tmp_path) as (path, started):
-        hanging = asyncio.create_task(bench.pools.run(a_job({"do": "hang", "started": path}, timeout_s=0.3)))
-        await started
-        waiting = asyncio.create_task(bench.call(number=1))
-        outcome = await hanging
-    assert outcome.code is Code.TIMEOUT
-    assert error_of(outcome) == (
-        "the worker had not answered within the call's 0.300 s, and was ended; its reply is to be one line, and flushed"
+class Gated:
+    """A worker that writes `x` to `starts` when it starts, and lets the calls that say `stay` wait at a gate."""
+
+    def __init__(self, folder: Path, *, loading: bool = False) -> None:
+        self.starts = folder / "starts"
+        self.gate = folder / "gate"
+        at_the_gate = f"until [ -e '{self.gate}' ]; do sleep 0.01; done"
+        stay = f"""case $line in *'"stay"'*) {at_the_gate};; esac"""
+        before = at_the_gate if loading else ":"
+        script = f"echo x >> '{self.starts}'; {before}; while {READY}; do {stay}; {answers()}; done"
+        self.argv = ("sh", "-c", script)
+
+    def job(self, payload: dict[str, Any] | None = None, **options: Any) -> Job:
+        return a_job(payload, self.argv, **options)
+
+    def open(self) -> None:
+        self.gate.touch()
+
+    @property
+    def started(self) -> int:
+        return self.starts.read_text().count("x")
+
+
+async def give_up(bench: Bench, job: Job, how: str) -> None:
+    """Have a call that a worker has leave it, because of its time or of its caller."""
+    if how == "impatience":
+        outcome = await bench.pools.run(dataclasses.replace(job, deadline=job.deadline - 59.7))
+        assert outcome.code is Code.TIMEOUT
+        assert outcome.result is None
+    else:
+        call = asyncio.create_task(bench.pools.run(job))
+        await until(lambda: any(state in {"loading", "busy"} for state in bench.does()))
+        await until(lambda: "pid" in bench.workers()[-1])
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+
+
+@pytest.mark.parametrize("how", ["impatience", "cancellation"])
+async def test_a_loading_worker_survives_an_impatient_first_caller_and_serves_the_second(
+    bench: Bench, tmp_path: Path, how: str
+) -> None:
+    bench.pools = bench.new_pools(late_s=0.01)
+    worker = Gated(tmp_path, loading=True)
+    await give_up(bench, worker.job(), how)
+    assert bench.does() == ["late"]
+    second = asyncio.create_task(bench.pools.run(worker.job()))
+    worker.open()
+    assert (await second).ok
+    assert (worker.started, bench.workers()[0]["calls"]) == (1, 2)
+
+
+@pytest.mark.parametrize("how", ["impatience", "cancellation"])
+async def test_a_late_reply_reaches_nobody_and_its_worker_serves_the_next_call(
+    bench: Bench, tmp_path: Path, how: str
+) -> None:
+    worker = Gated(tmp_path)
+    assert (await bench.pools.run(worker.job())).ok
+    await give_up(bench, worker.job({"stay": 1}), how)
+    assert bench.does() == ["late"]
+    job = worker.job()
+    second = asyncio.create_task(bench.pools.run(job))
+    worker.open()
+    assert (await second).ok
+    assert (worker.started, bench.does(), bench.workers()[0]["calls"]) == (1, ["idle"], 3)
+
+
+async def test_a_call_that_times_out_says_what_becomes_of_its_worker(bench: Bench) -> None:
+    loading = await bench.pools.run(a_job({"do": "hang"}, timeout_s=0.3))
+    assert loading.code is Code.TIMEOUT
+    assert error_of(loading) == (
+        "the worker had not answered within the call's 0.300 s; it has never answered yet, and goes on loading "
+        "(its reply is to be one line, and flushed)"
     )
-    assert (await waiting).ok
+    two = Workers(count=2)
+    assert (await bench.pools.run(a_job(workers=two, changes={"edition": 1}))).ok
+    busy = await bench.pools.run(
+        a_job({"do": "hang", "log": "why\n"}, workers=two, timeout_s=0.3, changes={"edition": 1})
+    )
+    assert error_of(busy) == "the worker had not answered within the call's 0.300 s; its reply is dropped when it comes"
+    assert busy.log == "why\n"
 
 
-async def test_a_late_reply_reaches_nobody(bench: Bench) -> None:
-    outcome = await bench.pools.run(a_job({"do": "late", "secret": 1}, timeout_s=0.2))
-    assert outcome.code is Code.TIMEOUT
-    assert outcome.result is None
-    assert (await bench.call(number=2)).result["result"] == {"do": "echo", "number": 2}
+async def test_a_late_worker_keeps_its_place_and_another_serves_where_there_is_room(
+    bench: Bench, tmp_path: Path
+) -> None:
+    worker, two = Gated(tmp_path), Workers(count=2)
+    await give_up(bench, worker.job({"stay": 1}, workers=two), "impatience")
+    assert (await bench.pools.run(worker.job(workers=two))).ok
+    assert bench.does() == ["late", "idle"]
+    await give_up(bench, worker.job({"stay": 2}, workers=two), "impatience")
+    refused = await bench.pools.run(worker.job(workers=two, timeout_s=0.05))
+    assert refused.code is Code.TIMEOUT
+    assert (
+        error_of(refused)
+        == "none of 2 workers was free within the call's 0.050 s: 2 late with a call that was given up"
+    )
+    assert worker.started == 2
+    worker.open()
+    await until(lambda: bench.does() == ["idle", "idle"])
 
 
-async def test_a_worker_that_ignores_term_is_killed(bench: Bench) -> None:
-    outcome = await bench.pools.run(shell(f"trap '' TERM; {READY}; while :; do sleep 0.01; done", timeout_s=0.3))
-    assert outcome.code is Code.TIMEOUT
-    assert outcome.exit_code == -9
+async def test_a_late_reply_to_another_call_ends_its_worker(bench: Bench, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    script = (
+        f'{READY}; until [ -e \'{gate}\' ]; do sleep 0.01; done; echo \'{{"request_id":"1","ok":true}}\'; read line'
+    )
+    await give_up(bench, shell(script), "impatience")
+    gate.touch()
+    await until(lambda: bench.workers() == [])
+    assert "worker 1 wrote a line whose request_id is not the call's" in bench.logs.notes
+
+
+async def test_a_worker_that_is_late_for_ever_is_ended(bench: Bench) -> None:
+    bench.pools = bench.new_pools(late_s=0.05)
+    pid = await bench.pid()
+    assert (await bench.pools.run(a_job({"do": "hang"}, timeout_s=0.1))).code is Code.TIMEOUT
+    assert (await bench.call(number=1)).ok
+    assert not is_alive(pid)
+    assert "worker 1 was late, had still not answered after 0.05 s more, and was ended\n" in bench.logs.notes
+
+
+async def test_a_worker_that_loads_for_ever_is_ended_and_killed_where_it_ignores_term(bench: Bench) -> None:
+    bench.pools = bench.new_pools(late_s=0.01, start_s=0.4)
+    job = shell(f"trap '' TERM; {READY}; while :; do sleep 0.01; done", timeout_s=0.2)
+    assert (await bench.pools.run(job)).code is Code.TIMEOUT
+    assert bench.does() == ["late"]
+    await until(lambda: bench.workers() == [])
+    assert "worker 1 was ended by SIGKILL before it answered\n" in bench.logs.notes
+
+
+async def test_a_late_worker_of_an_older_edition_is_not_waited_for(bench: Bench) -> None:
+    bench.pools = bench.new_pools(late_s=60.0)
+    await give_up(bench, a_job({"do": "hang"}, changes={"edition": 1}), "impatience")
+    assert (await bench.pools.run(a_job(changes={"edition": 2}))).ok
+    await until(lambda: bench.does() == ["idle"])
 
 
 async def test_a_call_waits_for_a_worker_within_its_deadline_only(bench: Bench, tmp_path: Path) -> None:
@@ -544,10 +746,9 @@ async def test_a_call_waits_for_a_worker_within_its_deadline_only(bench: Bench, 
         await started
         outcome = await bench.pools.run(a_job(timeout_s=0.05))
         assert outcome.code is Code.TIMEOUT
-        assert "none of 1 workers was free" in error_of(outcome)
+        assert error_of(outcome) == "none of 1 worker was free within the call's 0.050 s: 1 loading"
         hanging.cancel()
         await asyncio.wait([hanging])
-    assert (await bench.call()).ok
 
 
 async def test_a_deadline_that_has_passed_starts_nothing(bench: Bench) -> None:
@@ -566,37 +767,19 @@ async def test_a_worker_that_never_reads_blocks_nobody(bench: Bench) -> None:
 async def test_workers_that_do_not_end_do_not_pile_up(bench: Bench, tmp_path: Path) -> None:
     """Beside the one that serves, one may be on its way out. So the third call waits until the first has gone."""
     bench.pools = bench.new_pools(kill_grace_s=60)
-    go_on = tmp_path / "go_on"
-    work = f"""case $line in *'"stay": "'*) {announce()};; *) {answers()};; esac"""
-    argv = ("sh", "-c", f"trap '' TERM; {READY}; {work}; until [ -e '{go_on}' ]; do sleep 0.01; done")
+    gate = tmp_path / "gate"
+    script = f"trap '' TERM; {READY}; echo no reply; until [ -e '{gate}' ]; do sleep 0.01; done"
     calls = []
-    for _ in range(2):
-        async with programs.start_signal(tmp_path) as (path, started):
-            calls.append(asyncio.create_task(bench.pools.run(a_job({"stay": path}, argv))))
-            await started
-            calls[-1].cancel()
-    third = a_job({"stay": ""}, argv, timeout_s=0.05)
-    assert "none of 1 workers was free" in error_of(await bench.pools.run(third))
-    fourth = asyncio.create_task(bench.pools.run(a_job({}, argv)))
-    go_on.touch()
-    assert (await fourth).ok
-    await asyncio.wait(calls)
-    assert all(call.cancelled() for call in calls)
+    for count in (1, 2):
+        calls.append(asyncio.create_task(bench.pools.run(shell(script))))
+        await until(functools.partial(bench.do, *["ending"] * count))
+    third = await bench.pools.run(shell(script, timeout_s=0.05))
+    assert error_of(third) == "none of 1 worker was free within the call's 0.050 s: 2 ending"
+    gate.touch()
+    assert [(await call).code for call in calls] == [Code.PROTOCOL] * 2
 
 
 # Cancelled and closed
-
-
-async def test_a_cancelled_call_has_ended_its_worker(bench: Bench, tmp_path: Path) -> None:
-    pid = await bench.pid()
-    async with programs.start_signal(tmp_path) as (path, started):
-        call = asyncio.create_task(bench.call("late", started=path))
-        await started
-        call.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await call
-    assert not is_alive(pid)
-    assert (await bench.call(number=2)).result["result"] == {"do": "echo", "number": 2}
 
 
 async def test_a_call_cancelled_while_it_waits_leaves_the_worker_alone(bench: Bench) -> None:
@@ -641,11 +824,51 @@ async def test_closing_does_not_wait_for_a_worker_that_was_let_go_gently(bench: 
         await bench.pools.close()
 
 
+class NoHelpers:
+    """Helpers of which none is ever ready."""
+
+    async def start(self, *_: object) -> None:
+        await asyncio.get_running_loop().create_future()
+
+
+async def test_closing_does_not_wait_for_a_helper_that_is_not_ready() -> None:
+    helpers: Any = NoHelpers()
+    pools = WorkerPools(helpers, None, kill_grace_s=60, idle_s=60)
+    starting = asyncio.create_task(pools.run(a_job()))
+    await asyncio.sleep(0)
+    assert pools.state("test")["workers"] == [{"phase": "OPEN", "state": "loading", "calls": 0}]
+    unstarted = asyncio.create_task(pools.run(a_job(changes={"phase": "CLEAR"})))
+    await asyncio.sleep(0)
+    await pools.close()
+    assert [(await call).code for call in (starting, unstarted)] == [Code.CANCELLED] * 2
+    assert pools.state("test") == {}
+
+
+@pytest.mark.parametrize("first", [True, False])
+async def test_a_second_close_at_once_ends_the_grace_of_the_first(bench: Bench, tmp_path: Path, *, first: bool) -> None:
+    bench.pools = bench.new_pools(kill_grace_s=3600)
+    async with programs.start_signal(tmp_path) as (path, started):
+        script = f"trap '' TERM; {READY}; {announce()}; while :; do sleep 0.01; done"
+        call = asyncio.create_task(bench.pools.run(a_job({"stay": path}, ("sh", "-c", script))))
+        await started
+        closing = [asyncio.create_task(bench.pools.close())] if first else []
+        await asyncio.sleep(0)
+        await bench.pools.close(at_once=True)
+        await asyncio.gather(*closing)
+    assert ((await call).code, (await call).exit_code) == (Code.CANCELLED, -9)
+
+
+async def test_closing_ends_a_late_worker(bench: Bench) -> None:
+    await give_up(bench, a_job({"do": "hang"}), "impatience")
+    await bench.pools.close()
+    assert bench.workers() == []
+
+
 async def test_what_a_helper_takes_with_it_is_said(bench: Bench, tmp_path: Path) -> None:
     async with programs.start_signal(tmp_path) as (path, started):
         call = asyncio.create_task(bench.call("hang", started=path))
         await started
         await bench.helpers.close()
         outcome = await call
-    assert outcome.code is Code.CRASH
+    assert (outcome.code, outcome.retryable) == (Code.CRASH, True)
     assert re.fullmatch(r"the worker was ended from outside \(.+\) before it answered", error_of(outcome))

@@ -13,6 +13,7 @@ TOKEN = os.urandom(8).hex()
 health = ["200"]
 """What `be` said last."""
 
+kept: list[bytes] = []
 asked: list[str] = []
 """What it was when it was asked for."""
 
@@ -46,6 +47,11 @@ def deaf(_: str) -> None:
 def be(what: str) -> None:
     """How `/health` answers: a status, `mute`, or `-N`: 503 N times, then 200."""
     health[0] = what
+
+
+def grow(_: str = "") -> None:
+    """Take 64 MiB of memory."""
+    kept.append(b"x" * 2**26)
 
 
 def never(_: str) -> None:
@@ -91,6 +97,14 @@ def answer(path: str) -> tuple[str, str]:
     if path == "/die":
         say("last words\n")
         os._exit(3)
+    if path == "/wait":
+        threading.Event().wait()
+    if path == "/grow_soon":
+        threading.Timer(0.05, grow).start()
+    if path in {"/grow", "/breed"}:
+        if path == "/grow" or os.fork() == 0:
+            grow()
+        threading.Event().wait()
     if path.startswith("/be/"):
         be(path.removeprefix("/be/"))
     return "200", f"{TOKEN} {len(asked)} {os.environ['PORT']}"

@@ -3,8 +3,9 @@
 
     echo    the payload, as a protocol reply          fail    a reply with ok: false
     pid     its process id, by `result` alone         text    the payload's `text` as it is, and nothing more
-    hang    never answers, and dies of TERM           late    answers when TERM comes, and goes on
-    grow    takes `mb` of memory, and keeps it        flood   `size` bytes without an end
+    hang    never answers, and dies of TERM
+    grow    takes `mb` of memory, and keeps it        swell   the same, and never answers
+    breed   a child takes them, and neither answers   flood   `size` bytes without an end
     exit    ends with `status` and no reply           last    answers at some `size`, and ends
     twice   answers two times                         mute    closes its stdout, and stays
 
@@ -34,6 +35,14 @@ def answer(call: dict[str, Any], **members: Any) -> str:
     return json.dumps({"request_id": call["request_id"], **members}, ensure_ascii=False) + "\n"
 
 
+def grow(how: str, mb: int) -> None:
+    if how == "breed" and os.fork():
+        signal.pause()
+    kept.append(b"x" * (mb * 2**20))
+    if how != "grow":
+        signal.pause()
+
+
 def work(call: dict[str, Any]) -> None:
     payload = call["payload"]
     echo = answer(call, ok=True, result=payload)
@@ -46,11 +55,8 @@ def work(call: dict[str, Any]) -> None:
             write(payload["text"])
         case "hang":
             signal.pause()
-        case "late":
-            signal.sigwait({signal.SIGTERM})
-            write(echo)
-        case "grow":
-            kept.append(b"x" * (payload["mb"] * 2**20))
+        case "grow" | "swell" | "breed" as how:
+            grow(how, payload["mb"])
             write(echo)
         case "flood":
             write("x" * payload["size"])
@@ -72,8 +78,6 @@ def main() -> None:
     for line in sys.stdin:
         call = json.loads(line)
         payload = call["payload"]
-        if payload.get("do") == "late":  # before anybody is told, so that TERM cannot come too early
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         sys.stderr.write(payload.get("log", ""))
         sys.stderr.flush()
         if "started" in payload:
