@@ -1,48 +1,50 @@
-"""Services that are called over HTTP: one pooled client for all of them.
+"""Services that are called over HTTP: when to send, when again, and what an answer means.
 
 The decision a reader could not guess: what may be sent twice. A call is tried again where nothing was sent (the
 connection failed), or where its target is `repeatable`; never else, since the service may have done the work before it
-fell silent. (Beneath, aiohttp sends once more what RFC 9110 calls idempotent, GET first of all.) So that an idle
-connection which the service has closed meanwhile does not fail a call that may not be repeated, idle connections are
-kept for less time than servers keep them, and each is looked at before it is used again.
+fell silent. Of a service that the bus starts, each try asks anew where it is: it may be another one by then.
 
 Each overlay has a circuit breaker. What counts against a service is what speaks of its health: it cannot be reached, it
-breaks off, it does not answer in time, it answers 5xx. An answer that cannot be used (4xx, not JSON, too large) came
-from a service that is well. A call counts once, however often it was tried.
+breaks off, it crashes, it does not answer in time, it answers 5xx. An answer that cannot be used (4xx, not JSON, too
+large) came from a service that is well; where the bus itself ended it, nothing is known. A call counts once, however
+often it was tried, and as its last try did.
 """
 
 from __future__ import annotations
 
 import asyncio
-import io
-import select
 import time
-import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from urllib.parse import urljoin, urlsplit
 
-import aiohttp
-from aiohttp.http_exceptions import ContentEncodingError
-
 from runners.base import LARGE_BYTES, Code, HttpTarget, JsonError, Outcome, parse_json
 from runners.breaker import Breaker
+from runners.http_client import (
+    BrokenOffError,
+    ClosedError,
+    ConnectError,
+    DeadlineError,
+    ExchangeError,
+    HttpClient,
+    Request,
+    TooLargeError,
+    UnreadableError,
+)
 from runners.service import ServiceError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
     from contextlib import AbstractAsyncContextManager
-
-    from aiohttp.connector import Connection
-    from aiohttp.tracing import Trace
 
     from runners.base import Job, ServiceTarget
     from runners.breaker import Admission
-
-KEEPALIVE_S = 1.5
-"""Seconds that an idle connection is kept: less than common servers do (gunicorn 2, uvicorn and Node 5)."""
+    from runners.http_client import Answer
 
 RETRY_WAITS_S = (0.05, 0.2)
 """Seconds before the second and the third try."""
+
+NEWS_S = 0.05
+"""Seconds for which the news of a service's end is waited for: it comes after that of its connections."""
 
 TRANSIENT_STATUSES = frozenset({502, 503, 504})
 """Statuses after which a repeatable call is tried again."""
@@ -50,31 +52,40 @@ TRANSIENT_STATUSES = frozenset({502, 503, 504})
 UNABLE_STATUSES = frozenset({501, 505})
 """5xx that speak of the request, not of the service's health (RFC 9110 section 15.6)."""
 
-REDIRECTS = frozenset({301, 302, 303, 307, 308})
 SAME_METHOD_REDIRECTS = frozenset({307, 308})
 """Redirects that keep method and body (RFC 9110 section 15.4); the others make a GET of anything."""
 
 MAX_REDIRECTS = 3
 
-STREAM_SIZE = 1024 * 1024
-"""Bytes from which on a body is sent in pieces; aiohttp warns of larger ones in one piece."""
-
 PREVIEW_LENGTH = 200
 """Characters of an unreadable answer that an error quotes."""
+
+
+class RunningService(Protocol):
+    """A service that the bus has started, as long as a call uses it."""
+
+    @property
+    def url(self) -> str:
+        """Its base URL."""
+
+    def outcome_of_end(self) -> Outcome | None:
+        """For a call that got no answer: how the service has ended meanwhile, None where no more is known."""
 
 
 class ServiceStarter(Protocol):
     """Who starts the services that targets name, as far as this runner needs to know."""
 
-    def use(self, job: Job, target: ServiceTarget) -> AbstractAsyncContextManager[str]:
-        """The base URL of the running service, which is in use until the exit.
+    def use(self, job: Job, target: ServiceTarget) -> AbstractAsyncContextManager[RunningService]:
+        """The running service, which is in use until the exit.
 
         Entering takes until `job.deadline` at most. Raises `ServiceError`.
         """
 
     def state(self, overlay: str) -> dict[str, Any]: ...
 
-    async def close(self) -> None: ...
+    def forget(self, overlay: str) -> None: ...
+
+    async def close(self, *, at_once: bool = False) -> None: ...
 
 
 class HttpRunner:
@@ -90,12 +101,12 @@ class HttpRunner:
         """`services` starts what targets name; without it they are refused. `clock` is that of the breakers."""
         self._services = services
         self._clock = clock
-        self._breakers: dict[str, tuple[str, Breaker]] = {}
-        self._session: aiohttp.ClientSession | None = None
+        self._breakers: dict[str, tuple[int, Breaker]] = {}
+        self._client: HttpClient | None = None
         self._closed = False
 
     async def run(self, job: Job) -> Outcome:
-        """Send the job and wait for the answer until `job.deadline`. Leaving early closes the connection."""
+        """Send the job and wait for the answer until `job.deadline`. Leaving early ends the connection."""
         target = job.target
         if not isinstance(target, HttpTarget):
             raise TypeError(f"the runner {self.name} cannot carry {target!r}")
@@ -104,9 +115,9 @@ class HttpRunner:
         if admission is None:
             return _not_called(breaker, job)
         try:
-            if target.service is None:
-                return await self._send(_Call(job, target, target.url), admission)
-            return await self._send_to_service(job, target, target.service, admission)
+            tried = await self._try(job, target)
+            _tell(admission, tried)
+            return tried.outcome
         finally:
             admission.give_back()
 
@@ -116,105 +127,93 @@ class HttpRunner:
         breaker = {} if found is None else {"breaker": found[1].to_json()}
         return breaker if self._services is None else breaker | self._services.state(overlay)
 
-    async def close(self) -> None:
-        """Close every connection; what still runs on one ends. Then end the services that were started."""
+    def forget(self, overlay: str) -> None:
+        """Keep nothing of the overlay from now on; a service that was started for it ends once its calls have."""
+        self._breakers.pop(overlay, None)
+        if self._services is not None:
+            self._services.forget(overlay)
+
+    async def close(self, *, at_once: bool = False) -> None:
+        """End what still runs and close every connection. Then end the services that were started."""
         self._closed = True
         try:
-            if self._session is not None:
-                await self._session.close()
+            if self._client is not None:
+                await self._client.close()
         finally:
             if self._services is not None:
-                await self._services.close()
+                await self._services.close(at_once=at_once)
 
     def _breaker(self, job: Job) -> Breaker:
-        """An overlay has one base URL and so one breaker; a changed overlay begins anew."""
-        code_hash, breaker = self._breakers.get(job.overlay, (None, None))
-        if breaker is None or code_hash != job.code_hash:
-            breaker = Breaker(clock=self._clock)
-            self._breakers[job.overlay] = (job.code_hash, breaker)
-        return breaker
+        """An overlay has one base URL and so one breaker; a later edition begins anew.
 
-    async def _send_to_service(
-        self, job: Job, target: HttpTarget, service: ServiceTarget, admission: Admission
-    ) -> Outcome:
-        """A service that does not start, or not in time, is not the breaker's business: nothing was sent."""
-        if self._services is None:
-            return Outcome(Code.START, error="this bus starts no services", retryable=False)
-        try:
-            async with self._services.use(job, service) as base_url:
-                return await self._send(_Call(job, target, base_url + target.url), admission)
-        except ServiceError as error:
-            return error.outcome
+        A call of an edition before that has one for itself alone.
+        """
+        edition, breaker = self._breakers.get(job.overlay, (None, None))
+        if breaker is not None and edition == job.edition:
+            return breaker
+        fresh = Breaker(clock=self._clock)
+        if edition is None or edition < job.edition:
+            self._breakers[job.overlay] = (job.edition, fresh)
+        return fresh
 
-    async def _send(self, call: _Call, admission: Admission) -> Outcome:
-        """Send within the deadline, and tell the breaker what came of it."""
-        began = time.monotonic()
-        try:
-            async with asyncio.timeout(call.job.deadline - began):
-                tried = await self._try(call)
-        except TimeoutError:
-            waited_s = time.monotonic() - began
-            fault = f"{call.place} had not answered after {waited_s:.3f} s"
-            admission.timed_out(waited_s, fault)
-            return Outcome(Code.TIMEOUT, error=fault)
-        if tried.fault is not None:
-            admission.failed(tried.fault)
-        elif tried.answered:
-            admission.succeeded(time.monotonic() - began)
-        return tried.outcome
-
-    async def _try(self, call: _Call) -> _Tried:
+    async def _try(self, job: Job, target: HttpTarget) -> _Tried:
         """As often as the rules of the module allow, and the deadline."""
         for wait_s in RETRY_WAITS_S:
-            tried = await self._attempt(call)
-            if not tried.again or time.monotonic() + wait_s >= call.job.deadline:
+            tried = await self._attempt(job, target)
+            if not tried.again or time.monotonic() + wait_s >= job.deadline:
                 return tried
             await asyncio.sleep(wait_s)
-        return await self._attempt(call)
+        return await self._attempt(job, target)
 
-    async def _attempt(self, call: _Call) -> _Tried:
+    async def _attempt(self, job: Job, target: HttpTarget) -> _Tried:
+        """One try, at the service that is there now. That it cannot be had is not the breaker's business."""
+        if target.service is None:
+            return await self._exchange(_Call(job, target, target.url))
+        if self._services is None:
+            return _Tried(Outcome(Code.START, error="this bus starts no services", retryable=False))
+        try:
+            async with self._services.use(job, target.service) as service:
+                tried = await self._exchange(_Call(job, target, service.url + target.url))
+                broke_off = tried.fault is not None and not tried.answered
+                ended = await _end_of(service, job.deadline) if broke_off else None
+        except ServiceError as error:
+            return _Tried(error.outcome)
+        return tried if ended is None else _of_end(ended, tried)
+
+    async def _exchange(self, call: _Call) -> _Tried:
+        """Send it, and judge what came of it."""
+        began = time.monotonic()
         try:
             answer = await self._fetch(call)
-        except aiohttp.ClientError as error:
-            if self._closed:
-                error_text = f"the runner was closed before {call.place} answered"
-                return _Tried(Outcome(Code.CANCELLED, error=error_text), answered=False)
-            return _failure(error, call)
-        if isinstance(answer, Outcome):
-            return _Tried(answer)
+        except ExchangeError as error:
+            return _unanswered(error, call, time.monotonic() - began)
+        took_s = time.monotonic() - began
         outcome = await _read(answer, call)
         if answer.status < 500 or answer.status in UNABLE_STATUSES:  # noqa: PLR2004
-            return _Tried(outcome)
+            return _Tried(outcome, answered=True, took_s=took_s)
         again = call.target.repeatable and answer.status in TRANSIENT_STATUSES
-        return _Tried(outcome, again, f"{call.place} answered {answer.title}")
+        return _Tried(outcome, again, f"{call.place} answered {answer.title}", answered=True, took_s=took_s)
 
-    async def _fetch(self, call: _Call) -> _Answer | Outcome:
-        """Send, follow redirects within the service, read the body up to its cap. Raises aiohttp.ClientError."""
-        url, query, redirects_left = call.url, call.target.query, MAX_REDIRECTS
-        while True:
-            async with self._request(url, query, call) as response:
-                location = response.headers.get("Location") if response.status in REDIRECTS else None
-                if location is None:
-                    return await _receive(response, call)
-            onward = _onward(str(response.url), location, response.status, call.target.method)
-            if onward is None or not redirects_left:
-                return _refused(call, response.status, location)
-            url, query, redirects_left = onward, {}, redirects_left - 1
+    async def _fetch(self, call: _Call) -> Answer:
+        """Send it, and follow redirects. One that may not be followed is the answer. Raises `ExchangeError`."""
+        job, target = call.job, call.target
+        body = None if target.method == "GET" else job.envelope
+        request = Request(target.method, call.url, target.query, job.request_id, body)
+        client = self._open_client()
+        for _ in range(MAX_REDIRECTS):
+            answer = await client.fetch(request, deadline=job.deadline, limit=job.max_output_bytes)
+            onward = _onward(answer, target.method)
+            if onward is None:
+                return answer
+            request = request._replace(url=onward, query={})
+        return await client.fetch(request, deadline=job.deadline, limit=job.max_output_bytes)
 
-    def _request(
-        self, url: str, query: Mapping[str, str], call: _Call
-    ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
-        if self._closed:
-            raise aiohttp.ClientConnectionError("the runner is closed")
-        session = self._session = self._session or _new_session()
-        return session.request(
-            call.target.method,
-            url,
-            params=query or None,
-            data=None if call.target.method == "GET" else _body(call.job.envelope),
-            headers={"X-Request-Id": call.job.request_id},
-            allow_redirects=False,
-        )
+    def _open_client(self) -> HttpClient:
+        if self._client is None:
+            if self._closed:
+                raise ClosedError
+            self._client = HttpClient()
+        return self._client
 
 
 class _Call(NamedTuple):
@@ -237,103 +236,74 @@ class _Tried(NamedTuple):
     """What came of one try, whether another may follow, and what the breaker is to know.
 
     `fault` is what speaks against the service's health. It is told to other callers, and so quotes no answer.
+    `answered` tells that there was an answer, be it a bad one; `took_s`, in how many seconds, or how long none came.
     """
 
     outcome: Outcome
     again: bool = False
     fault: str | None = None
-    answered: bool = True
+    answered: bool = False
+    took_s: float = 0.0
 
 
-class _Answer(NamedTuple):
-    """What a service answered: the status, the words for it as they came, the whole body."""
-
-    status: int
-    reason: str | None
-    body: bytes
-
-    @property
-    def title(self) -> str:
-        reason = (self.reason or "").encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-        return f"HTTP {self.status} {reason}".rstrip()
+def _tell(admission: Admission, tried: _Tried) -> None:
+    """What a try says of the service's health; nothing where there was neither an answer nor a fault."""
+    if tried.fault is None:
+        if tried.answered:
+            admission.succeeded(tried.took_s)
+    elif tried.outcome.code == Code.TIMEOUT:
+        admission.timed_out(tried.took_s, tried.fault)
+    else:
+        admission.failed(tried.fault)
 
 
-def _new_session() -> aiohttp.ClientSession:
-    return aiohttp.ClientSession(
-        connector=_Connector(limit=0, keepalive_timeout=KEEPALIVE_S),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
-        headers={"Accept": "application/json", "User-Agent": "aal-core"},
-        trust_env=False,
-    )
+def _unanswered(error: ExchangeError, call: _Call, took_s: float) -> _Tried:
+    """What came of a try without a whole answer."""
+    words = f"{call.place} {error}"
+    match error:
+        case ConnectError():
+            return _Tried(Outcome(Code.UNREACHABLE, error=words), again=True, fault=words)
+        case BrokenOffError():
+            again = call.target.repeatable
+            return _Tried(Outcome(Code.UNREACHABLE, error=words, retryable=again), again, fault=words)
+        case DeadlineError():
+            words = f"{call.place} had not answered after {took_s:.3f} s"
+            return _Tried(Outcome(Code.TIMEOUT, error=words), fault=words, took_s=took_s)
+        case ClosedError():
+            return _Tried(Outcome(Code.CANCELLED, error=f"the runner was closed before {call.place} answered"))
+        case TooLargeError() | UnreadableError():
+            code = Code.OUTPUT_TOO_LARGE if isinstance(error, TooLargeError) else Code.PROTOCOL
+            return _Tried(Outcome(code, error=words), answered=True, took_s=took_s)
+        case _:  # an address that is none: nothing is known of who is there
+            return _Tried(Outcome(Code.UNREACHABLE, error=words, retryable=False))
 
 
-def _body(envelope: bytes) -> aiohttp.Payload:
-    if len(envelope) < STREAM_SIZE:
-        return aiohttp.BytesPayload(envelope, content_type="application/json")
-    return aiohttp.BytesIOPayload(io.BytesIO(envelope), content_type="application/json")
+async def _end_of(service: RunningService, deadline: float) -> Outcome | None:
+    """How a service has ended that did not answer; None where it seems to be there still."""
+    ended = service.outcome_of_end()
+    left_s = deadline - time.monotonic()
+    if ended is None and left_s > 0:
+        await asyncio.sleep(min(NEWS_S, left_s))
+        ended = service.outcome_of_end()
+    return ended
 
 
-class _Connector(aiohttp.TCPConnector):
-    """A pool that looks at a connection before it is used again.
-
-    The service may have closed it a moment ago, and the event loop not have seen that yet.
-    """
-
-    def __init__(self, *, limit: int, keepalive_timeout: float) -> None:
-        super().__init__(limit=limit, keepalive_timeout=keepalive_timeout)
-        self._watches: weakref.WeakKeyDictionary[object, select.poll] = weakref.WeakKeyDictionary()
-
-    async def connect(
-        self,
-        req: aiohttp.ClientRequest,
-        traces: list[Trace],
-        timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109
-    ) -> Connection:
-        while True:
-            try:
-                connection = await super().connect(req, traces, timeout)
-            except UnicodeError as error:  # a host name that IDNA has no form for
-                raise aiohttp.InvalidURL(req.url, str(error)) from error
-            if not self._is_stale(connection):
-                return connection
-            connection.close()
-
-    def _is_stale(self, connection: Connection) -> bool:
-        """Whether an idle connection was closed by its peer, or has bytes that nobody asked for."""
-        transport = connection.transport
-        if transport is None:
-            return True
-        watch = self._watches.get(connection.protocol)
-        if watch is None:  # a new connection
-            self._watches[connection.protocol] = watch = select.poll()
-            watch.register(transport.get_extra_info("socket").fileno(), select.POLLIN | select.POLLRDHUP)
-            return False
-        return bool(watch.poll(0))
+def _of_end(ended: Outcome, tried: _Tried) -> _Tried:
+    """A try that found no answer because its service has ended. That the bus ended it says nothing of its health."""
+    if ended.code != Code.CRASH:
+        return _Tried(ended)
+    return _Tried(ended, tried.again, fault=ended.error or tried.fault)
 
 
-async def _receive(response: aiohttp.ClientResponse, call: _Call) -> _Answer | Outcome:
-    """The cap counts what the body is after decompression, which aiohttp does piece by piece."""
-    chunks: list[bytes] = []
-    size = 0
-    content = response.content
-    while not content.at_eof():
-        chunk = await content.readany()
-        size += len(chunk)
-        if size > call.job.max_output_bytes:
-            response.close()
-            error = f"{call.place} answered with more than {call.job.max_output_bytes} bytes"
-            return Outcome(Code.OUTPUT_TOO_LARGE, error=error)
-        chunks.append(chunk)
-    return _Answer(response.status, response.reason, b"".join(chunks))
-
-
-async def _read(answer: _Answer, call: _Call) -> Outcome:
+async def _read(answer: Answer, call: _Call) -> Outcome:
+    if answer.location is not None:
+        return _not_followed(answer, call)
     if answer.status // 100 not in (2, 4):
         error = f"{call.place} answered {answer.title}{_preview(answer.body)}"
         return Outcome(Code.HTTP_STATUS, error=error, log=_log(answer, call.job), output_bytes=len(answer.body))
     try:
-        value = await _parse(answer.body)
+        large = len(answer.body) > LARGE_BYTES
+        value = await asyncio.to_thread(parse_json, answer.body) if large else parse_json(answer.body)
     except JsonError as fault:
         what = f"what is not JSON ({fault})" if answer.body.strip() else "nothing"
         error = f"{call.place} answered {answer.title} and {what}{_preview(answer.body)}"
@@ -343,11 +313,7 @@ async def _read(answer: _Answer, call: _Call) -> Outcome:
     return Outcome(result=result, output_bytes=len(answer.body))
 
 
-async def _parse(body: bytes) -> Any:  # noqa: ANN401
-    return parse_json(body) if len(body) <= LARGE_BYTES else await asyncio.to_thread(parse_json, body)
-
-
-def _as_failure(answer: _Answer, body: Any) -> dict[str, Any]:  # noqa: ANN401
+def _as_failure(answer: Answer, body: Any) -> dict[str, Any]:  # noqa: ANN401
     return {"ok": False, "error": _own_words(body) or answer.title, "result": body}
 
 
@@ -362,37 +328,13 @@ def _own_words(body: Any) -> str | None:  # noqa: ANN401
     return None
 
 
-def _failure(error: aiohttp.ClientError, call: _Call) -> _Tried:
-    """What came of a try without a whole answer. Of an address that is none nothing is known."""
-    place = call.place
-    if isinstance(error, aiohttp.ClientConnectorError):
-        fault = f"{place} could not be reached: {_why(error)}"
-        return _Tried(Outcome(Code.UNREACHABLE, error=fault), again=True, fault=fault)
-    if isinstance(error, aiohttp.InvalidURL):
-        outcome = Outcome(Code.UNREACHABLE, error=f"{place} is not an address: {error}", retryable=False)
-        return _Tried(outcome, answered=False)
-    if isinstance(error, aiohttp.ClientResponseError):
-        return _Tried(Outcome(Code.PROTOCOL, error=f"{place} answered what is not HTTP: {error.message}"))
-    if isinstance(error.__cause__, ContentEncodingError):
-        return _Tried(Outcome(Code.PROTOCOL, error=f"{place} answered what cannot be decompressed: {error}"))
-    moment = "in the middle of its answer" if isinstance(error, aiohttp.ClientPayloadError) else "before it answered"
-    fault = f"{place} closed the connection {moment}: {error}"
-    again = call.target.repeatable
-    return _Tried(Outcome(Code.UNREACHABLE, error=fault, retryable=again), again, fault)
-
-
-def _why(error: aiohttp.ClientConnectorError) -> str:
-    cause = error.os_error
-    return "connection refused" if isinstance(cause, ConnectionRefusedError) else cause.strerror or str(cause)
-
-
-def _onward(url: str, location: str, status: int, method: str) -> str | None:
-    """The address that a redirect leads to; None where it may not be followed."""
-    if method != "GET" and status not in SAME_METHOD_REDIRECTS:
+def _onward(answer: Answer, method: str) -> str | None:
+    """The address that a redirect leads to; None where there is none, or it may not be followed."""
+    if answer.location is None or (method != "GET" and answer.status not in SAME_METHOD_REDIRECTS):
         return None
     try:
-        onward = urljoin(url, location)
-        return onward if _origin(onward) == _origin(url) else None
+        onward = urljoin(answer.url, answer.location)
+        return onward if _origin(onward) == _origin(answer.url) else None
     except ValueError:  # the Location is no address
         return None
 
@@ -403,9 +345,11 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
     return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
-def _refused(call: _Call, status: int, location: str) -> Outcome:
+def _not_followed(answer: Answer, call: _Call) -> Outcome:
     limits = f"only within the same service, with the same method, and at most {MAX_REDIRECTS} times"
-    error = f"{call.place} answered HTTP {status} with Location {location!r}, which is not followed: {limits}"
+    error = (
+        f"{call.place} answered HTTP {answer.status} with Location {answer.location!r}, which is not followed: {limits}"
+    )
     return Outcome(Code.HTTP_STATUS, error=error, retryable=False)
 
 
@@ -421,5 +365,5 @@ def _preview(body: bytes) -> str:
     return f": {text!r}" if text else ""
 
 
-def _log(answer: _Answer, job: Job) -> str:
+def _log(answer: Answer, job: Job) -> str:
     return answer.body[: job.max_log_bytes].decode("utf-8", "replace")

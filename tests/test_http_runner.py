@@ -7,10 +7,14 @@ import contextlib
 import dataclasses
 import gzip
 import json
+import shutil
 import socket
+import ssl
+import subprocess
 import threading
 from typing import TYPE_CHECKING, Any
 
+import aiohttp.connector
 import pytest
 from aiohttp import ThreadedResolver, web
 
@@ -20,10 +24,11 @@ from runners.breaker import FAILURES, FIRST_WAIT_S
 from runners.http import HttpRunner
 from runners.service import ServiceError
 from tests import programs
-from tests.runner_fixtures import anyio_backend, clock, nothing_left
+from tests.runner_fixtures import PATIENCE, anyio_backend, clock, nothing_left
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+    from pathlib import Path
 
     from runners.base import Job
     from tests.runner_fixtures import Clock
@@ -35,6 +40,7 @@ OK_ANSWER = b'HTTP/1.1 200 OK\r\nContent-Length: 11\r\n\r\n{"ok":true}'
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http, "RETRY_WAITS_S", (0.0, 0.0))
+    monkeypatch.setattr(http, "NEWS_S", 0.0)
 
 
 @pytest.fixture
@@ -78,13 +84,41 @@ class RawService:
         await self._server.wait_closed()
 
     async def _handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        head = await reader.readuntil(b"\r\n\r\n")
-        length = int(head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0] or 0)
-        self.requests.append(head + await reader.readexactly(length))
+        self.requests.append(await read_request(reader))
         writer.write(self.answers[min(len(self.requests), len(self.answers)) - 1])
         await writer.drain()
         writer.close()
         await writer.wait_closed()
+
+
+async def read_request(reader: asyncio.StreamReader) -> bytes:
+    head = await reader.readuntil(b"\r\n\r\n")
+    length = int(head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0] or 0)
+    return head + await reader.readexactly(length)
+
+
+@contextlib.asynccontextmanager
+async def talking(
+    converse: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
+    tls: ssl.SSLContext | None = None,
+) -> AsyncIterator[str]:
+    """A service that converses so on each connection, and closes it then; its base URL."""
+    conversations: set[asyncio.Future[None]] = set()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.closing(writer):
+            conversations.add(conversation := asyncio.ensure_future(converse(reader, writer)))
+            await asyncio.wait({conversation})
+
+    server = await asyncio.start_server(accept, "127.0.0.1", 0, ssl=tls)
+    try:
+        yield f"{'https' if tls else 'http'}://127.0.0.1:{server.sockets[0].getsockname()[1]}/run"
+    finally:
+        server.close()
+        for conversation in conversations:
+            conversation.cancel()
+        await asyncio.gather(*conversations, return_exceptions=True)
+        await server.wait_closed()
 
 
 def answering(
@@ -132,6 +166,34 @@ async def test_a_get_sends_the_query_beside_that_of_its_address_and_no_body(runn
         target = HttpTarget(f"{url}/ping?key=1", "GET", {"text": "a&b=č"})
         outcome = await runner.run(programs.make_job(target))
     assert outcome.result == ["GET", {"key": "1", "text": "a&b=č"}, ""]
+
+
+async def test_a_body_of_any_size_arrives_whole(runner: HttpRunner) -> None:
+    async with RawService(OK_ANSWER) as raw:
+        for size in (0, 1, 64 * 1024, 5 * 2**20):
+            job = dataclasses.replace(programs.make_job(HttpTarget(raw.url, "PUT")), envelope=b"x" * size)
+            assert (await runner.run(job)).result == {"ok": True}
+            assert raw.requests[-1].partition(b"\r\n\r\n")[2] == job.envelope
+
+
+async def test_the_user_and_the_password_of_an_address_are_sent_as_such(runner: HttpRunner) -> None:
+    async def handle(request: web.Request) -> web.Response:
+        return web.json_response([request.headers["Authorization"], request.headers["Host"], request.path])
+
+    async with service(handle) as url:
+        host = url.partition("//")[2]
+        outcome = await runner.run(programs.make_job(HttpTarget(f"http://user:secret@{host}/run")))
+    assert outcome.result == ["Basic dXNlcjpzZWNyZXQ=", host, "/run"]
+
+
+async def test_what_a_field_cannot_hold_adds_no_field(runner: HttpRunner) -> None:
+    async def handle(request: web.Request) -> web.Response:
+        return web.json_response([request.headers["X-Request-Id"], "X-Evil" in request.headers])
+
+    async with service(handle) as url:
+        job = dataclasses.replace(programs.make_job(HttpTarget(url)), request_id="č\r\nX-Evil: 1")
+        outcome = await runner.run(job)
+    assert outcome.result == ["%C4%8D%0D%0AX-Evil%3A%201", False]
 
 
 async def test_calls_share_a_connection(runner: HttpRunner) -> None:
@@ -200,6 +262,13 @@ async def test_an_empty_answer_is_told_as_nothing(runner: HttpRunner) -> None:
         outcome = await runner.run(programs.make_job(HttpTarget(url)))
     assert outcome.code is Code.PROTOCOL
     assert error_of(outcome).endswith("answered HTTP 204 No Content and nothing")
+
+
+async def test_interim_answers_are_passed_over(runner: HttpRunner) -> None:
+    interim = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
+    async with RawService(interim + OK_ANSWER) as raw:
+        outcome = await runner.run(programs.make_job(HttpTarget(raw.url)))
+    assert outcome.result == {"ok": True}
 
 
 async def test_a_compressed_answer_is_opened(runner: HttpRunner) -> None:
@@ -361,6 +430,32 @@ async def test_a_service_that_breaks_off_is_unreachable_and_not_asked_twice(
     assert len(raw.requests) == 1
 
 
+async def test_what_the_deadline_cuts_off_is_no_answer_though_it_could_be_read_as_one(runner: HttpRunner) -> None:
+    async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n1")  # whose end is that of the connection
+        await asyncio.Event().wait()
+
+    async with talking(converse) as url:
+        outcome = await runner.run(programs.make_job(HttpTarget(url), timeout_s=0.05))
+    assert outcome.code is Code.TIMEOUT
+
+
+async def test_a_deadline_that_has_passed_lets_nothing_out(runner: HttpRunner) -> None:
+    async with RawService(OK_ANSWER) as raw:
+        outcome = await runner.run(programs.make_job(HttpTarget(raw.url), timeout_s=0.0))
+    assert outcome.code is Code.TIMEOUT
+    assert raw.requests == []
+
+
+async def test_the_time_to_connect_counts(runner: HttpRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def resolve(*_: object, **__: object) -> Any:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(ThreadedResolver, "resolve", resolve)
+    outcome = await runner.run(programs.make_job(HttpTarget("http://slow.name.invalid/"), timeout_s=0.01))
+    assert outcome.code is Code.TIMEOUT
+
+
 # Trying again
 
 
@@ -369,6 +464,27 @@ async def test_a_repeatable_call_is_sent_again_where_the_service_broke_off(runne
         outcome = await runner.run(programs.make_job(HttpTarget(raw.url, repeatable=True), {"n": 1}))
     assert outcome.result == {"ok": True}
     assert [request.partition(b"\r\n\r\n")[2] for request in raw.requests] == [b'{"payload":{"n":1}}'] * 3
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE"])
+@pytest.mark.parametrize(("repeatable", "sent"), [(True, 3), (False, 1)])
+async def test_only_a_repeatable_call_is_sent_again_where_a_kept_connection_breaks_off(
+    runner: HttpRunner, method: str, repeatable: bool, sent: int
+) -> None:
+    requests: list[bytes] = []
+
+    async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if not requests:
+            requests.append(await read_request(reader))
+            writer.write(OK_ANSWER)
+        requests.append(await read_request(reader))
+
+    async with talking(converse) as url:
+        job = programs.make_job(HttpTarget(url, method, repeatable=repeatable))
+        first, second = await runner.run(job), await runner.run(job)
+    assert first.ok
+    assert second.code is Code.UNREACHABLE
+    assert len(requests) == 1 + sent
 
 
 async def test_a_repeatable_call_is_sent_three_times_at_most(runner: HttpRunner) -> None:
@@ -457,6 +573,129 @@ async def test_an_idle_connection_that_the_service_closed_fails_no_call(runner: 
     assert silent.connections == 2
 
 
+async def test_what_nobody_asked_for_reaches_nobody(runner: HttpRunner) -> None:
+    asked: list[bytes] = []
+    go_on, spoke = asyncio.Event(), asyncio.Event()
+
+    async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append(await read_request(reader))
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n%d" % len(asked))
+        await go_on.wait()
+        writer.write(b'HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\n"other"')
+        spoke.set()
+        await asyncio.Event().wait()
+
+    async with talking(converse) as url:
+        job = programs.make_job(HttpTarget(url))
+        first = await runner.run(job)
+        go_on.set()
+        await spoke.wait()
+        for _ in range(PATIENCE):  # until the client's end of the idle connection has read it
+            await asyncio.sleep(0)
+        second = await runner.run(job)
+    assert [first.result, second.result] == [1, 2]
+
+
+BODY = b"x" * (64 * 2**20)
+"""More than a kernel keeps for a connection."""
+
+
+async def test_what_was_not_sent_at_the_deadline_is_not_sent_any_more(runner: HttpRunner) -> None:
+    go_on, ended = asyncio.Event(), asyncio.Event()
+    received = 0
+
+    async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal received
+        await go_on.wait()
+        while data := await reader.read(2**20):
+            received += len(data)
+        ended.set()
+
+    async with talking(converse) as url:
+        job = dataclasses.replace(programs.make_job(HttpTarget(url), timeout_s=0.1), envelope=BODY)
+        outcome = await runner.run(job)
+        go_on.set()
+        await asyncio.wait_for(ended.wait(), 60)
+    assert outcome.code is Code.TIMEOUT
+    assert received < len(BODY)
+
+
+async def test_a_connection_on_which_not_all_was_sent_is_not_used_again(runner: HttpRunner) -> None:
+    connections = 0
+
+    async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(OK_ANSWER)
+        await asyncio.Event().wait()
+
+    async with talking(converse) as url:
+        job = dataclasses.replace(programs.make_job(HttpTarget(url), timeout_s=20.0), envelope=BODY)
+        outcomes = [await runner.run(job) for _ in range(2)]
+    assert [outcome.result for outcome in outcomes] == [{"ok": True}] * 2
+    assert connections == 2
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A certificate that 127.0.0.1 has signed for itself, with its key."""
+    if (openssl := shutil.which("openssl")) is None:
+        pytest.skip("there is no openssl to make a certificate with")
+    path = tmp_path_factory.mktemp("tls") / "own.pem"
+    command = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1",
+               "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(path), "-out", str(path) + ".crt"]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True)
+    with path.open("a") as file:
+        file.write(path.with_suffix(".pem.crt").read_text())
+    return path
+
+
+@pytest.fixture
+def tls(certificate: Path) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    return context
+
+
+async def test_a_service_whose_certificate_nobody_vouches_for_is_sent_nothing(
+    runner: HttpRunner, tls: ssl.SSLContext
+) -> None:
+    requests: list[bytes] = []
+
+    async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        requests.append(await read_request(reader))
+
+    async with talking(converse, tls) as url:
+        outcome = await runner.run(programs.make_job(HttpTarget(url)))
+    assert outcome.code is Code.UNREACHABLE
+    assert "could not be reached" in error_of(outcome)
+    assert "certificate verify failed" in error_of(outcome).lower().replace("_", " ")
+    assert requests == []
+
+
+async def test_a_connection_with_tls_is_kept_as_well(
+    runner: HttpRunner, tls: ssl.SSLContext, certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trusting = ssl.create_default_context(cafile=str(certificate))
+    monkeypatch.setattr(aiohttp.connector, "_SSL_CONTEXT_VERIFIED", trusting)
+    connections = 0
+
+    async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        while not reader.at_eof():
+            await read_request(reader)
+            writer.write(OK_ANSWER)
+
+    async with talking(converse, tls) as url:
+        job = dataclasses.replace(programs.make_job(HttpTarget(url)), envelope=b"x" * 2**20)
+        outcomes = [await runner.run(job) for _ in range(3)]
+        await runner.close()
+    assert [outcome.result for outcome in outcomes] == [{"ok": True}] * 3
+    assert connections == 1
+
+
 async def test_cancelling_closes_the_connection(runner: HttpRunner) -> None:
     started, gone = asyncio.Event(), asyncio.Event()
 
@@ -478,7 +717,42 @@ async def test_cancelling_closes_the_connection(runner: HttpRunner) -> None:
 
 
 async def test_a_runner_that_was_never_used_can_be_closed() -> None:
-    await HttpRunner().close()
+    runner = HttpRunner()
+    await runner.close()
+    assert (await runner.run(programs.make_job(HttpTarget("http://127.0.0.1:9/")))).code is Code.CANCELLED
+
+
+async def test_what_runs_when_the_runner_is_closed_ends_as_cancelled(runner: HttpRunner) -> None:
+    started = asyncio.Event()
+
+    async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        started.set()
+        await asyncio.Event().wait()
+
+    async with talking(converse) as url:
+        job = dataclasses.replace(programs.make_job(HttpTarget(url, repeatable=True)), envelope=BODY)
+        running = asyncio.create_task(runner.run(job))
+        await started.wait()
+        await runner.close()
+        outcome, late = await running, await runner.run(job)
+    assert (outcome.code, late.code) == (Code.CANCELLED, Code.CANCELLED)
+    assert runner.state("test")["breaker"]["failures"] == 0
+
+
+async def test_a_look_up_that_runs_when_the_runner_is_closed_ends_as_cancelled(
+    runner: HttpRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = asyncio.Event()
+
+    async def resolve(*_: object, **__: object) -> Any:
+        started.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(ThreadedResolver, "resolve", resolve)
+    running = asyncio.create_task(runner.run(programs.make_job(HttpTarget("http://slow.name.invalid/"))))
+    await started.wait()
+    await runner.close()
+    assert (await running).code is Code.CANCELLED
 
 
 # The circuit breaker
@@ -669,9 +943,31 @@ async def test_each_overlay_has_a_circuit_of_its_own_and_a_changed_one_begins_an
         fickle.status = 200
         other = await guarded.run(dataclasses.replace(job, overlay="other"))
         same = await guarded.run(job)
-        changed = await guarded.run(dataclasses.replace(job, code_hash="changed"))
+        changed = await guarded.run(dataclasses.replace(job, edition=job.edition + 1))
     assert (other.code, same.code, changed.code) == (Code.OK, Code.CIRCUIT_OPEN, Code.OK)
     assert guarded.state("test")["breaker"]["state"] == "closed"
+
+
+async def test_a_late_call_of_an_overlay_as_it_was_says_nothing_of_what_it_is(guarded: HttpRunner) -> None:
+    fickle = Fickle(500)
+    async with service(fickle.handle) as url:
+        now = dataclasses.replace(programs.make_job(HttpTarget(url)), edition=2)
+        await breaker_after(guarded, *[now] * FAILURES)
+        fickle.status = 200
+        late = await guarded.run(dataclasses.replace(now, edition=1))
+        same = await guarded.run(now)
+    assert (late.code, same.code) == (Code.OK, Code.CIRCUIT_OPEN)
+
+
+async def test_a_forgotten_overlay_begins_anew(guarded: HttpRunner) -> None:
+    fickle = Fickle(500)
+    async with service(fickle.handle) as url:
+        job = programs.make_job(HttpTarget(url))
+        await breaker_after(guarded, *[job] * FAILURES)
+        guarded.forget("test")
+        assert guarded.state("test") == {}
+        fickle.status = 200
+        assert (await guarded.run(job)).ok
 
 
 # Services that the bus starts
@@ -679,32 +975,56 @@ async def test_each_overlay_has_a_circuit_of_its_own_and_a_changed_one_begins_an
 SERVICE = ServiceTarget(("serve",), {})
 
 
-class FakeServices:
-    """Gives one base URL for every service, or refuses with an outcome."""
+@dataclasses.dataclass
+class FakeService:
+    """`ends` is what is known of its end, from question to question; the last one for ever."""
 
-    def __init__(self, base_url: str, refusal: Outcome | None = None) -> None:
-        self.base_url = base_url
-        self.refusal = refusal
+    url: str
+    ends: tuple[Outcome | None, ...] = (None,)
+
+    def outcome_of_end(self) -> Outcome | None:
+        known, *later = self.ends
+        self.ends = (*later,) or (known,)
+        return known
+
+
+class FakeServices:
+    """Gives the n-th call for a service the n-th one, or the last, or refuses with an outcome."""
+
+    def __init__(self, *services: FakeService | Outcome) -> None:
+        self.services = services
         self.in_use = 0
         self.used: list[ServiceTarget] = []
-        self.closed = False
+        self.forgotten: list[str] = []
+        self.closings: list[bool] = []
+        self.closing = asyncio.Event()
+        self.gone = asyncio.Event()
+        self.gone.set()
 
     @contextlib.asynccontextmanager
-    async def use(self, job: Job, target: ServiceTarget) -> AsyncIterator[str]:
+    async def use(self, job: Job, target: ServiceTarget) -> AsyncIterator[FakeService]:
         self.used.append(target)
-        if self.refusal is not None:
-            raise ServiceError(self.refusal)
+        found = self.services[min(len(self.used), len(self.services)) - 1]
+        if isinstance(found, Outcome):
+            raise ServiceError(found)
         self.in_use += 1
         try:
-            yield self.base_url
+            yield found
         finally:
             self.in_use -= 1
 
     def state(self, overlay: str) -> dict[str, Any]:
         return {"service": {"state": "ready"}} if self.used else {}
 
-    async def close(self) -> None:
-        self.closed = True
+    def forget(self, overlay: str) -> None:
+        self.forgotten.append(overlay)
+
+    async def close(self, *, at_once: bool = False) -> None:
+        self.closings.append(at_once)
+        self.closing.set()
+        if at_once:
+            self.gone.set()
+        await self.gone.wait()
 
 
 async def test_a_service_is_in_use_while_it_is_called_at_its_base_url(nothing_left: None) -> None:
@@ -712,19 +1032,19 @@ async def test_a_service_is_in_use_while_it_is_called_at_its_base_url(nothing_le
         return web.json_response([services.in_use, request.path])
 
     async with service(handle) as url:
-        services = FakeServices(url)
+        services = FakeServices(FakeService(url))
         runner = HttpRunner(services)
         outcome = await runner.run(programs.make_job(HttpTarget("/echo", service=SERVICE)))
         await runner.close()
     assert outcome.result == [1, "/echo"]
     assert services.used == [SERVICE]
     assert services.in_use == 0
-    assert services.closed
+    assert services.closings == [False]
 
 
 async def test_a_redirect_out_of_a_started_service_is_refused(nothing_left: None) -> None:
     async with service(redirecting(307, "http://127.0.0.1:1/{}")) as url:
-        runner = HttpRunner(FakeServices(url))
+        runner = HttpRunner(FakeServices(FakeService(url)))
         outcome = await runner.run(programs.make_job(HttpTarget("/0", service=SERVICE)))
         await runner.close()
     assert outcome.code is Code.HTTP_STATUS
@@ -733,7 +1053,7 @@ async def test_a_redirect_out_of_a_started_service_is_refused(nothing_left: None
 
 async def test_a_service_that_does_not_start_is_no_failure_of_its_circuit(nothing_left: None) -> None:
     refusal = Outcome(Code.START, error="still starting", log="the end of its log")
-    runner = HttpRunner(FakeServices("", refusal))
+    runner = HttpRunner(FakeServices(refusal))
     job = programs.make_job(HttpTarget("/echo", service=SERVICE))
     outcomes = [await runner.run(job) for _ in range(FAILURES + 1)]
     assert outcomes == [refusal] * (FAILURES + 1)
@@ -743,7 +1063,7 @@ async def test_a_service_that_does_not_start_is_no_failure_of_its_circuit(nothin
 
 async def test_a_started_service_that_fails_is_left_alone_too(nothing_left: None) -> None:
     async with service(Fickle(500).handle) as url:
-        services = FakeServices(url)
+        services = FakeServices(FakeService(url))
         runner = HttpRunner(services)
         job = programs.make_job(HttpTarget("/echo", service=SERVICE))
         codes = [(await runner.run(job)).code for _ in range(FAILURES + 1)]
@@ -757,3 +1077,67 @@ async def test_a_runner_without_services_refuses_what_needs_one(runner: HttpRunn
     outcome = await runner.run(programs.make_job(HttpTarget("/echo", service=SERVICE)))
     assert outcome.code is Code.START
     assert outcome.retryable is False
+
+
+async def test_each_try_asks_anew_where_the_service_is(nothing_left: None, deaf_port: int) -> None:
+    async with service(answering("1")) as url:
+        services = FakeServices(FakeService(f"http://127.0.0.1:{deaf_port}"), FakeService(url))
+        runner = HttpRunner(services)
+        outcome = await runner.run(programs.make_job(HttpTarget("/echo", service=SERVICE)))
+        await runner.close()
+    assert outcome.result == 1
+    assert len(services.used) == 2
+
+
+KILLED = Outcome(Code.MEMORY_LIMIT, error="the service used 300 MiB, more than the 256 that it may", retryable=False)
+CRASHED = Outcome(Code.CRASH, error="the service was ended by SIGSEGV")
+
+
+@pytest.mark.parametrize(
+    ("ends", "repeatable", "tries", "failures"),
+    [
+        ((KILLED,), True, 1, 0),
+        ((CRASHED,), False, 1, 1),
+        ((CRASHED,), True, 3, 1),
+        pytest.param((None, CRASHED), False, 1, 1, id="the news of it comes after that of the connection"),
+    ],
+)
+async def test_how_a_service_has_ended_is_the_answer_of_a_call_that_got_none(
+    nothing_left: None, ends: tuple[Outcome | None, ...], repeatable: bool, tries: int, failures: int
+) -> None:
+    """It speaks against the service only where the bus did not end it."""
+    async with RawService(b"") as raw:
+        services = FakeServices(FakeService(raw.url, ends))
+        runner = HttpRunner(services)
+        outcome = await runner.run(programs.make_job(HttpTarget("/echo", repeatable=repeatable, service=SERVICE)))
+        await runner.close()
+    assert outcome == ends[-1]
+    assert len(services.used) == tries
+    assert runner.state("test")["breaker"]["failures"] == failures
+
+
+async def test_an_answer_counts_though_the_service_has_ended_since(nothing_left: None) -> None:
+    async with service(answering('{"n": 1}')) as good, service(answering("", 500)) as bad:
+        for url, code in ((good, Code.OK), (bad, Code.HTTP_STATUS)):
+            runner = HttpRunner(FakeServices(FakeService(url, (CRASHED,))))
+            assert (await runner.run(programs.make_job(HttpTarget("/echo", service=SERVICE)))).code is code
+            await runner.close()
+
+
+async def test_a_service_is_forgotten_with_its_overlay(nothing_left: None) -> None:
+    services = FakeServices()
+    runner = HttpRunner(services)
+    runner.forget("test")
+    await runner.close()
+    assert services.forgotten == ["test"]
+
+
+async def test_a_second_closing_can_be_quicker_than_the_first(nothing_left: None) -> None:
+    services = FakeServices()
+    services.gone.clear()
+    runner = HttpRunner(services)
+    patient = asyncio.create_task(runner.close())
+    await services.closing.wait()
+    await runner.close(at_once=True)
+    await patient
+    assert services.closings == [False, True]
