@@ -98,11 +98,15 @@ class Api:
 
     async def root(self, request: Request) -> Response:
         paths = [route.path for route in request.app.routes if isinstance(route, Route)]
-        return JsonResponse({"service": "aal-core", "version": resources.version(), "status": "ok", "paths": paths})
+        status = self._status()
+        return JsonResponse({"service": "aal-core", "version": resources.version(), "status": status, "paths": paths})
 
     async def health(self, _: Request) -> Response:
-        """The process answers; `/ready` says whether it can work."""
-        return JsonResponse({"status": "ok"})
+        """The process answers, and is not about to end; `/ready` says whether it can work."""
+        return JsonResponse({"status": self._status()}, status_code=503 if self._bus.is_closing else 200)
+
+    def _status(self) -> str:
+        return "shutting down" if self._bus.is_closing else "ok"
 
     async def ready(self, _: Request) -> Response:
         reason = await self._bus.not_ready()

@@ -107,7 +107,16 @@ class Look:
 
     def holds(self) -> bool:
         """Whether every place is sure to be as it was; one `stat` each."""
-        return self.is_settled and all(stamp_of(path) == stamp for path, stamp in self.places)
+        if not self.is_settled:
+            return False
+        for path, stamp in self.places:  # no generator, and no Stamp made: this runs for every call
+            try:
+                if _stamped(os.stat(path)) != stamp:  # noqa: PTH116  # a string all along
+                    return False
+            except OSError:
+                if stamp is not None:
+                    return False
+        return True
 
 
 class File(NamedTuple):

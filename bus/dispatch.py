@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import time
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
@@ -32,7 +33,7 @@ from bus.stress import StressMonitor
 from runners.base import LARGE_BYTES, Code, HttpTarget, Job, Outcome, ProcessTarget, ServiceTarget
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Set
 
     from jsonschema import Draft202012Validator
 
@@ -49,7 +50,20 @@ log = logging.getLogger(__name__)
 VALIDATORS_KEPT = 1024
 LAST_LINES_S = 5.0
 """How long closing waits for the lines of calls that were ended."""
+_WITHDRAWN = frozenset({"ERR_UNKNOWN_OVERLAY", "ERR_OVERLAY_DISABLED"})
 _ENV_ALLOWED = ("HOME", "LANG", "LC_ALL", "LC_CTYPE", "LOGNAME", "PATH", "TMPDIR", "TZ", "USER")
+
+
+@dataclass(frozen=True, slots=True)
+class _Means:
+    """What the calls of one edition of an overlay share.
+
+    `env` is that of its programs, empty where it has none; `targets` is where each capability's calls go.
+    """
+
+    edition: int
+    env: Mapping[str, str]
+    targets: dict[str, ProcessTarget | HttpTarget] = field(default_factory=dict)
 
 
 class Bus:
@@ -73,7 +87,8 @@ class Bus:
         self.environment = collect_environment(settings.overlays.parent)
         self.environment_hash = environment_hash(self.environment)
         self.ledger = Ledger(settings.ledger, fsync=settings.fsync, environment=self.environment)
-        self._envs: dict[str, tuple[Manifest, Mapping[str, str]]] = {}
+        self._means: dict[str, _Means] = {}
+        self._served: set[str] = set()
         self._validators: dict[tuple[str, str, str], Draft202012Validator] = {}
         self._started = False
         self._tasks: list[asyncio.Task[None]] = []
@@ -98,7 +113,7 @@ class Bus:
         self.stress.prime()
         if watch:
             self._tasks = [
-                asyncio.create_task(self.registry.watch(), name="watch overlays"),
+                asyncio.create_task(self.registry.watch(on_look=self._forget_all_but), name="watch overlays"),
                 asyncio.create_task(self.stress.run(self.settings.stress_period_s), name="sample stress"),
             ]
         self._started = True
@@ -110,11 +125,14 @@ class Bus:
             log.warning("ending %d calls that did not finish in %s s", self.scheduler.running, self.settings.drain_s)
         await self.end_calls()
 
-    async def end_calls(self) -> None:
-        """End every call that runs, now; each is answered and leaves its line."""
+    async def end_calls(self, *, at_once: bool = False) -> None:
+        """End every call that runs, now; each is answered and leaves its line.
+
+        `at_once` leaves out the grace that a TERM gives, also where an earlier call of this still waits for it.
+        """
         self.scheduler.close()
-        ended = await asyncio.gather(*(runner.close() for runner in self.runners.values()), return_exceptions=True)
-        for error in filter(None, ended):
+        closings = (runner.close(at_once=at_once) for runner in self.runners.values())
+        for error in filter(None, await asyncio.gather(*closings, return_exceptions=True)):
             log.error("a runner could not be closed", exc_info=error)
         await self.scheduler.drain(LAST_LINES_S)
 
@@ -128,10 +146,15 @@ class Bus:
             await asyncio.gather(*self._tasks, *self._finishing, return_exceptions=True)
             await asyncio.to_thread(self.ledger.close)
 
+    @property
+    def is_closing(self) -> bool:
+        """Whether calls are refused because the bus is about to end, or has."""
+        return self.scheduler.closed
+
     async def not_ready(self) -> str | None:
         """Why no call could be made now, or None where one could."""
         await self.start()
-        if self.scheduler.closed:
+        if self.is_closing:
             return "the bus is shutting down"
         if not await asyncio.to_thread(self.ledger.probe):
             return self.ledger.reason
@@ -141,7 +164,7 @@ class Bus:
         """Make one call. Raises nothing but `asyncio.CancelledError`, and that leaves its line too."""
         course = Course.of_call(call)
         try:
-            resolved = course.resolved = self.registry.resolve(call.overlay, call.capability)
+            resolved = course.resolved = self._resolve(call)
             course.run_id = envelopes.run_id(resolved.manifest, resolved.capability, call)
             rights = policy.authorize(resolved.manifest, resolved.capability, call.phase, call.payload, call.caller)
             self.plugins.authorize(call, resolved.manifest)
@@ -162,6 +185,35 @@ class Bus:
         """Answer a request that could not be read as an invocation, and write it down."""
         course = Course.of_request(overlay, capability)
         return await self._finish(course, course.refuse(error))
+
+    def _resolve(self, call: Invocation) -> Resolved:
+        """What the call goes to. An overlay that is no longer offered keeps nothing. Raises as `Registry.resolve`."""
+        try:
+            return self.registry.resolve(call.overlay, call.capability)
+        except BusError as refusal:
+            if refusal.code in _WITHDRAWN:  # the watch tells of it, too, where there is one
+                self._forget(call.overlay.partition(".")[0])
+            raise
+
+    def _forget_all_but(self, offered: Set[str]) -> None:
+        """Have the runners end what they keep for overlays that are removed or disabled.
+
+        A call that was let through before may start something after it was forgotten: so this looks again and again. A
+        broken overlay keeps what it has. It may be half edited; once it is sound, its new edition replaces the old.
+        """
+        for name in self._served - offered:
+            self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        if name not in self._served:
+            return
+        self._served.discard(name)
+        self._means.pop(name, None)
+        for runner in self.runners.values():
+            try:
+                runner.forget(name)
+            except Exception:  # a plugin's; the other runners have to hear of it
+                log.exception("the runner %s failed to forget the overlay %s", runner.name, name)
 
     async def _check_input(self, resolved: Resolved, call: Invocation) -> None:
         if resolved.capability.input_schema is None:
@@ -207,52 +259,69 @@ class Bus:
     def _job(self, call: Invocation, resolved: Resolved, told: Told, rights: Rights, deadline: float) -> Job:
         manifest, capability = resolved.manifest, resolved.capability
         deadline_ms = now_ms() + int((deadline - time.monotonic()) * 1000)
+        self._served.add(manifest.name)
         return Job(
             request_id=told.request_id,
             overlay=manifest.name,
             capability=capability.name,
             phase=call.phase,
             folder=manifest.folder,
-            target=self._target(manifest, capability, call),
+            target=self._target(resolved, call),
             envelope=envelopes.overlay_request(call, manifest, capability, told, deadline_ms=deadline_ms),
             rights=rights,
             deadline=deadline,
             hard_mb=told.memory["hard_mb"],
             max_output_bytes=self.settings.max_output_bytes,
-            code_hash=resolved.code_hash,
+            edition=resolved.edition,
         )
 
-    def _target(self, manifest: Manifest, capability: Capability, call: Invocation) -> ProcessTarget | HttpTarget:
+    def _target(self, resolved: Resolved, call: Invocation) -> ProcessTarget | HttpTarget:
+        """Where the call goes, made once for each edition; only what a GET asks for is the call's own."""
+        targets, capability = self._means_of(resolved).targets, resolved.capability
+        target = targets.get(capability.name)
+        if target is None:
+            target = targets[capability.name] = self._new_target(resolved)
+        if capability.method == "GET" and isinstance(target, HttpTarget):
+            return dataclasses.replace(target, query=_query(call.payload))
+        return target
+
+    def _new_target(self, resolved: Resolved) -> ProcessTarget | HttpTarget:
+        manifest, capability = resolved.manifest, resolved.capability
         if capability.argv:
-            env = self._child_env(manifest)
+            env = self._means_of(resolved).env
             return ProcessTarget(
                 capability.argv, env, manifest.stdin, manifest.mode, manifest.preload, manifest.workers
             )
         repeatable = capability.idempotent or manifest.deterministic
-        query = _query(call.payload) if capability.method == "GET" else {}
-        return HttpTarget(capability.url, capability.method, query, repeatable, self._service(manifest))
+        return HttpTarget(capability.url, capability.method, repeatable=repeatable, service=self._service(resolved))
 
-    def _service(self, manifest: Manifest) -> ServiceTarget | None:
+    def _service(self, resolved: Resolved) -> ServiceTarget | None:
         """The service that this overlay's calls go to, where the bus is to start it."""
-        service = manifest.service
+        service = resolved.manifest.service
         if service is None:
             return None
         return ServiceTarget(
             service.argv,
-            self._child_env(manifest),
+            self._means_of(resolved).env,
             service.ready_path,
             service.start_timeout_s,
             service.idle_s,
             service.max_mb,
         )
 
-    def _child_env(self, manifest: Manifest) -> Mapping[str, str]:
-        """What a program of this overlay sees, made once for each reading of its manifest."""
-        made_for, env = self._envs.get(manifest.name, (None, {}))
-        if made_for is not manifest or not os.path.isdir(env["OVERLAY_STATE"]):  # noqa: PTH112  # for every call
-            env = child_env(manifest, self.settings)
-            self._envs[manifest.name] = (manifest, env)
-        return env
+    def _means_of(self, resolved: Resolved) -> _Means:
+        """What the calls of this edition have in common. It has a folder for its state, whoever removed that."""
+        name = resolved.manifest.name
+        means = self._means.get(name)
+        if means is not None and means.edition == resolved.edition:
+            if not means.env or os.path.isdir(means.env["OVERLAY_STATE"]):  # noqa: PTH112  # for every call
+                return means
+            self.registry.renew(name)  # what keeps running has open what was removed
+        env = child_env(resolved.manifest, self.settings) if _starts_programs(resolved.manifest) else {}
+        fresh = _Means(resolved.edition, env)
+        if means is None or means.edition <= resolved.edition:  # else it is a late call's
+            self._means[name] = fresh
+        return fresh
 
     async def _judge(self, course: Course, resolved: Resolved, outcome: Outcome) -> Outcome:
         """Open the reply, and hold the result to the canonical form and to the capability's output schema."""
@@ -268,7 +337,7 @@ class Bus:
 
     def _cut_off(self, outcome: Outcome) -> Outcome:
         """A call that was ended because the bus shuts down is told so; its caller may still be there."""
-        if outcome.code != Code.CANCELLED or not self.scheduler.closed:
+        if outcome.code != Code.CANCELLED or not self.is_closing:
             return outcome
         return dataclasses.replace(outcome, code="ERR_SHUTTING_DOWN", error="the bus shut down before the call ended")
 
@@ -313,6 +382,10 @@ class Bus:
                 self._validators.clear()
             found = self._validators[key] = schemas.compiled(schema)
         return found
+
+
+def _starts_programs(manifest: Manifest) -> bool:
+    return manifest.service is not None or any(one.argv for one in manifest.capabilities.values())
 
 
 def child_env(manifest: Manifest, settings: Settings) -> dict[str, str]:

@@ -45,7 +45,7 @@ class RegisterRoutes(Protocol):
 
 @hookspec
 def aal_register_runners(register: RegisterRunner) -> None:
-    """Called once when a bus is made. An exception stops the start."""
+    """Called once when a bus is made. An exception stops the start; so does a runner that lacks a part of `Runner`."""
 
 
 @hookspec

@@ -100,12 +100,17 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """What a call goes to. `code_hash` is that of the folder at this moment; `links` as in `Entry`."""
+    """What a call goes to. `code_hash` is that of the folder at this moment; `links` as in `Entry`.
+
+    `edition` counts what the overlay has been: each change of its folder, its manifest, its code or its installed
+    packages gives a number higher than every one before.
+    """
 
     manifest: Manifest
     capability: Capability
     code_hash: str
     links: tuple[str, ...] = ()
+    edition: int = 0
 
 
 def _fault_as_json(fault: Fault) -> dict[str, str]:

@@ -58,6 +58,7 @@ class DisabledNames:
     def __init__(self, state: Path) -> None:
         self._state = state
         self._file = state / DISABLED_FILE
+        self._path = str(self._file)
         self._stamp: Stamp | None = None
         self._settled = False
         self._names: frozenset[str] = frozenset()
@@ -66,7 +67,7 @@ class DisabledNames:
         """The names of now: the file is read again when it has changed. Raises `SettingError` if it makes no sense."""
         now_ns = time.time_ns()
         try:
-            stamp = Stamp.of(self._file.stat())
+            stamp = Stamp.of(os.stat(self._path))  # noqa: PTH116  # a string: this runs for every call
         except FileNotFoundError:
             stamp = None
         except OSError as error:

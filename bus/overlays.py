@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import difflib
+import itertools
 import logging
 import os
 import stat
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from watchfiles import awatch
 
-from bus import manifests, overlay_programs
+from bus import manifests, overlay_packages, overlay_programs
 from bus.canonical import shown
 from bus.codehash import EXCLUDED, IGNORE_FILE, CodeHash, Look, Stamp, TooLargeError, Walk, code_hash, stamp_of
 from bus.errors import BusError, DeniedError, Fault, NotFoundError
@@ -28,7 +29,7 @@ from bus.overlay_entry import Entry, Resolved
 from bus.overlay_files import DisabledNames, copy_in, locked, move_out
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping
+    from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping, Set
     from pathlib import Path
 
     from bus.model import Capability, Manifest
@@ -65,14 +66,35 @@ class _Seen(NamedTuple):
     manifest: Stamp | None
 
 
-_State = tuple[_Seen, bool, tuple[str, ...], str]
+class _State(NamedTuple):
+    """What `watch` compares of an overlay; `error` is empty where it is sound."""
+
+    seen: _Seen
+    enabled: bool
+    links: tuple[str, ...]
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Edition:
+    """One of the things that an overlay has been; the next differs in something. `code` is its code hash."""
+
+    number: int
+    seen: _Seen
+    code: str
+    packages: Look
+
+    def stands(self, seen: _Seen, codes: CodeHash) -> bool:
+        """Whether it is sure to be the overlay of now, of which `seen` and `codes` tell."""
+        return self.code == codes.hash and self.seen == seen and codes.is_unchanged() and self.packages.holds()
 
 
 @dataclass(slots=True)
 class _Loaded:
     """An overlay as it was read at `read_at`, of `time.monotonic`.
 
-    `look` has what its entry's links and programs and `folders`, those to watch, were made from.
+    `look` has what its entry's links and programs and `folders`, those to watch, were made from. `edition` is that of
+    the last call, None before the first.
     """
 
     seen: _Seen
@@ -82,6 +104,7 @@ class _Loaded:
     folders: tuple[str, ...]
     look: Look
     read_at: float
+    edition: _Edition | None
 
     def is_current(self, seen: _Seen) -> bool:
         """Whether the entry is sure to be what another reading would give."""
@@ -105,6 +128,15 @@ class _Inspected(NamedTuple):
     entry: Entry
     folders: tuple[str, ...] = ()
     look: Look = Look()
+
+
+class _Found(NamedTuple):
+    """What a call found: manifest, code hash, links and edition of the same state of the folder."""
+
+    manifest: Manifest
+    code: str
+    links: tuple[str, ...]
+    edition: int
 
 
 def _no_check(_manifest: Manifest, _folder: Path) -> Iterable[str]:
@@ -134,6 +166,7 @@ class Registry:
         self._runners = runners
         self._disabled = DisabledNames(state)
         self._loaded: dict[str, _Loaded] = {}
+        self._numbers = itertools.count(1)
         self._root_error: str | None = None
 
     def load(self) -> None:
@@ -166,8 +199,13 @@ class Registry:
         """
         if capability is None and (within := name.partition("."))[2]:
             name, _, capability = within
-        manifest, code, links = self._unchanged(name) or self._of_one_moment(name)
-        return Resolved(manifest, _choose(manifest, capability), code, links)
+        manifest, code, links, edition = self._unchanged(name) or self._of_one_moment(name)
+        return Resolved(manifest, _choose(manifest, capability), code, links, edition)
+
+    def renew(self, name: str) -> None:
+        """Count the overlay as another from its next call on, though nothing of its folder has changed."""
+        if name in self._loaded:
+            self._loaded[name].edition = None
 
     def enable(self, name: str) -> None:
         """Let calls through again; a name that was disabled need not exist. Raises `NotFoundError`, `OperatorError`."""
@@ -201,20 +239,31 @@ class Registry:
         self._disabled.change(lambda names: names - {name})
         return moved
 
-    async def watch(self, on_change: Callable[[str], None] | None = None) -> None:
-        """Run until cancelled: look at once when files change, and every `POLL_S`; call `on_change` with each name.
+    async def watch(
+        self,
+        on_change: Callable[[str], None] | None = None,
+        on_look: Callable[[Set[str]], None] | None = None,
+    ) -> None:
+        """Run until cancelled: look at once when files change, and every `POLL_S`.
 
-        A folder of overlays that does not exist is waited for.
+        `on_change` is called with the name of each overlay that changed; `on_look` after each look with the names of
+        those that are there and not disabled, whether or not that is news. A folder of overlays that does not exist is
+        waited for.
         """
-        known: dict[str, _State] = dict(self._states({}))
+        known: dict[str, _State] = dict(self._states() or {})
         while True:
             try:
-                await self._watch_once(known, on_change)
+                await self._watch_once(known, on_change, on_look)
             except Exception:  # the edge of this task: nobody would notice that it has ended
                 log.exception("cannot watch the overlays; looking again in %s s", POLL_S)
                 await asyncio.sleep(POLL_S)
 
-    async def _watch_once(self, known: dict[str, _State], on_change: Callable[[str], None] | None) -> None:
+    async def _watch_once(
+        self,
+        known: dict[str, _State],
+        on_change: Callable[[str], None] | None,
+        on_look: Callable[[Set[str]], None] | None,
+    ) -> None:
         """Watch the folders of now until there are others; keeps in `known` what was told of."""
         watched = self._watched()
         async with contextlib.aclosing(_changes(watched)) as changes:
@@ -222,21 +271,24 @@ class Registry:
                 touched = {name for path in paths for name in _owners(path, watched)}
                 for name in touched & self._loaded.keys():
                     self._loaded[name].settled = False
-                states = self._states(known)
+                if (states := self._states()) is None:
+                    continue
                 changed = {name for name in known.keys() | states.keys() if known.get(name) != states.get(name)}
                 known.clear()
                 known.update(states)
                 _tell(changed | (touched & states.keys()), on_change)
+                if on_look:
+                    on_look({name for name, state in states.items() if state.enabled})
                 if self._watched() != watched:
                     return
 
-    def _states(self, known: Mapping[str, _State]) -> Mapping[str, _State]:
-        """What `watch` compares; `known` again while the list of disabled overlays cannot be read, as calls tell."""
+    def _states(self) -> Mapping[str, _State] | None:
+        """What `watch` compares; None while the list of disabled overlays cannot be read, as calls tell."""
         try:
             entries = self.entries(patient=True)
         except BusError:
-            return dict(known)
-        return {e.name: (self._loaded[e.name].seen, e.enabled, e.links, str(e.error or "")) for e in entries}
+            return None
+        return {e.name: _State(self._loaded[e.name].seen, e.enabled, e.links, str(e.error or "")) for e in entries}
 
     def _watched(self) -> dict[str, set[str]]:
         """The folders to watch, each with the overlays that it belongs to; `_ANY` stands for all those in the root."""
@@ -298,6 +350,7 @@ class Registry:
             folders=inspected.folders,
             look=inspected.look,
             read_at=time.monotonic(),
+            edition=before.edition if before else None,
         )
 
     def _inspect(self, name: str, folder: Path) -> _Inspected:
@@ -329,16 +382,18 @@ class Registry:
             raise ManifestError(manifest.name, faults, warnings=manifest.warnings, is_lasting=False)
         return manifest
 
-    def _unchanged(self, name: str) -> tuple[Manifest, str, tuple[str, ...]] | None:
+    def _unchanged(self, name: str) -> _Found | None:
         """What the last call of this overlay found, where all of it still stands: the way of nearly every call."""
         loaded = self._loaded.get(name)
-        if loaded is None or not loaded.settled or not loaded.codes.is_unchanged() or name in self._disabled.get():
+        if loaded is None or loaded.edition is None or not loaded.settled:
             return None
-        manifest = loaded.entry.manifest
-        return None if manifest is None else (manifest, loaded.codes.hash, loaded.codes.links)
+        manifest, edition = loaded.entry.manifest, loaded.edition
+        if manifest is None or not edition.stands(loaded.seen, loaded.codes) or name in self._disabled.get():
+            return None
+        return _Found(manifest, edition.code, loaded.codes.links, edition.number)
 
-    def _of_one_moment(self, name: str) -> tuple[Manifest, str, tuple[str, ...]]:
-        """The manifest, the code hash and the links to outside of the same state of the folder.
+    def _of_one_moment(self, name: str) -> _Found:
+        """All of the same state of the folder.
 
         Between the two readings the folder may be replaced by another, as when the link that it is moves on.
         """
@@ -349,10 +404,19 @@ class Registry:
                 code = loaded.codes.get()
             except (OSError, TooLargeError) as error:
                 raise _broken(name, _folder_fault(error)) from error
+            packages = overlay_packages.look(loaded.seen.folder)
             if _look(self._root / name) == loaded.seen:
-                return manifest, code, loaded.codes.links
+                loaded.edition = self._edition(loaded, code, packages)
+                return _Found(manifest, code, loaded.codes.links, loaded.edition.number)
         loaded.settled = False
         raise _broken(name, Fault("folder", "one that changes while it is read", "one that stands still"))
+
+    def _edition(self, loaded: _Loaded, code: str, packages: Look) -> _Edition:
+        """The last one, where nothing has changed; packages that changed a moment ago may do so again unseen."""
+        last = loaded.edition
+        if last and packages.is_settled and (last.seen, last.code, last.packages) == (loaded.seen, code, packages):
+            return last
+        return _Edition(next(self._numbers), loaded.seen, code, packages)
 
 
 def _look(folder: Path) -> _Seen | None:

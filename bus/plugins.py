@@ -6,7 +6,9 @@ logged and dropped, and never keeps another from being called.
 
 from __future__ import annotations
 
+import inspect
 import logging
+import shlex
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -15,11 +17,12 @@ from bus import hookspecs, stress
 from bus.errors import DeniedError
 from bus.hookspecs import hookimpl
 from bus.metrics import Metrics
+from runners import python_command
 from runners.helpers import Helpers
 from runners.http import HttpRunner
 from runners.logs import OverlayLogs
 from runners.process import ProcessRunner
-from runners.service import Services
+from runners.services import Services
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -55,6 +58,17 @@ class BuiltIn:
         register(HttpRunner(services))
 
     @hookimpl
+    def aal_check_overlay(self, manifest: Manifest) -> Iterable[str]:
+        """A command that a fork cannot run: the mode was asked for, so that it is not quietly another."""
+        if manifest.mode != "fork":
+            return
+        commands = dict.fromkeys(offered.argv for offered in manifest.capabilities.values() if offered.argv)
+        for argv in commands:
+            if python_command.split(argv) is None:
+                said = shlex.join(argv)
+                yield f"mode fork with {said!r}, which cannot be forked; python3 path.py or python3 -m module can"
+
+    @hookimpl
     def aal_stress_sources(self, register: RegisterStressSource) -> None:
         register("memory", stress.memory_stress)
         register("pressure", stress.pressure_stress)
@@ -74,13 +88,18 @@ class Plugins:
         self._observers = self._implementations("aal_invocation_finished")
 
     def runners(self) -> dict[str, Runner]:
-        """Every runner by name. Built-ins come first, so that a plugin's runner can take a name over."""
+        """Every runner by name. Built-ins come first, so that a plugin's runner can take a name over.
+
+        Raises `PluginValidationError` for one that is no `Runner`, as a plugin made for another version may bring.
+        """
         found: dict[str, Runner] = {}
-
-        def register(runner: Runner) -> None:
-            found[runner.name] = runner
-
         for impl in self._implementations("aal_register_runners"):
+
+            def register(runner: Runner, plugin: object = impl.plugin) -> None:
+                if lacking := _lacks(runner):
+                    raise pluggy.PluginValidationError(plugin, f"the runner {runner!r} has no {', '.join(lacking)}")
+                found[runner.name] = runner
+
             _call(impl, register=register)
         return found
 
@@ -133,6 +152,17 @@ class Plugins:
         """In the order of registration; pluggy's own calls go the other way round and stop at the first exception."""
         implementations: list[HookImpl] = getattr(self.manager.hook, hook).get_hookimpls()
         return implementations
+
+
+def _lacks(runner: Runner) -> list[str]:
+    """What of the protocol `Runner` an object has not, as a programmer would write it."""
+    lacking = [name for name in ("name", "run", "state", "forget", "close") if not hasattr(runner, name)]
+    if "close" not in lacking:
+        try:
+            inspect.signature(runner.close).bind(at_once=True)
+        except TypeError:
+            lacking.append("close(*, at_once)")
+    return lacking
 
 
 def _to_observe(record: Record) -> Record:

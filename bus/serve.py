@@ -26,6 +26,7 @@ from bus.errors import BusError, OperatorError, SettingError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+    from types import FrameType
 
     from bus.settings import Settings
 
@@ -37,9 +38,6 @@ CONNECTIONS_CLOSE_S = 5
 FILES_WANTED = 16_384
 COLLECT_AFTER = (10_000, 10, 50)
 """New objects before the youngest are collected, and how many such rounds before the older ones are (`gc`)."""
-
-FORCE_POLL_S = 0.1
-"""How often a shutdown looks for a second Ctrl-C."""
 
 _PID_CHARACTERS = 32
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -168,13 +166,15 @@ class _Server(uvicorn.Server):
     """Says when it listens, shuts down in an order of its own, and takes a signal as a wish: it ends with 0.
 
     uvicorn closes its connections before the application hears of the end. Here the bus is drained first: calls that
-    come are refused with their line, `/ready` says why, what runs is answered; then the connections close.
+    come are refused with their line, `/ready` says why, what runs is answered; then the connections close. A second
+    SIGINT or SIGTERM leaves out all waiting for what runs.
     """
 
     def __init__(self, config: uvicorn.Config, bus: Bus, ready: Callable[[], None]) -> None:
         super().__init__(config)
         self._bus = bus
         self._ready = ready
+        self._hurry = asyncio.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -184,13 +184,22 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         draining = asyncio.ensure_future(self._bus.drain())
-        while not draining.done():
-            await asyncio.wait((draining,), timeout=FORCE_POLL_S)
-            if self.force_exit:  # a second Ctrl-C
-                await self._bus.end_calls()
+        hurried = asyncio.ensure_future(self._hurry.wait())
+        await asyncio.wait((draining, hurried), return_when=asyncio.FIRST_COMPLETED)
+        if not draining.done():
+            await self._bus.end_calls(at_once=True)
+        hurried.cancel()
         await draining
-        self.force_exit = False  # nothing runs any more, and the ledger has still to be closed
         await super().shutdown(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal begins the shutdown. A second hangup, which a closing terminal sends, is none to hurry for.
+
+        uvicorn's `force_exit` stays unset: in a hurry, too, the ledger has to be closed.
+        """
+        if self.should_exit and sig != signal.SIGHUP:
+            self._loop.call_soon_threadsafe(self._hurry.set)
+        self.should_exit = True
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -198,6 +207,7 @@ class _Server(uvicorn.Server):
 
         A hangup that is ignored (`nohup`) stays so.
         """
+        self._loop = asyncio.get_running_loop()
         wishes = [signal.SIGINT, signal.SIGTERM]
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
             wishes.append(signal.SIGHUP)

@@ -163,6 +163,7 @@ class InProcessRunner:
     answer: Callable[[Job], Outcome | Awaitable[Outcome]] = lambda job: Outcome(result=orjson.loads(job.envelope))
     name: str = "proc"
     jobs: list[Job] = field(default_factory=list)
+    forgotten: list[str] = field(default_factory=list)
     closed: bool = False
 
     @hookimpl
@@ -177,7 +178,10 @@ class InProcessRunner:
     def state(self, overlay: str) -> dict[str, Any]:
         return {}
 
-    async def close(self) -> None:
+    def forget(self, overlay: str) -> None:
+        self.forgotten.append(overlay)
+
+    async def close(self, *, at_once: bool = False) -> None:
         self.closed = True
 
 

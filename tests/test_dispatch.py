@@ -456,7 +456,7 @@ async def test_a_runner_that_cannot_be_closed_keeps_nothing_else_open(
     settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Stuck(InProcessRunner):
-        async def close(self) -> None:
+        async def close(self, *, at_once: bool = False) -> None:
             raise RuntimeError("stuck")
 
     async with running_bus(settings, Stuck()) as bus:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -19,7 +20,7 @@ from bus.errors import BusError, DeniedError, NotFoundError, OperatorError, Sett
 from bus.overlays import ManifestError, Registry, code_hash
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from bus.model import Manifest
 
@@ -904,6 +905,138 @@ def test_details_tell_how_the_programs_run(root: Path, registry: Registry) -> No
     assert shown[0]["details"]["ping"]["url"] == "/ping"
 
 
+# Editions
+
+
+def edit_code(folder: Path) -> None:
+    (folder / "src" / "run.py").write_text("# edited")
+
+
+def edit_manifest(folder: Path) -> None:
+    put(folder, version="2")
+
+
+def replace_folder(folder: Path) -> None:
+    shutil.copytree(folder, folder.with_name(".new"))
+    shutil.rmtree(folder)
+    folder.with_name(".new").rename(folder)
+
+
+def install_package(folder: Path) -> None:
+    (site_packages(folder) / "addon").mkdir(parents=True)
+
+
+def begin_venv(folder: Path) -> None:
+    (folder / ".venv").mkdir()
+
+
+def make_venv(folder: Path) -> None:
+    site_packages(folder).mkdir(parents=True)
+
+
+def install_node_module(folder: Path) -> None:
+    (folder / "node_modules" / "left-pad").mkdir(parents=True)
+
+
+def site_packages(folder: Path) -> Path:
+    return folder / ".venv" / "lib" / "python3.11" / "site-packages"
+
+
+def put_with_packages(folder: Path) -> Path:
+    """An overlay with a `.venv` and with `node_modules`."""
+    make_venv(put(folder))
+    (folder / ".venv" / "pyvenv.cfg").write_text("home = /usr/bin")
+    (folder / "node_modules").mkdir()
+    return folder
+
+
+@pytest.mark.usefixtures("settled")
+@pytest.mark.parametrize("packages", [False, True])
+def test_an_overlay_that_stands_still_is_of_one_edition(root: Path, registry: Registry, packages: bool) -> None:
+    (put_with_packages if packages else put)(root / "a")
+    put(root / "b")
+    numbers = {registry.resolve("a").edition for _ in range(3)}
+    registry.entries()
+    edit_code(root / "b")
+    registry.resolve("b")
+    assert numbers == {registry.resolve("a").edition}
+
+
+@pytest.mark.usefixtures("settled")
+@pytest.mark.parametrize("change", [edit_code, edit_manifest, replace_folder, install_package, install_node_module])
+def test_each_change_makes_another_edition_with_a_higher_number(
+    root: Path, registry: Registry, change: Callable[[Path], None]
+) -> None:
+    put_with_packages(root / "a")
+    before = registry.resolve("a").edition
+    change(root / "a")
+    registry.entries()  # which reads what has changed, before the call does
+    after = [registry.resolve("a").edition for _ in range(2)]
+    assert after[0] == after[1] > before
+
+
+@pytest.mark.usefixtures("settled")
+def test_packages_count_from_the_moment_when_there_is_a_place_for_them(root: Path, registry: Registry) -> None:
+    put(root / "a")
+    registry.resolve("a")
+    for make in (begin_venv, make_venv, install_package, install_node_module):
+        before = registry.resolve("a").edition
+        make(root / "a")
+        assert registry.resolve("a").edition > before
+
+
+def test_packages_that_changed_a_moment_ago_may_do_so_again_unseen(root: Path, registry: Registry) -> None:
+    put_with_packages(root / "a")
+    install_package(root / "a")
+    editions = [registry.resolve("a").edition for _ in range(3)]
+    assert editions == sorted(set(editions))
+
+
+@pytest.mark.usefixtures("settled")
+def test_an_overlay_that_comes_back_never_has_a_number_again(root: Path, tmp_path: Path, registry: Registry) -> None:
+    put(root / "a")
+    before = registry.resolve("a").edition
+    (root / "a").rename(tmp_path / "a")
+    assert names(registry) == []
+    (tmp_path / "a").rename(root / "a")
+    assert registry.resolve("a").edition > before
+
+
+@pytest.mark.usefixtures("settled")
+def test_an_overlay_is_renewed_on_demand_and_once(root: Path, registry: Registry) -> None:
+    put(root / "a")
+    before = registry.resolve("a")
+    registry.renew("a")
+    registry.renew("unknown")
+    after = [registry.resolve("a") for _ in range(2)]
+    assert after[0].edition == after[1].edition > before.edition
+    assert after[0].code_hash == before.code_hash
+
+
+@pytest.mark.usefixtures("settled")
+def test_after_a_folder_that_never_stood_still_the_code_hash_is_that_of_the_call(
+    root: Path, tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(root / "a")
+    registry.resolve("a")
+    look, clock = overlays._look, itertools.count()
+
+    def look_again(folder: Path) -> object:
+        """As if the manifest were another one at each look."""
+        seen = look(folder)
+        assert seen
+        assert seen.manifest
+        return seen._replace(manifest=seen.manifest._replace(mtime_ns=next(clock)))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(overlays, "_look", look_again)
+        edit_code(root / "a")
+        with pytest.raises(DeniedError, match="stands still"):
+            registry.resolve("a")
+    registry.entries()
+    assert registry.resolve("a").code_hash == code_hash(root / "a")
+
+
 # Watching
 
 
@@ -1043,10 +1176,39 @@ async def test_watch_goes_on_when_the_list_of_disabled_overlays_breaks(
     async with watching(registry) as told:
         (tmp_path / "state" / "overlays.json").write_text("{")
         put(root / "a")
-        known = registry._states({})
-        assert known == {}
+        assert registry._states() is None
         (tmp_path / "state" / "overlays.json").write_text('{"disabled": []}')
         await tells(told, "a 1")
+
+
+async def test_watch_tells_after_each_look_what_is_there_and_not_disabled(
+    root: Path, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overlays, "POLL_S", 0.02)
+    for name in ("a", "b", "c"):
+        put(root / name)
+    (root / "c" / "manifest.json").write_text("{")
+    looks: asyncio.Queue[set[str]] = asyncio.Queue()
+    task = asyncio.create_task(registry.watch(on_look=lambda offered: looks.put_nowait(set(offered))))
+    try:
+        await sees(looks, {"a", "b", "c"})
+        Registry(root, tmp_path / "state").disable("a")
+        await sees(looks, {"b", "c"})
+        shutil.rmtree(root / "b")
+        await sees(looks, {"c"})
+        await sees(looks, {"c"})  # that nothing is new is told, too
+        (tmp_path / "state" / "overlays.json").write_text("{")
+        (tmp_path / "state" / "overlays.json").write_text('{"disabled": []}')
+        await sees(looks, {"a", "c"})
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def sees(looks: asyncio.Queue[set[str]], offered: set[str]) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while await looks.get() != offered:
+            pass
 
 
 async def test_excluded_folders_are_not_watched(root: Path, registry: Registry) -> None:

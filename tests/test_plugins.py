@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from bus import hookspecs
+from bus import hookspecs, manifests
 from bus.app import create_app
 from bus.dispatch import Bus
 from bus.errors import DeniedError
@@ -82,6 +83,26 @@ async def test_a_plugins_runner_is_used_under_a_name_of_its_own(settings: Settin
     assert runner.closed
 
 
+@pytest.mark.parametrize("lacking", ["forget", "state", "close(*, at_once)"])
+def test_a_runner_that_was_made_for_another_version_stops_the_start_and_says_what_it_lacks(
+    settings: Settings, lacking: str
+) -> None:
+    async def close(self: object) -> None:
+        """Ends nothing at once."""
+
+    runner = InProcessRunner(name="old")
+    members = {name: getattr(runner, name) for name in ("run", "state", "forget", "close") if name != lacking}
+    old = type("Old", (), {"name": "old", **members} | ({"close": close} if lacking.startswith("close") else {}))()
+
+    class Registers:
+        @hookimpl
+        def aal_register_runners(self, register: RegisterRunner) -> None:
+            register(old)
+
+    with pytest.raises(PluginValidationError, match=f"has no {re.escape(lacking)}$"):
+        Bus(settings, plugins=[Registers()])
+
+
 def test_a_later_runner_of_the_same_name_takes_the_place_of_a_built_in(settings: Settings) -> None:
     runner = InProcessRunner(name="proc")
     runners: dict[str, Runner] = Plugins(settings, [runner]).runners()
@@ -109,6 +130,28 @@ async def test_an_overlay_is_checked_by_plugins_when_it_is_loaded(settings: Sett
     assert refused.body["code"] == "ERR_OVERLAY_BROKEN"
     assert "first fault" in str(refused.body["faults"])
     assert "second fault" in str(refused.body["faults"])
+
+
+@pytest.mark.parametrize(
+    ("command", "mode", "is_fault"),
+    [
+        (["python3", "run.py"], "fork", False),
+        (["python3", "-c", "print(1)"], "fork", True),
+        (["sh", "run.sh"], "fork", True),
+        (["sh", "run.sh"], "auto", False),
+        (["sh", "run.sh"], "spawn", False),
+    ],
+)
+def test_a_fork_that_was_asked_for_is_of_a_python_script(
+    settings: Settings, command: list[str], mode: str, is_fault: bool
+) -> None:
+    entrypoints = {"proc": {"command": command, "mode": mode}}
+    folder = add_native(settings.overlays, "one", {"run": {"runner": "proc"}}, entrypoints=entrypoints)
+    (folder / "run.py").touch()
+    manifest = manifests.read(folder)
+    faults = Plugins(settings).check_overlay(manifest, folder)
+    assert len(faults) == is_fault
+    assert all("mode fork" in fault and command[0] in fault for fault in faults)
 
 
 async def test_a_plugin_that_fails_to_check_an_overlay_keeps_it_out(settings: Settings) -> None:

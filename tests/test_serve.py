@@ -16,7 +16,7 @@ import pytest
 
 from bus import provenance
 from tests.programs import running
-from tests.support import PATIENCE_S, add_script, eventually, settings_in
+from tests.support import PATIENCE_S, add_script, eventually, settings_in, write_overlay
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -66,13 +66,22 @@ def calling(folder: Path, address: str) -> Iterator[Caller]:
     caller.join()
 
 
-@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGHUP], [signal.SIGINT, signal.SIGINT]])
+@pytest.mark.parametrize(
+    ("signals", "drain_s", "kill_grace_s"),
+    [
+        ([signal.SIGTERM], "0.2", "0.2"),
+        ([signal.SIGHUP], "0.2", "0.2"),
+        ([signal.SIGINT, signal.SIGINT], "600", "60"),  # a second one waits for nothing
+        ([signal.SIGTERM, signal.SIGTERM], "600", "60"),
+        ([signal.SIGHUP, signal.SIGTERM], "600", "60"),
+        ([signal.SIGINT, signal.SIGINT], "0", "60"),  # nor for the grace of a call that is being ended already
+    ],
+)
 def test_a_call_that_does_not_finish_in_time_is_ended_answered_and_written_down(
-    tmp_path: Path, signals: list[signal.Signals]
+    tmp_path: Path, signals: list[signal.Signals], drain_s: str, kill_grace_s: str
 ) -> None:
     add_script(tmp_path / "overlays", "slow", SLOW)
-    drain_s = "0.2" if len(signals) == 1 else "600"  # a second Ctrl-C does not wait for it
-    with serving(tmp_path, drain_s=drain_s, kill_grace_s="0.2") as (server, address):
+    with serving(tmp_path, drain_s=drain_s, kill_grace_s=kill_grace_s) as (server, address):
         with calling(tmp_path, address) as caller:
             for number in signals:  # one by one: the kernel makes one of two that wait
                 server.send_signal(number)
@@ -88,11 +97,19 @@ def test_a_call_that_does_not_finish_in_time_is_ended_answered_and_written_down(
     assert provenance.verify(ledger).ok
 
 
-def test_while_it_drains_it_is_not_ready_and_refuses_calls_with_a_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGHUP, signal.SIGHUP]])
+def test_while_it_drains_it_is_neither_healthy_nor_ready_and_refuses_calls_with_a_line(
+    tmp_path: Path, signals: list[signal.Signals]
+) -> None:
     add_script(tmp_path / "overlays", "slow", "touch ../slow.pid; until [ -e ../go ]; do sleep 0.01; done; echo 1")
     with serving(tmp_path, drain_s="600") as (server, address), calling(tmp_path, address) as caller:
-        server.send_signal(signal.SIGTERM)
-        eventually(lambda: not is_ready(address), "the server has seen the signal")
+        assert asked(address, "GET", "/health") == (200, {"status": "ok"})
+        for number in signals:
+            server.send_signal(number)
+            eventually(lambda: not is_ready(address), "the server has seen the signal")
+        assert asked(address, "GET", "/health") == (503, {"status": "shutting down"})
+        status, root = asked(address, "GET", "/")
+        assert (status, root["status"]) == (200, "shutting down")
         status, late = asked(address, "POST", "/invoke/slow", '{"phase":"OPEN"}')
         (tmp_path / "overlays/go").touch()
         _, log = server.communicate(timeout=PATIENCE_S)
@@ -102,6 +119,68 @@ def test_while_it_drains_it_is_not_ready_and_refuses_calls_with_a_line(tmp_path:
     assert "Traceback" not in log
     codes = [line["code"] for line in provenance.iter_lines(settings_in(tmp_path).ledger) if "code" in line]
     assert codes == ["ERR_SHUTTING_DOWN", "OK"]
+
+
+WORKER = "trap '' TERM; read -r line; " + SLOW.partition("; ")[2]
+
+SERVICE = """
+import os, pathlib, signal, socket, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+listener = socket.create_server(("127.0.0.1", int(os.environ["OVERLAY_PORT"])))
+while not (connection := listener.accept()[0]).recv(1):
+    connection.close()
+pathlib.Path("../slow.pid").touch()
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(
+    ("entrypoints", "runner", "script"),
+    [
+        ({"proc": {"command": ["sh", "run"], "mode": "worker"}}, "proc", WORKER),
+        ({"http": {"command": [sys.executable, "run"]}}, "http", SERVICE),
+    ],
+    ids=["worker", "service"],
+)
+def test_a_second_signal_ends_a_worker_and_a_service_at_once_too(
+    tmp_path: Path, entrypoints: dict[str, Any], runner: str, script: str
+) -> None:
+    capabilities = {"run": {"runner": runner, "timeout_s": 600}}
+    manifest = {"name": "slow", "version": "1", "entrypoints": entrypoints, "capabilities": capabilities}
+    write_overlay(tmp_path / "overlays", "slow", manifest, {"run": script})
+    with serving(tmp_path, drain_s="600", kill_grace_s="60") as (server, address):
+        with calling(tmp_path, address) as caller:
+            server.send_signal(signal.SIGINT)
+            eventually(lambda: not is_ready(address), "the server has seen the signal")
+            server.send_signal(signal.SIGINT)
+        _, log = server.communicate(timeout=PATIENCE_S)
+    assert (caller.status, caller.answer["code"]) == (503, "ERR_SHUTTING_DOWN")
+    assert server.returncode == 0
+    assert "Traceback" not in log
+    assert not running(str(tmp_path))
+    ledger = settings_in(tmp_path).ledger
+    assert [line["request_id"] for line in provenance.iter_lines(ledger) if "request_id" in line] == [
+        caller.answer["request_id"]
+    ]
+    assert provenance.verify(ledger).ok
+
+
+def test_a_service_that_is_still_starting_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    manifest = {
+        "name": "slow",
+        "version": "1",
+        "entrypoints": {"http": {"command": ["sh", "run.sh"], "start_timeout_s": 600}},
+        "capabilities": {"run": {"runner": "http", "timeout_s": 600}},
+    }
+    write_overlay(tmp_path / "overlays", "slow", manifest, {"run.sh": SLOW})
+    with serving(tmp_path, drain_s="0.2", kill_grace_s="0.2") as (server, address):
+        with calling(tmp_path, address) as caller:
+            server.send_signal(signal.SIGTERM)
+        _, log = server.communicate(timeout=PATIENCE_S)
+    assert (caller.status, caller.answer["code"]) == (503, "ERR_SHUTTING_DOWN")
+    assert server.returncode == 0
+    assert "Traceback" not in log
+    assert not running(str(tmp_path))
 
 
 def is_ready(address: str) -> bool:
