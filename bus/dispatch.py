@@ -273,6 +273,7 @@ class Bus:
             hard_mb=told.memory["hard_mb"],
             max_output_bytes=self.settings.max_output_bytes,
             edition=resolved.edition,
+            limit=call.received + capability.timeout_s,
         )
 
     def _target(self, resolved: Resolved, call: Invocation) -> ProcessTarget | HttpTarget:

@@ -53,6 +53,12 @@ _OF_SERVICE: Mapping[str, Callable[[Any], Any]] = {
     "idle_s": float,
     "max_mb": int,
 }
+_OF_WORKERS: Mapping[str, Callable[[Any], Any]] = {
+    "count": int,
+    "max_calls": int,
+    "max_mb": int,
+    "start_timeout_s": float,
+}
 _SAID_AT_ONCE = 3
 _SHOWN = 120
 _SHOWN_ALLOWED = 400
@@ -182,7 +188,7 @@ class _Reading:
         if "preload" in proc:
             found["preload"] = tuple(dict.fromkeys(proc["preload"]))
         if "workers" in proc:
-            found["workers"] = Workers(**{name: int(value) for name, value in proc["workers"].items()})
+            found["workers"] = Workers(**{name: _OF_WORKERS[name](value) for name, value in proc["workers"].items()})
         return found
 
     def _service(self) -> Service | None:

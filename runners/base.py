@@ -62,12 +62,13 @@ class Workers:
     """The pool of an overlay in mode `worker`: `count` processes, each replaced after `max_calls` calls.
 
     So is one that uses more memory than `max_mb`, with all that it started, also during a call; None takes the HARD of
-    the call's profile.
+    the call's profile. From its start a worker has `start_timeout_s` for its first reply, whoever still waits for it.
     """
 
     count: int = 1
     max_calls: int = 10_000
     max_mb: int | None = None
+    start_timeout_s: float = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +119,9 @@ class HttpTarget:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """An admitted invocation, as a runner gets it. `deadline` is in seconds on the `time.monotonic` clock.
+    """An admitted invocation, as a runner gets it. `deadline` and `limit` are seconds on the `time.monotonic` clock.
 
+    `limit` is the deadline that the overlay's own timeout gives; the caller may have brought `deadline` nearer.
     `edition` counts what its overlay has been: code, manifest and folder. A higher number is a later one. What keeps
     running from call to call serves only jobs of the edition that it was started for.
     """
@@ -137,6 +139,7 @@ class Job:
     max_output_bytes: int
     max_log_bytes: int = 64 * 1024
     edition: int = 0
+    limit: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

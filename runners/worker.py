@@ -6,13 +6,13 @@ out beside `result`, and is then true. It never writes anything else to stdout, 
 
     {"request_id": "0190...", "ok": true, "result": 42}
 
-A worker has one call at a time. A call that times out or is cancelled is answered at once, and leaves its worker
-*late*: it keeps its place and takes no call until its reply has come, which is read, checked and dropped. It has
-`late_s` for that, or as long as it may take to load, `start_s` from its start, where it has never answered anything;
-then it is ended. So an impatient caller costs nobody a warm worker, nor one that is still loading. What a worker says
-without being asked, or for another call, ends it, so that no result can go to another caller. The call of a worker
-that ended by itself without having read any of it goes on to another; where any of it was read, it may have done its
-work, and fails.
+A worker has one call at a time. A call that times out or is cancelled is answered at once. Where its caller allowed
+less time than the overlay's own timeout, or the worker is still loading (it has `start_timeout_s` for its first reply),
+that leaves the worker *late*: it keeps its place and takes no call until its reply has come, which is read, checked and
+dropped. So an impatient caller costs nobody a warm worker, nor one that is still loading. Then it is ended, and so is
+one that says something without being asked, or for another call, so that no result can go to another caller. The call
+of a worker that ended by itself without having read any of it goes on to another; where any of it was read, it may have
+done its work, and fails.
 
 A call costs no task, no timer and no thread: a write, one callback when the reply is there, and a future.
 """
@@ -26,6 +26,7 @@ import functools
 import os
 import signal
 import termios
+import time
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from runners.base import LARGE_BYTES, Code, JsonError, Outcome, parse_json
@@ -99,6 +100,7 @@ class Owner(Protocol):
     home: Home
     argv: tuple[str, ...]
     log_limit: int
+    start_timeout_s: float
 
     def ready(self, worker: Worker) -> None:
         """It has started: give it a call, or let it rest."""
@@ -141,7 +143,7 @@ class Worker:
         self._owner = owner
         self._means = means
         self._voice = Voice(means.logs, self.overlay, f"worker {number}")
-        self._began = self._loop.time()
+        self._began = time.monotonic()
         self._stdin = self._stdout = self._stderr = _NO_FD
         self._rest = memoryview(b"")
         self._written = 0
@@ -176,7 +178,7 @@ class Worker:
         """What it is and does, as JSON for people. `pid` is that of the helper that it runs below."""
         told: dict[str, Any] = {"phase": self._owner.home.phase, "state": self.doing, "calls": self.calls}
         if self.process is not None:
-            told |= {"pid": self.process.helper_pid, "uptime_s": round(self._loop.time() - self._began, 3)}
+            told |= {"pid": self.process.helper_pid, "uptime_s": round(time.monotonic() - self._began, 3)}
         return told if self.memory_mb is None else told | {"memory_mb": round(self.memory_mb, 1)}
 
     async def measure(self) -> float | None:
@@ -232,7 +234,7 @@ class Worker:
 
     def _started(self, process: Process) -> None:
         self.process = process
-        self._began = self._loop.time()
+        self._began = time.monotonic()
         home = self._owner.home
         self._voice.note(f"starts (phase {home.phase}, edition {home.edition})")
         process.ended.add_done_callback(self._exited)
@@ -354,16 +356,23 @@ class Worker:
             self._owner.free(self)
         call.finish(Outcome(result=reply, log=log, output_bytes=size))
 
-    def be_late(self) -> None:
-        """Nobody waits for its reply any more: end it only where that does not come in good time."""
-        if self._leaving:
-            return
-        pace, now = self._means.pace, self._loop.time()
-        until = now + pace.late_s
+    def patience_s(self) -> float:
+        """Seconds for which its reply is worth waiting for, though its caller may not: 0 where it has had its time."""
+        if self.call is None or self._leaving:
+            return 0.0
+        until = max(self.call.job.deadline, self.call.job.limit)
         if not self.calls:
-            until = max(until, self._began + pace.start_s)
-        what = f"was late, had still not answered after {until - now:.3g} s more, and was ended"
-        self._set_timer(until - now, self.stop, Code.TIMEOUT, what)
+            until = max(until, self._began + self._owner.start_timeout_s)
+        return max(0.0, until - time.monotonic())
+
+    def be_late(self) -> None:
+        """Nobody waits for its reply any more: end it where that does not come in its time."""
+        left_s = self.patience_s()
+        what = "had not answered in the time that it may take, and was ended"
+        if left_s:
+            self._set_timer(left_s, self.stop, Code.TIMEOUT, what)
+        else:
+            self.stop(Code.TIMEOUT, what)
 
     # The log
 

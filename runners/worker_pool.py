@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from runners.base import Code, Outcome
-from runners.helper import MEMORY_EVERY_S, START_S, Home
+from runners.helper import MEMORY_EVERY_S, Home
 from runners.output import excess
 from runners.worker import Worker
 
@@ -39,10 +39,6 @@ _IS = {"late": "late with a call that was given up"}
 class WorkerPace:
     """How long and how often. Times are in seconds."""
 
-    late_s: float = 10.0
-    """That a worker may still take for a reply which nobody waits for any more."""
-    start_s: float = START_S
-    """The same for one that has never answered, from its start: it may have much to load."""
     memory_s: float = MEMORY_EVERY_S
     """Between two looks at the memory of the workers of a pool that has calls."""
     exit_grace_s: float = 0.25
@@ -97,6 +93,7 @@ class Pool:
         self.home = Home(job.overlay, job.phase, job.rights, job.folder, target.env, job.edition)
         self.argv = target.argv
         self.log_limit = job.max_log_bytes
+        self.start_timeout_s = target.workers.start_timeout_s
         self.loop = asyncio.get_running_loop()
         self._means = means
         self._limits = target.workers
@@ -174,11 +171,13 @@ class Pool:
             self._expire_at(due)
 
     def _time_out(self, worker: Worker, call: WorkerCall) -> None:
-        error = f"the worker had not answered within the call's {call.allowed_s:.3f} s; "
-        if worker.calls:
-            error += "its reply is dropped when it comes"
+        error = f"the worker had not answered within the call's {call.allowed_s:.3f} s, "
+        if left_s := worker.patience_s():
+            error += f"and has {left_s:.3g} s more for a reply, which is dropped"
         else:
-            error += "it has never answered yet, and goes on loading (its reply is to be one line, and flushed)"
+            error += "and was ended"
+        if not worker.calls:
+            error += "; it has never answered yet, and a reply is to be one line, and flushed"
         call.finish(Outcome(Code.TIMEOUT, error=error, log=worker.log_of_call()))
         self._late(worker)
 

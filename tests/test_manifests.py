@@ -150,7 +150,7 @@ def test_the_defaults_that_the_schema_tells_are_those_of_the_code() -> None:
     for kind, properties in told.items():
         defaults = {field.name: field.default for field in dataclasses.fields(kind)}
         schemas = {key: schema["default"] for key, schema in properties.items() if "default" in schema}
-        assert len(schemas) == 2
+        assert len(schemas) > 1
         assert schemas == {key: defaults[key] for key in schemas}
 
 
@@ -428,10 +428,10 @@ def test_a_fork_preloads_each_module_once(tmp_path: Path) -> None:
 
 
 def test_a_worker_has_a_pool_and_a_pipe(tmp_path: Path) -> None:
-    workers = {"count": 2, "max_calls": 50.0, "max_mb": 300}
+    workers = {"count": 2, "max_calls": 50.0, "max_mb": 300, "start_timeout_s": 90}
     for stdin in ({}, {"stdin": "pipe"}):
         manifest = read(tmp_path, with_proc(mode="worker", workers=workers, **stdin))
-        assert (manifest.mode, manifest.stdin, manifest.workers) == ("worker", "pipe", Workers(2, 50, 300))
+        assert (manifest.mode, manifest.stdin, manifest.workers) == ("worker", "pipe", Workers(2, 50, 300, 90.0))
         assert type(manifest.workers.max_calls) is int
 
 
@@ -496,6 +496,7 @@ def test_shape_a_knows_no_ways_to_run(tmp_path: Path) -> None:
         (with_proc(mode="worker", workers={"count": 0}), "$.entrypoints.proc.workers.count", "1 or more"),
         (with_proc(mode="worker", workers={"count": 65}), "$.entrypoints.proc.workers.count", "64 or less"),
         (with_proc(mode="worker", workers={"max_calls": 1.5}), "$.entrypoints.proc.workers.max_calls", "integer"),
+        (with_proc(mode="worker", workers={"start_timeout_s": 0}), "$.entrypoints.proc.workers.start_timeout_s", "0"),
         (with_proc(mode="worker", workers={"max_mb": 0}), "$.entrypoints.proc.workers.max_mb", "1 or more"),
         (with_proc(mode="worker", workers={"max_call": 1}), "$.entrypoints.proc.workers.max_call", "'max_calls'"),
         (with_proc(prelaod=[], mode="fork"), "$.entrypoints.proc.prelaod", "'preload'"),

@@ -20,6 +20,9 @@ TIMEOUT_S = 20.0
 """What a deed that ends by itself may take."""
 
 _SHORT_MS = (50, 500)
+LATE_S = 4.0
+"""What a call of a worker may take, whoever waits: no longer than the bus is given to come to rest."""
+
 _SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # none that leaves a core
 
 
@@ -118,10 +121,12 @@ def _once(command: str) -> dict[str, Any]:
     return {"entrypoint": command, "capabilities": ["exec"]}
 
 
-def _native(runner: str, entrypoint: Mapping[str, Any]) -> dict[str, Any]:
-    capability = {"runner": runner, "timeout_s": TIMEOUT_S} | ({"path": "/"} if runner == "http" else {})
+def _native(runner: str, entrypoint: Mapping[str, Any], timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
+    capability = {"runner": runner, "timeout_s": timeout_s} | ({"path": "/"} if runner == "http" else {})
     return {"permissions": ["exec"], "entrypoints": {runner: entrypoint}, "capabilities": {"run": capability}}
 
+
+_WORKERS = {"count": 2, "start_timeout_s": LATE_S}
 
 OVERLAYS = (
     Overlay("shell", ("once.sh",), _once("sh once.sh"), _SHELL),
@@ -147,7 +152,7 @@ OVERLAYS = (
     Overlay(
         "worker",
         ("worker.py", "deeds.py"),
-        _native("proc", {"command": ["python3", "worker.py"], "mode": "worker", "workers": {"count": 2}}),
+        _native("proc", {"command": ["python3", "worker.py"], "mode": "worker", "workers": _WORKERS}, LATE_S),
         _WORKER,
         resident=True,
     ),

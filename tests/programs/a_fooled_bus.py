@@ -1,4 +1,4 @@
-"""A bus to be killed, whose overlay has an interpreter of its own: `-m tests.programs.a_fooled_bus FORM TOKEN FOLDER`."""
+"""A bus to be killed whose overlay has an interpreter of its own: `tests.programs.a_fooled_bus FORM TOKEN FOLDER`."""
 
 from __future__ import annotations
 
