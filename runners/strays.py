@@ -1,7 +1,7 @@
 """Programs that lost every process that would have ended them: found by the mark of their helper, and killed.
 
 A last resort for where the kernel gives no pid namespace, and both processes of a helper were killed at once. What
-changed its environment and runs another program is not found.
+changed its environment and runs another program is not found, nor what never stays one process for long.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ def _end(pid: int, mark: str) -> bool:
         pidfd = os.pidfd_open(pid)
         try:
             if _carries(pid, mark):
+                _kill_group_of(pid)
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
                 poll = select.poll()
                 poll.register(pidfd, select.POLLIN)
@@ -57,3 +58,11 @@ def _end(pid: int, mark: str) -> bool:
         finally:
             os.close(pidfd)
     return False
+
+
+def _kill_group_of(pid: int) -> None:
+    """All of a group at once: none gets away by forking. The group of this process is no program's."""
+    group = os.getpgid(pid)
+    if group != os.getpgrp():
+        with contextlib.suppress(PermissionError):
+            os.killpg(group, signal.SIGKILL)

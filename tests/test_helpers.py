@@ -377,7 +377,7 @@ async def test_a_kill_that_a_stopped_helper_does_not_obey_ends_the_helper(
     bench: Bench, soon: None, stopped: tuple[str, ...]
 ) -> None:
     helper = await bench.helper()
-    calls = [await bench.started(way) for way in ("hold", "deaf", "comet")]
+    calls = [await bench.started(way) for way in ("hold", "deaf")]
     for which in stopped:
         os.kill(helper.pid if which == "outer" else inner(helper), signal.SIGSTOP)
     if "inner" not in stopped:
