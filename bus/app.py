@@ -288,14 +288,15 @@ class _ClientWatch:
     """Cancels the current task once its client has gone. Begins after `WATCH_AFTER_S`: most calls are over by then."""
 
     def __init__(self, receive: Receive) -> None:
-        caller = asyncio.current_task()
+        loop = asyncio.get_running_loop()
+        caller = asyncio.current_task(loop)
         if caller is None:
             raise RuntimeError("a request is handled in a task")
         self.caller: asyncio.Task[Any] = caller
         self.has_fired = False
         self._receive = receive
         self._task: asyncio.Task[None] | None = None
-        self._timer = asyncio.get_running_loop().call_later(WATCH_AFTER_S, self._begin)
+        self._timer = loop.call_later(WATCH_AFTER_S, self._begin)
 
     def end(self) -> None:
         self._timer.cancel()

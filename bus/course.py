@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -155,9 +154,7 @@ class Course:
             f"the call ran and ended with {outcome.code}, and its ledger line could not be written: {error}",
             hint="The outcome is in this answer only. Free the disk or mend the permissions of the log folder.",
         )
-        told = dataclasses.replace(
-            outcome, code="ERR_LEDGER", error=self.refusal.detail, retryable=False, replied=False
-        )
+        told = outcome._replace(code="ERR_LEDGER", error=self.refusal.detail, retryable=False, replied=False)
         return self._answer(told, None, None)._replace(http_status=500)
 
     def _answer(self, outcome: Outcome, record: Record | None, provenance: dict[str, Any] | None) -> Answer:

@@ -58,11 +58,13 @@ _ENV_ALLOWED = ("HOME", "LANG", "LC_ALL", "LC_CTYPE", "LOGNAME", "PATH", "TMPDIR
 class _Means:
     """What the calls of one edition of an overlay share.
 
-    `env` is that of its programs, empty where it has none; `targets` is where each capability's calls go.
+    `env` is that of its programs, empty where it has none; `state` the folder for their state, with a `/` behind it, so
+    that nothing else can be there; `targets` is where each capability's calls go.
     """
 
     edition: int
-    env: Mapping[str, str]
+    env: Mapping[str, str] = field(default_factory=dict)
+    state: str | None = None
     targets: dict[str, ProcessTarget | HttpTarget] = field(default_factory=dict)
 
 
@@ -315,11 +317,13 @@ class Bus:
         name = resolved.manifest.name
         means = self._means.get(name)
         if means is not None and means.edition == resolved.edition:
-            if not means.env or os.path.isdir(means.env["OVERLAY_STATE"]):  # noqa: PTH112  # for every call
+            if means.state is None or os.access(means.state, os.F_OK):
                 return means
             self.registry.renew(name)  # what keeps running has open what was removed
-        env = child_env(resolved.manifest, self.settings) if _starts_programs(resolved.manifest) else {}
-        fresh = _Means(resolved.edition, env)
+        fresh = _Means(resolved.edition)
+        if _starts_programs(resolved.manifest):
+            env = child_env(resolved.manifest, self.settings)
+            fresh = _Means(resolved.edition, env, env["OVERLAY_STATE"] + "/")
         if means is None or means.edition <= resolved.edition:  # else it is a late call's
             self._means[name] = fresh
         return fresh
@@ -340,7 +344,7 @@ class Bus:
         """A call that was ended because the bus shuts down is told so; its caller may still be there."""
         if outcome.code != Code.CANCELLED or not self.is_closing:
             return outcome
-        return dataclasses.replace(outcome, code="ERR_SHUTTING_DOWN", error="the bus shut down before the call ended")
+        return outcome._replace(code="ERR_SHUTTING_DOWN", error="the bus shut down before the call ended")
 
     async def _finish(self, course: Course, outcome: Outcome) -> Answer:
         """Write the line, tell the plugins, and only then answer."""

@@ -7,7 +7,6 @@ accepts nothing that the schema refuses; a test holds it to that.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -173,9 +172,8 @@ def open_reply(outcome: Outcome) -> Outcome:
     if not outcome.ok or type(reply) is not dict or "ok" not in reply:
         return outcome
     if not _is_usual_reply(reply) and (fault := _fault_of_reply(reply)):
-        return dataclasses.replace(outcome, code=Code.PROTOCOL, result=None, error=fault)
-    return dataclasses.replace(
-        outcome,
+        return outcome._replace(code=Code.PROTOCOL, result=None, error=fault)
+    return outcome._replace(
         replied=True,
         code=Code.OK if reply["ok"] else _own_code(reply.get("code")),
         result=reply.get("result"),
@@ -221,8 +219,8 @@ def check_result(validator: Draft202012Validator | None, outcome: Outcome) -> tu
         result_json = canonical(outcome.result)
     except CanonicalError as error:
         fault = f"at {error.pointer or 'the top'} of the result: {error.message}"
-        return dataclasses.replace(outcome, code=Code.PROTOCOL, result=None, error=fault, replied=False), None
+        return outcome._replace(code=Code.PROTOCOL, result=None, error=fault, replied=False), None
     if validator is not None and outcome.ok and (faults := schemas.faults(validator, outcome.result, "$.result")):
-        refused = dataclasses.replace(outcome, code="ERR_OUTPUT_SCHEMA", error=say(faults), replied=False)
+        refused = outcome._replace(code="ERR_OUTPUT_SCHEMA", error=say(faults), replied=False)
         return refused, result_json
     return outcome, result_json

@@ -35,9 +35,10 @@ __all__ = ["Fsync", "Ledger", "LedgerError", "Receipt"]
 RETRY_S = 1
 """How often an idle writer tries again to write a ledger that could not be written; refusals say so in Retry-After."""
 
-GATHER_TURNS = 3
+TURNS_ALONE, TURNS_AMONG_MANY = 8, 64
 """Turns of the loop from the first record of a group to its write. Where calls come quickly each turn brings more, so
-that one write and one sync are for many; a loop that has nothing else to do turns in a few microseconds."""
+that one write and one sync are for many: after a group of several it is worth waiting for. A loop that has nothing else
+to do turns in a few microseconds."""
 
 _log = logging.getLogger(__name__)
 _GROUP_LIMIT = 1024
@@ -109,6 +110,7 @@ class Ledger:
         self._kernel: FileSync | None = None
         self._ear: _Ear | None = None
         self._flight: _Flight | None = None
+        self._gathers = False
         self._pid = 0
 
     @property
@@ -223,10 +225,13 @@ class Ledger:
             self._waiting.append(waiting)
             return len(self._waiting) == 1
 
-    def _plan(self, loop: asyncio.AbstractEventLoop, turns: int = GATHER_TURNS) -> None:
+    def _plan(self, loop: asyncio.AbstractEventLoop) -> None:
         """Write what waits, some turns of the loop from now."""
-        if turns:
-            loop.call_soon(self._plan, loop, turns - 1)
+        self._turn(loop, TURNS_AMONG_MANY if self._gathers else TURNS_ALONE)
+
+    def _turn(self, loop: asyncio.AbstractEventLoop, left: int) -> None:
+        if left:
+            loop.call_soon(self._turn, loop, left - 1)
         else:
             self._flush()
 
@@ -236,6 +241,7 @@ class Ledger:
             if self._thread is None or not self._waiting or not self._writing.acquire(blocking=False):
                 return
             group = self._take()
+            self._gathers = len(group) > 1
             written = self._write_here(group)
             if written is None:
                 self._steps.put(partial(self._write, group))

@@ -6,7 +6,7 @@ import enum
 import random
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from runners.base import Workers
 
@@ -112,8 +112,7 @@ class Manifest:
     warnings: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Told:
+class Told(NamedTuple):
     """What an overlay is told of its call beside the payload. `memory` is the envelope's memory block."""
 
     request_id: str
@@ -132,8 +131,7 @@ class ReplayOf:
     told: Told
 
 
-@dataclass(frozen=True, slots=True)
-class Invocation:
+class Invocation(NamedTuple):
     """One request, read and checked for form.
 
     `received` and the deadline made from it are seconds on the `time.monotonic` clock. `capability` is None where the

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bus.canonical import shown
 from bus.errors import DeniedError
@@ -98,8 +98,7 @@ class Entry:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class Resolved:
+class Resolved(NamedTuple):
     """What a call goes to. `code_hash` is that of the folder at this moment; `links` as in `Entry`.
 
     `edition` counts what the overlay has been: each change of its folder, its manifest, its code or its installed

@@ -6,7 +6,6 @@ code, environment) is told beside either verdict, because it is the first thing 
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -97,7 +96,7 @@ def invocation_of(recorded: Record) -> Invocation:
         environment_hash=recorded["environment_hash"],
         memory={name: value for name, value in recorded["memory"].items() if name not in _MEASURED},
     )
-    return dataclasses.replace(call, replay_of=ReplayOf(seq, told))
+    return call._replace(replay_of=ReplayOf(seq, told))
 
 
 def _differences(recorded: Record, answer: Answer) -> tuple[str, ...]:

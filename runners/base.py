@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import json
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -117,8 +117,7 @@ class HttpTarget:
     service: ServiceTarget | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(NamedTuple):
     """An admitted invocation, as a runner gets it. `deadline` and `limit` are seconds on the `time.monotonic` clock.
 
     `limit` is the deadline that the overlay's own timeout gives; the caller may have brought `deadline` nearer.
@@ -142,8 +141,7 @@ class Job:
     limit: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What came of a job.
 
     A runner leaves in `result` the JSON value that the overlay sent, not yet opened as a protocol reply. `exit_code` is

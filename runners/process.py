@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import errno
 import os
 import shutil
@@ -310,7 +309,7 @@ async def _outcome(run: _Run, exit_: Exit) -> Outcome:
     if run.reason is not None:
         return _outcome_of(run, exit_, run.reason, _ended_early(run, run.reason))
     if exit_.lost is not None:
-        return dataclasses.replace(_outcome_of(run, exit_, Code.CRASH, exit_.lost), retryable=True)
+        return _outcome_of(run, exit_, Code.CRASH, exit_.lost)._replace(retryable=True)
     stdout = run.stdout
     reply = read_reply(stdout) if len(stdout) <= LARGE_BYTES else await asyncio.to_thread(read_reply, stdout)
     code, error = judge(reply, exit_.code or 0)

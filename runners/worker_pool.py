@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import math
 import time
 from collections import Counter, deque
@@ -222,7 +221,7 @@ class Pool:
         error = (
             f"{last.error}; {self._failures} in a row never answered, and the next is not started for {left_s:.3f} s"
         )
-        return dataclasses.replace(last, error=error, retryable=True)
+        return last._replace(error=error, retryable=True)
 
     def free(self, worker: Worker) -> None:
         if self._failures:

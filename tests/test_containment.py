@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import dataclasses
 import json
 import os
 import shlex
@@ -72,7 +71,7 @@ def put_python(folder: Path, *way: str) -> None:
 
 def a_job(folder: Path, token: str = "", overlay: str = "fooled", **limits: Any) -> Job:
     target = ProcessTarget(("./python3", "run.py"), {**programs.ENV, "TOKEN": token})
-    return dataclasses.replace(programs.make_job(target, folder=folder, **limits), overlay=overlay)
+    return programs.make_job(target, folder=folder, **limits)._replace(overlay=overlay)
 
 
 async def honest(runner: ProcessRunner) -> tuple[object, int]:
@@ -250,7 +249,7 @@ async def test_a_helper_that_learns_for_ever_is_given_up(
 async def test_an_interpreter_that_is_not_there_is_named_as_any_program(runner: ProcessRunner, tmp_path: Path) -> None:
     for name, reason in (("./python3", "No such file or directory"), ("python3", "No such file or directory")):
         target = ProcessTarget((name, "run.py"), {"PATH": str(tmp_path)})
-        outcome = await runner.run(dataclasses.replace(a_job(tmp_path), target=target, edition=len(name)))
+        outcome = await runner.run(a_job(tmp_path)._replace(target=target, edition=len(name)))
         assert (outcome.code, outcome.error) == (Code.START, f"could not start {name!r}: {reason}")
 
 
@@ -262,7 +261,7 @@ async def test_the_interpreter_is_looked_up_on_the_path_that_the_program_gets(
     (place / "python3").symlink_to(sys.executable)
     (tmp_path / "run.py").write_text("import json, sys; print(json.dumps(sys.executable))")
     target = ProcessTarget(("python3", "run.py"), {"PATH": "/no/such/place:bin"})
-    outcome = await runner.run(dataclasses.replace(a_job(tmp_path), target=target))
+    outcome = await runner.run(a_job(tmp_path)._replace(target=target))
     assert outcome.ok, outcome
     assert runner.state("fooled")["helpers"][0]["mode"] == "fork"
 

@@ -171,7 +171,7 @@ async def test_a_get_sends_the_query_beside_that_of_its_address_and_no_body(runn
 async def test_a_body_of_any_size_arrives_whole(runner: HttpRunner) -> None:
     async with RawService(OK_ANSWER) as raw:
         for size in (0, 1, 64 * 1024, 5 * 2**20):
-            job = dataclasses.replace(programs.make_job(HttpTarget(raw.url, "PUT")), envelope=b"x" * size)
+            job = programs.make_job(HttpTarget(raw.url, "PUT"))._replace(envelope=b"x" * size)
             assert (await runner.run(job)).result == {"ok": True}
             assert raw.requests[-1].partition(b"\r\n\r\n")[2] == job.envelope
 
@@ -191,7 +191,7 @@ async def test_what_a_field_cannot_hold_adds_no_field(runner: HttpRunner) -> Non
         return web.json_response([request.headers["X-Request-Id"], "X-Evil" in request.headers])
 
     async with service(handle) as url:
-        job = dataclasses.replace(programs.make_job(HttpTarget(url)), request_id="č\r\nX-Evil: 1")
+        job = programs.make_job(HttpTarget(url))._replace(request_id="č\r\nX-Evil: 1")
         outcome = await runner.run(job)
     assert outcome.result == ["%C4%8D%0D%0AX-Evil%3A%201", False]
 
@@ -612,7 +612,7 @@ async def test_what_was_not_sent_at_the_deadline_is_not_sent_any_more(runner: Ht
         ended.set()
 
     async with talking(converse) as url:
-        job = dataclasses.replace(programs.make_job(HttpTarget(url), timeout_s=0.1), envelope=BODY)
+        job = programs.make_job(HttpTarget(url), timeout_s=0.1)._replace(envelope=BODY)
         outcome = await runner.run(job)
         go_on.set()
         await asyncio.wait_for(ended.wait(), 60)
@@ -631,7 +631,7 @@ async def test_a_connection_on_which_not_all_was_sent_is_not_used_again(runner: 
         await asyncio.Event().wait()
 
     async with talking(converse) as url:
-        job = dataclasses.replace(programs.make_job(HttpTarget(url), timeout_s=20.0), envelope=BODY)
+        job = programs.make_job(HttpTarget(url), timeout_s=20.0)._replace(envelope=BODY)
         outcomes = [await runner.run(job) for _ in range(2)]
     assert [outcome.result for outcome in outcomes] == [{"ok": True}] * 2
     assert connections == 2
@@ -689,7 +689,7 @@ async def test_a_connection_with_tls_is_kept_as_well(
             writer.write(OK_ANSWER)
 
     async with talking(converse, tls) as url:
-        job = dataclasses.replace(programs.make_job(HttpTarget(url)), envelope=b"x" * 2**20)
+        job = programs.make_job(HttpTarget(url))._replace(envelope=b"x" * 2**20)
         outcomes = [await runner.run(job) for _ in range(3)]
         await runner.close()
     assert [outcome.result for outcome in outcomes] == [{"ok": True}] * 3
@@ -730,7 +730,7 @@ async def test_what_runs_when_the_runner_is_closed_ends_as_cancelled(runner: Htt
         await asyncio.Event().wait()
 
     async with talking(converse) as url:
-        job = dataclasses.replace(programs.make_job(HttpTarget(url, repeatable=True)), envelope=BODY)
+        job = programs.make_job(HttpTarget(url, repeatable=True))._replace(envelope=BODY)
         running = asyncio.create_task(runner.run(job))
         await started.wait()
         await runner.close()
@@ -941,9 +941,9 @@ async def test_each_overlay_has_a_circuit_of_its_own_and_a_changed_one_begins_an
         job = programs.make_job(HttpTarget(url))
         await breaker_after(guarded, *[job] * FAILURES)
         fickle.status = 200
-        other = await guarded.run(dataclasses.replace(job, overlay="other"))
+        other = await guarded.run(job._replace(overlay="other"))
         same = await guarded.run(job)
-        changed = await guarded.run(dataclasses.replace(job, edition=job.edition + 1))
+        changed = await guarded.run(job._replace(edition=job.edition + 1))
     assert (other.code, same.code, changed.code) == (Code.OK, Code.CIRCUIT_OPEN, Code.OK)
     assert guarded.state("test")["breaker"]["state"] == "closed"
 
@@ -951,10 +951,10 @@ async def test_each_overlay_has_a_circuit_of_its_own_and_a_changed_one_begins_an
 async def test_a_late_call_of_an_overlay_as_it_was_says_nothing_of_what_it_is(guarded: HttpRunner) -> None:
     fickle = Fickle(500)
     async with service(fickle.handle) as url:
-        now = dataclasses.replace(programs.make_job(HttpTarget(url)), edition=2)
+        now = programs.make_job(HttpTarget(url))._replace(edition=2)
         await breaker_after(guarded, *[now] * FAILURES)
         fickle.status = 200
-        late = await guarded.run(dataclasses.replace(now, edition=1))
+        late = await guarded.run(now._replace(edition=1))
         same = await guarded.run(now)
     assert (late.code, same.code) == (Code.OK, Code.CIRCUIT_OPEN)
 

@@ -22,7 +22,7 @@ import pytest
 from bus import ledger as ledger_module
 from bus import provenance, schemas
 from bus.filesync import FileSync
-from bus.ledger import GATHER_TURNS, Fsync, Ledger, LedgerError
+from bus.ledger import TURNS_ALONE, Fsync, Ledger, LedgerError
 from bus.provenance import iter_lines, read_line, verify
 from bus.records import environment_hash
 from tests.ledgers import ENVIRONMENT, append, call, opened, write
@@ -370,7 +370,7 @@ async def test_a_ledger_that_is_closed_in_its_loop_has_synced_what_was_written(p
     with opened(path, "batch") as ledger:
         await ledger.append(call())
         waiting = ledger.submit(call("last"))
-        for _ in range(GATHER_TURNS + 1):
+        for _ in range(TURNS_ALONE + 1):
             await asyncio.sleep(0)  # in the end it is written, and being synced
     assert (await waiting).seq == verify(path).lines == 2
 

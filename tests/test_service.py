@@ -141,7 +141,7 @@ def a_service(*words: str, argv: tuple[str, ...] = (), env: str = "", **changes:
 
 def a_job(target: ServiceTarget, *, timeout_s: float = 60.0, **changes: Any) -> Job:
     job = programs.make_job(HttpTarget("/", service=target), timeout_s=timeout_s)
-    return dataclasses.replace(job, **changes)
+    return job._replace(**changes)
 
 
 async def ask(url: str, path: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import functools
 import itertools
 import json
@@ -109,7 +108,7 @@ def a_job(
     job = programs.make_job(ProcessTarget(argv, env, mode="worker", workers=workers), payload, **limits)
     request_id = f"0190a000-0000-7000-8000-{next(numbers):012}"
     envelope = json.dumps({"request_id": request_id, "payload": payload or {}}, ensure_ascii=False).encode()
-    return dataclasses.replace(job, request_id=request_id, envelope=envelope, **(changes or {}))
+    return job._replace(request_id=request_id, envelope=envelope, **(changes or {}))
 
 
 def shell(script: str, **options: Any) -> Job:
@@ -628,7 +627,7 @@ class Gated:
 async def give_up(bench: Bench, job: Job, how: str) -> None:
     """Have a call that a worker has leave it, because of its time or of its caller."""
     if how == "impatience":
-        outcome = await bench.pools.run(dataclasses.replace(job, deadline=job.deadline - 59.7, limit=job.deadline))
+        outcome = await bench.pools.run(job._replace(deadline=job.deadline - 59.7, limit=job.deadline))
         assert outcome.code is Code.TIMEOUT
         assert outcome.result is None
     else:
@@ -717,7 +716,7 @@ async def test_a_late_reply_to_another_call_ends_its_worker(bench: Bench, tmp_pa
 async def test_a_worker_is_late_no_longer_than_its_overlay_allows(bench: Bench) -> None:
     pid = await bench.pid()
     hanging = a_job({"do": "hang"}, timeout_s=0.1)
-    hanging = dataclasses.replace(hanging, limit=hanging.deadline + 0.05)
+    hanging = hanging._replace(limit=hanging.deadline + 0.05)
     assert (await bench.pools.run(hanging)).code is Code.TIMEOUT
     assert (await bench.call(number=1)).ok
     assert not is_alive(pid)
