@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from aiohttp.client_proto import ResponseHandler
+    from aiohttp.client_reqrep import ConnectionKey
     from aiohttp.connector import Connection
     from aiohttp.streams import StreamReader
 
@@ -191,6 +192,14 @@ class HttpClient:
         return protocol.should_close or bool(watch.poll(0))
 
 
+class _Peer(aiohttp.ClientRequest):
+    """Whom to connect to. Its key is that of the pool, which asks for it twice a request."""
+
+    @functools.cached_property
+    def connection_key(self) -> ConnectionKey:
+        return super().connection_key
+
+
 class _Address:
     """An address, read once for all requests that go there: whom to connect to, and what of their heads is alike."""
 
@@ -205,7 +214,7 @@ class _Address:
         if self._url.scheme not in {"http", "https"} or not self._url.raw_host:
             raise AddressError("is not an address of http or https")
         # For the connector, which looks at the address alone, and for the fields that aiohttp makes of it.
-        self.peer = aiohttp.ClientRequest("GET", self._url, headers=HEADERS)
+        self.peer = _Peer("GET", self._url, headers=HEADERS)
         self._fields = "".join(f"{name}: {value}\r\n" for name, value in self.peer.headers.items())
 
     def url(self, query: Mapping[str, str]) -> URL:
