@@ -1,5 +1,14 @@
 """Runners carry an admitted job to an overlay and bring back an outcome. They know nothing of the bus.
 
-Reading order: base (the words), process (a call), helpers (who starts it) with launcher and zygote (the helper itself);
-worker, service (with ports), http.
+Read `base` first, the words of it all. Then, by the way in which a call is carried:
+
+    process             a program for each call; python_command says which can be forked, output what a program says
+    workers             programs that take call after call: worker_pool, worker
+    http                services that are called; http_client is one exchange, breaker leaves a sick one alone
+    services            those that the bus starts: service, probe, ports
+    logs                what all of them wrote
+
+What starts them is beside the bus, as the bus itself is too big and too busy to: helpers are asked for a helper, helper
+is one of them seen from here, strays a last resort. What such a helper runs, under the overlay's own interpreter, is
+launch, containment, launcher; and zygote with zygote_script, zygote_reading, zygote_loading and zygote_ending.
 """
