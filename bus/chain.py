@@ -118,7 +118,8 @@ class Chain:
     def extend(self, drafts: Sequence[Draft]) -> list[Receipt]:
         """Write a group and make it last. All of it is in the file then, or nothing."""
         group = self.write(drafts)
-        self.sync(group)
+        with self.or_cut_back():
+            self.sync(group)
         return self.settle(group)
 
     def write(self, drafts: Sequence[Draft]) -> Group:
@@ -131,7 +132,7 @@ class Chain:
             if not group.environment_stands and one.environment_hash == self._environment_hash:
                 group.add(self._environment)
                 group.environment_stands = True
-        with self._or_cut_back():
+        with self.or_cut_back():
             write_all(self._fd, group.text)
         return group
 
@@ -139,10 +140,9 @@ class Chain:
         """Make what was written last, as far as asked for."""
         if group.seq == self.seq or self._fsync == "never":
             return
-        with self._or_cut_back():
-            os.fdatasync(self._fd)
-            if self._size == 0:
-                _sync_folder(self._path.parent)
+        os.fdatasync(self._fd)
+        if self._size == 0:
+            _sync_folder(self._path.parent)
 
     def fd_to_sync(self) -> int | None:
         """The descriptor whose fdatasync is all that a written group wants; None where it wants more, or nothing."""
@@ -155,15 +155,7 @@ class Chain:
         self._owed.clear()
         return group.receipts()
 
-    def cut_back_after(self, error: OSError) -> OSError:
-        """`cut_back`, and what went wrong last: that, or `error`."""
-        try:
-            self.cut_back()
-        except OSError as worse:
-            return worse
-        return error
-
-    def cut_back(self) -> None:
+    def _cut_back(self) -> None:
         """Leave the file as it was before a group that does not count."""
         try:
             os.ftruncate(self._fd, self._size)
@@ -178,7 +170,7 @@ class Chain:
             if self._fsync != "never":
                 os.fdatasync(self._fd)
         finally:
-            self.cut_back()
+            self._cut_back()
 
     def close(self) -> None:
         for fd in (self._fd, self._lock_fd):
@@ -304,12 +296,12 @@ class Chain:
         return any(record and record.get("environment_hash") == self._environment_hash for record in named)
 
     @contextlib.contextmanager
-    def _or_cut_back(self) -> Iterator[None]:
+    def or_cut_back(self) -> Iterator[None]:
         """Where the file system refuses, leave the file as it was before."""
         try:
             yield
         except OSError:
-            self.cut_back()
+            self._cut_back()
             raise
 
 

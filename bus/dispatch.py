@@ -39,11 +39,11 @@ if TYPE_CHECKING:
 
     from bus.course import Answer
     from bus.ledger import Receipt
-    from bus.model import Capability, Invocation, Manifest, Record
+    from bus.model import Capability, Invocation, Manifest, Record, Service
     from bus.overlays import Resolved
     from bus.runes import MemoryProfile
     from bus.settings import Settings
-    from runners.base import Rights
+    from runners.base import Rights, Runner
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +91,7 @@ class Bus:
         self.ledger = Ledger(settings.ledger, fsync=settings.fsync, environment=self.environment)
         self._means: dict[str, _Means] = {}
         self._served: set[str] = set()
+        self._at_once = False
         self._validators: dict[tuple[str, str, str], Draft202012Validator] = {}
         self._started = False
         self._tasks: list[asyncio.Task[None]] = []
@@ -123,7 +124,7 @@ class Bus:
     async def drain(self) -> None:
         """Refuse what comes, let what runs finish within `drain_s`, end the rest. Refusals still leave their lines."""
         self.scheduler.close()
-        if not await self.scheduler.drain(self.settings.drain_s):
+        if not self._at_once and not await self.scheduler.drain(self.settings.drain_s):
             log.warning("ending %d calls that did not finish in %s s", self.scheduler.running, self.settings.drain_s)
         await self.end_calls()
 
@@ -133,10 +134,15 @@ class Bus:
         `at_once` leaves out the grace that a TERM gives, also where an earlier call of this still waits for it.
         """
         self.scheduler.close()
-        closings = (runner.close(at_once=at_once) for runner in self.runners.values())
-        for error in filter(None, await asyncio.gather(*closings, return_exceptions=True)):
-            log.error("a runner could not be closed", exc_info=error)
+        self._at_once = self._at_once or at_once
+        await asyncio.gather(*map(self._close_runner, self.runners.values()))
         await self.scheduler.drain(LAST_LINES_S)
+
+    async def _close_runner(self, runner: Runner) -> None:
+        try:
+            await runner.close(at_once=self._at_once)
+        except Exception:  # a plugin's; the other runners have to end, too
+            log.exception("the runner %s could not be closed", runner.name)
 
     async def close(self) -> None:
         """Drain, and write the last lines. A Bus is not started again."""
@@ -280,37 +286,13 @@ class Bus:
 
     def _target(self, resolved: Resolved, call: Invocation) -> ProcessTarget | HttpTarget:
         """Where the call goes, made once for each edition; only what a GET asks for is the call's own."""
-        targets, capability = self._means_of(resolved).targets, resolved.capability
-        target = targets.get(capability.name)
+        means, capability = self._means_of(resolved), resolved.capability
+        target = means.targets.get(capability.name)
         if target is None:
-            target = targets[capability.name] = self._new_target(resolved)
+            target = means.targets[capability.name] = _target_of(resolved.manifest, capability, means.env)
         if capability.method == "GET" and isinstance(target, HttpTarget):
             return dataclasses.replace(target, query=_query(call.payload))
         return target
-
-    def _new_target(self, resolved: Resolved) -> ProcessTarget | HttpTarget:
-        manifest, capability = resolved.manifest, resolved.capability
-        if capability.argv:
-            env = self._means_of(resolved).env
-            return ProcessTarget(
-                capability.argv, env, manifest.stdin, manifest.mode, manifest.preload, manifest.workers
-            )
-        repeatable = capability.idempotent or manifest.deterministic
-        return HttpTarget(capability.url, capability.method, repeatable=repeatable, service=self._service(resolved))
-
-    def _service(self, resolved: Resolved) -> ServiceTarget | None:
-        """The service that this overlay's calls go to, where the bus is to start it."""
-        service = resolved.manifest.service
-        if service is None:
-            return None
-        return ServiceTarget(
-            service.argv,
-            self._means_of(resolved).env,
-            service.ready_path,
-            service.start_timeout_s,
-            service.idle_s,
-            service.max_mb,
-        )
 
     def _means_of(self, resolved: Resolved) -> _Means:
         """What the calls of this edition have in common. It has a folder for its state, whoever removed that."""
@@ -387,6 +369,19 @@ class Bus:
                 self._validators.clear()
             found = self._validators[key] = schemas.compiled(schema)
         return found
+
+
+def _target_of(manifest: Manifest, capability: Capability, env: Mapping[str, str]) -> ProcessTarget | HttpTarget:
+    if capability.argv:
+        return ProcessTarget(capability.argv, env, manifest.stdin, manifest.mode, manifest.preload, manifest.workers)
+    repeatable = capability.idempotent or manifest.deterministic
+    service = None if manifest.service is None else _service_of(manifest.service, env)
+    return HttpTarget(capability.url, capability.method, repeatable=repeatable, service=service)
+
+
+def _service_of(service: Service, env: Mapping[str, str]) -> ServiceTarget:
+    """The service that calls go to which the bus starts."""
+    return ServiceTarget(service.argv, env, service.ready_path, service.start_timeout_s, service.idle_s, service.max_mb)
 
 
 def _starts_programs(manifest: Manifest) -> bool:

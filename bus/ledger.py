@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import queue
@@ -44,6 +45,7 @@ _log = logging.getLogger(__name__)
 _GROUP_LIMIT = 1024
 _SMALL_BYTES = 1 << 18
 """What the event loop may write by itself, in bytes."""
+_SHORTAGES = frozenset({errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 _BROKEN_HINT = "aal provenance verify names the first bad line; with the log moved away, a new chain begins."
 
 
@@ -110,6 +112,7 @@ class Ledger:
         self._kernel: FileSync | None = None
         self._ear: _Ear | None = None
         self._flight: _Flight | None = None
+        self._seen: _Flight | None = None
         self._gathers = False
         self._pid = 0
 
@@ -132,8 +135,8 @@ class Ledger:
         if self._fsync == "batch":
             with contextlib.suppress(OSError):  # the thread syncs then
                 self._kernel = FileSync()
-        self._attempt(self._recover)
         self._thread = threading.Thread(target=self._run, name="ledger", daemon=True)
+        self._attempt(self._recover)
         self._thread.start()
 
     def close(self) -> None:
@@ -152,10 +155,6 @@ class Ledger:
                 self._kernel.close()
                 self._kernel = None
             self.reason, self.hint = "the ledger is closed", None
-
-    async def append(self, record: Record) -> Receipt:
-        """Write one record, and return once it is in the file, as safely as `fsync` asks; see `submit`."""
-        return await self.submit(record)
 
     def submit(self, record: Record, written: Callable[[Receipt], object] | None = None) -> asyncio.Future[Receipt]:
         """Have one record written; the future is done once it is in the file. Needs a running event loop.
@@ -177,13 +176,15 @@ class Ledger:
         A healthy ledger is tried with a small file beside it; one that failed also by a write at its own end. One that
         is not open is not tried.
         """
-        if self._thread is not None:
-            self._attempt(self._rehearse)
-            self._flush()
+        self._attempt(self._rehearse)
+        self._flush()
         return self.healthy
 
     def _attempt(self, step: Callable[[], None]) -> None:
+        """Do something with the file, unless it was closed, and note whether that went well."""
         with self._writing:
+            if self._thread is None:
+                return
             try:
                 step()
             except (OSError, BrokenLineError) as error:
@@ -248,7 +249,7 @@ class Ledger:
                 return
             if self._fsync != "never":
                 if not self._sync_by_kernel(group, written):
-                    self._steps.put(partial(self._sync_and_conclude, group, written))
+                    self._steps.put(partial(self._settle_after, partial(self._chain.sync, written), group, written))
                 return
         self._conclude(group, written)
 
@@ -275,18 +276,25 @@ class Ledger:
             return False
         try:
             self._kernel.begin(fd, self._ear_of(loop).eventfd)
-        except OSError as error:
-            _log.info("a thread syncs the ledger: %s", error)
+        except Exception as error:  # noqa: BLE001  # who holds the lock and does not go on would stop every writer
+            self._do_without(self._kernel, error)
             return False
         self._flight = _Flight(group, written)
         return True
 
+    def _do_without(self, kernel: FileSync, error: Exception) -> None:
+        """The thread syncs this group; where it is not for want of something, all the others, too."""
+        if isinstance(error, OSError) and error.errno in _SHORTAGES:
+            return
+        _log.info("a thread syncs the ledger, as the kernel does not: %s", error)
+        self._kernel = None
+        kernel.close()
+
     def _ear_of(self, loop: asyncio.AbstractEventLoop) -> _Ear:
         if self._ear is None or self._ear.loop is not loop:
-            ear = _Ear(loop, os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
-            loop.add_reader(ear.eventfd, self._hear, ear)
             self._close_ear()
-            self._ear = ear
+            self._ear = _Ear(loop, os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+            loop.add_reader(self._ear.eventfd, self._hear, self._ear)
         return self._ear
 
     def _close_ear(self) -> None:
@@ -297,30 +305,28 @@ class Ledger:
     def _hear(self, ear: _Ear) -> None:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(ear.eventfd)
-        self._land()
+        self._land(self._flight)
 
-    def _land(self) -> None:
-        """The kernel has synced a group, or it is waited for: by the thread, for a loop that does not run any more."""
+    def _land(self, flight: _Flight | None) -> None:
+        """The kernel has synced a group; or the thread waits for that, for a loop that does not run any more."""
         with self._gate:
-            flight, self._flight = self._flight, None
-            if flight is None or self._kernel is None:
+            kernel = self._kernel
+            if flight is None or kernel is None or flight is not self._flight:
                 return
-        error = None
-        try:
-            self._kernel.end()
-        except OSError as failed:
-            error = self._chain.cut_back_after(failed)
-        self._conclude(flight.waiting, flight.written, error)
+            self._flight = None
+        self._settle_after(kernel.end, flight.waiting, flight.written)
 
-    def _sync_and_conclude(self, group: list[_Waiting], written: Group) -> None:
+    def _settle_after(self, sync: Callable[[], None], group: list[_Waiting], written: Group) -> None:
+        """Let a group that the loop wrote count once it is synced; else it is cut off again."""
         error = None
         try:
-            self._chain.sync(written)
-        except OSError as failed:
+            with self._chain.or_cut_back():
+                sync()
+        except Exception as failed:  # noqa: BLE001  # as above
             error = failed
         self._conclude(group, written, error)
 
-    def _conclude(self, group: list[_Waiting], written: Group, error: OSError | None = None) -> None:
+    def _conclude(self, group: list[_Waiting], written: Group, error: Exception | None = None) -> None:
         """Let a group count that the loop wrote, and answer it; with an `error` it was cut off again."""
         answers: Sequence[Receipt | LedgerError]
         if error is None:
@@ -351,7 +357,7 @@ class Ledger:
 
     def _write_rest(self) -> None:
         """The last groups: nothing comes any more."""
-        self._land()
+        self._land(self._flight)
         while self._waiting:
             self._writing.acquire()
             self._write(self._take())
@@ -368,8 +374,10 @@ class Ledger:
             step()
 
     def _look_after(self) -> None:
-        """Now and then: try to get well again, and write what a loop left that ended before it came to write."""
-        self._land()
+        """Now and then: try to get well again, and finish what a loop left that ended before it came to it."""
+        left, self._seen = self._seen, self._flight
+        if left is self._flight:
+            self._land(left)
         if not self.healthy:
             self.probe()
         self._flush()

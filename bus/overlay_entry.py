@@ -99,7 +99,7 @@ class Entry:
 
 
 class Resolved(NamedTuple):
-    """What a call goes to. `code_hash` is that of the folder at this moment; `links` as in `Entry`.
+    """What a call goes to. `code_hash` is that of the folder at this moment.
 
     `edition` counts what the overlay has been: each change of its folder, its manifest, its code or its installed
     packages gives a number higher than every one before.
@@ -108,7 +108,6 @@ class Resolved(NamedTuple):
     manifest: Manifest
     capability: Capability
     code_hash: str
-    links: tuple[str, ...] = ()
     edition: int = 0
 
 

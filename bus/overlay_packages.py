@@ -25,13 +25,13 @@ def look(folder: str) -> Look:
 
 def _places(folder: str) -> Iterator[str]:
     """What is not there yet stands among them where it may come without a change of the overlay's own folder."""
-    if os.path.isdir(f"{folder}/.venv"):  # noqa: PTH112  # a string all along: this runs for calls
+    if os.path.lexists(f"{folder}/.venv"):  # a string all along: this runs for calls
         yield f"{folder}/.venv/pyvenv.cfg"
         pythons = _listed(f"{folder}/.venv/lib")
         yield from (f"{python}/site-packages" for python in pythons)
         if not pythons:
             yield f"{folder}/.venv/lib"
-    if os.path.isdir(f"{folder}/node_modules"):  # noqa: PTH112  # as above
+    if os.path.lexists(f"{folder}/node_modules"):
         yield f"{folder}/node_modules"
         yield f"{folder}/node_modules/.package-lock.json"
 

@@ -131,11 +131,10 @@ class _Inspected(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """What a call found: manifest, code hash, links and edition of the same state of the folder."""
+    """What a call found: manifest, code hash and edition of the same state of the folder."""
 
     manifest: Manifest
     code: str
-    links: tuple[str, ...]
     edition: int
 
 
@@ -199,8 +198,8 @@ class Registry:
         """
         if capability is None and (within := name.partition("."))[2]:
             name, _, capability = within
-        manifest, code, links, edition = self._unchanged(name) or self._of_one_moment(name)
-        return Resolved(manifest, _choose(manifest, capability), code, links, edition)
+        manifest, code, edition = self._unchanged(name) or self._of_one_moment(name)
+        return Resolved(manifest, _choose(manifest, capability), code, edition)
 
     def renew(self, name: str) -> None:
         """Count the overlay as another from its next call on, though nothing of its folder has changed."""
@@ -390,7 +389,7 @@ class Registry:
         manifest, edition = loaded.entry.manifest, loaded.edition
         if manifest is None or not edition.stands(loaded.seen, loaded.codes) or name in self._disabled.get():
             return None
-        return _Found(manifest, edition.code, loaded.codes.links, edition.number)
+        return _Found(manifest, edition.code, edition.number)
 
     def _of_one_moment(self, name: str) -> _Found:
         """All of the same state of the folder.
@@ -407,15 +406,22 @@ class Registry:
             packages = overlay_packages.look(loaded.seen.folder)
             if _look(self._root / name) == loaded.seen:
                 loaded.edition = self._edition(loaded, code, packages)
-                return _Found(manifest, code, loaded.codes.links, loaded.edition.number)
+                return _Found(manifest, code, loaded.edition.number)
         loaded.settled = False
         raise _broken(name, Fault("folder", "one that changes while it is read", "one that stands still"))
 
     def _edition(self, loaded: _Loaded, code: str, packages: Look) -> _Edition:
-        """The last one, where nothing has changed; packages that changed a moment ago may do so again unseen."""
+        """The last one, where nothing has changed.
+
+        Packages that changed a moment ago may do so again unseen; once they have come to rest, it is one edition more.
+        """
         last = loaded.edition
-        if last and packages.is_settled and (last.seen, last.code, last.packages) == (loaded.seen, code, packages):
-            return last
+        if last is None or (last.seen, last.code, last.packages.places) != (loaded.seen, code, packages.places):
+            return self._next_edition(loaded, code, packages)
+        comes_to_rest = packages.is_settled and not last.packages.is_settled
+        return self._next_edition(loaded, code, packages) if comes_to_rest else last
+
+    def _next_edition(self, loaded: _Loaded, code: str, packages: Look) -> _Edition:
         return _Edition(next(self._numbers), loaded.seen, code, packages)
 
 

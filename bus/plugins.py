@@ -43,7 +43,7 @@ _KEPT_BACK = frozenset({"payload", "result"})
 
 
 class BuiltIn:
-    """What every bus has: the two runners and the two sources of stress."""
+    """What every bus has: the two runners, the two sources of stress, and a look at what a manifest asks of them."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -52,9 +52,10 @@ class BuiltIn:
     def aal_register_runners(self, register: RegisterRunner) -> None:
         settings = self._settings
         logs = OverlayLogs(settings.overlay_logs)
-        helpers, servants = Helpers(idle_s=settings.helper_idle_s), Helpers(idle_s=settings.helper_idle_s)
-        register(ProcessRunner(helpers, logs, kill_grace_s=settings.kill_grace_s, idle_s=settings.helper_idle_s))
-        services = Services(servants, logs, kill_grace_s=settings.kill_grace_s, drain_s=settings.drain_s)
+        idle_s = settings.helper_idle_s
+        helpers, service_helpers = Helpers(idle_s=idle_s), Helpers(idle_s=idle_s)  # each runner closes its own
+        register(ProcessRunner(helpers, logs, kill_grace_s=settings.kill_grace_s, idle_s=idle_s))
+        services = Services(service_helpers, logs, kill_grace_s=settings.kill_grace_s, drain_s=settings.drain_s)
         register(HttpRunner(services))
 
     @hookimpl

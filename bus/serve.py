@@ -35,6 +35,9 @@ BACKLOG = 2048
 CONNECTIONS_CLOSE_S = 5
 """Seconds that connections get to close once every call was answered: for requests that are still on their way in."""
 
+LAST_WORDS_S = 0.5
+"""Seconds for the same where it is to end at once."""
+
 FILES_WANTED = 16_384
 COLLECT_AFTER = (10_000, 10, 50)
 """New objects before the youngest are collected, and how many such rounds before the older ones are (`gc`)."""
@@ -183,14 +186,20 @@ class _Server(uvicorn.Server):
             self._ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        draining = asyncio.ensure_future(self._bus.drain())
         hurried = asyncio.ensure_future(self._hurry.wait())
+        draining = asyncio.ensure_future(self._bus.drain())
         await asyncio.wait((draining, hurried), return_when=asyncio.FIRST_COMPLETED)
         if not draining.done():
             await self._bus.end_calls(at_once=True)
+            draining.cancel()
+        await asyncio.gather(draining, return_exceptions=True)
+        closing = asyncio.ensure_future(super().shutdown(sockets))
+        await asyncio.wait((closing, hurried), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((closing,), timeout=LAST_WORDS_S)
+        for connection in list(self.server_state.connections):  # it has yet to send its request, or to read its answer
+            connection.transport.abort()
+        await closing
         hurried.cancel()
-        await draining
-        await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal begins the shutdown. A second hangup, which a closing terminal sends, is none to hurry for.

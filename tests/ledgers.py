@@ -36,9 +36,14 @@ def opened(path: Path, fsync: Fsync = "never", environment: dict[str, Any] = ENV
         ledger.close()
 
 
+async def appended(ledger: Ledger, record: dict[str, Any]) -> Receipt:
+    """One record, once it is in the file."""
+    return await ledger.submit(record)
+
+
 def append(ledger: Ledger, record: dict[str, Any]) -> Receipt:
     """One record, for a caller without an event loop."""
-    return asyncio.run(ledger.append(record))
+    return asyncio.run(appended(ledger, record))
 
 
 def write(path: Path, *records: dict[str, Any]) -> list[Receipt]:

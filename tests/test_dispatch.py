@@ -452,14 +452,21 @@ async def test_closing_waits_for_the_line_of_a_call_that_has_run(settings: Setti
     assert [line["code"] for line in calls(settings)] == ["OK"]
 
 
-async def test_a_runner_that_cannot_be_closed_keeps_nothing_else_open(
-    settings: Settings, caplog: pytest.LogCaptureFixture
-) -> None:
-    class Stuck(InProcessRunner):
-        async def close(self, *, at_once: bool = False) -> None:
-            raise RuntimeError("stuck")
+async def raise_later(*, at_once: bool = False) -> None:
+    raise RuntimeError("stuck")
 
-    async with running_bus(settings, Stuck()) as bus:
+
+def raise_now(*, at_once: bool = False) -> None:
+    raise RuntimeError("stuck")
+
+
+@pytest.mark.parametrize("close", [raise_later, raise_now, lambda at_once: None])
+async def test_a_runner_that_cannot_be_closed_keeps_nothing_else_open(
+    settings: Settings, caplog: pytest.LogCaptureFixture, close: Callable[..., Any]
+) -> None:
+    stuck: Any = InProcessRunner()
+    stuck.close = close
+    async with running_bus(settings, stuck) as bus:
         pass
     assert "could not be closed" in caplog.text
     assert not bus.ledger.healthy

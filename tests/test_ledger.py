@@ -25,7 +25,7 @@ from bus.filesync import FileSync
 from bus.ledger import TURNS_ALONE, Fsync, Ledger, LedgerError
 from bus.provenance import iter_lines, read_line, verify
 from bus.records import environment_hash
-from tests.ledgers import ENVIRONMENT, append, call, opened, write
+from tests.ledgers import ENVIRONMENT, append, appended, call, opened, write
 from tests.support import eventually
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ async def main(path, fsync, environment, name, callers, calls):
     async def caller(number):
         for call in range(calls):
             request_id = f"{name}-{number}-{call}"
-            receipt = await ledger.append({"type": "invoke", "timestamp_ms": 1, "request_id": request_id,
+            receipt = await ledger.submit({"type": "invoke", "timestamp_ms": 1, "request_id": request_id,
                                            "ok": True, "code": "OK", "error": "x" * 200})
             os.write(1, f"{receipt.seq} {receipt.hash} {request_id}\\n".encode())
     await asyncio.gather(*map(caller, range(callers)))
@@ -67,9 +67,11 @@ ledger.open()
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 written = 0
 call = {"type": "invoke", "timestamp_ms": 1, "request_id": "r", "ok": True, "code": "OK", "error": "x" * 3000}
+async def append():
+    return await ledger.submit(call)
 try:
     while True:
-        asyncio.run(ledger.append(call))
+        asyncio.run(append())
         written += 1
 except LedgerError as error:
     failed = error
@@ -78,7 +80,7 @@ assert not ledger.probe() and not list(path.parent.glob('*.torn-*'))
 assert verify(path).lines == ledger.size == written, (verify(path), ledger.size, written)
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 assert ledger.probe() and ledger.healthy
-assert asyncio.run(ledger.append(call)).seq == written + 1
+assert asyncio.run(append()).seq == written + 1
 ledger.close()
 print(written, verify(path).lines)
 """
@@ -155,9 +157,9 @@ def assert_all_there(path: Path, acknowledged: list[str]) -> None:
 async def test_a_record_that_is_not_json_fails_alone(path: Path) -> None:
     with opened(path) as ledger:
         results = await asyncio.gather(
-            ledger.append(call("a")),
-            ledger.append(call(error="\ud800")),
-            ledger.append(call("b")),
+            appended(ledger, call("a")),
+            appended(ledger, call(error="\ud800")),
+            appended(ledger, call("b")),
             return_exceptions=True,
         )
     assert isinstance(results[1], ValueError)
@@ -206,7 +208,7 @@ async def test_sixty_four_callers_share_one_chain_and_are_answered_in_its_order(
 
     async def caller(ledger: Ledger, number: int) -> None:
         for turn in range(20):
-            receipt = await ledger.append(call(f"{number}-{turn}"))
+            receipt = await appended(ledger, call(f"{number}-{turn}"))
             answered.append(receipt.seq)
             assert receipt.tree_size >= receipt.seq
 
@@ -220,7 +222,7 @@ async def test_sixty_four_callers_share_one_chain_and_are_answered_in_its_order(
 
 def test_loops_in_several_threads_and_callers_without_one_share_a_ledger(path: Path) -> None:
     async def several(ledger: Ledger) -> None:
-        await asyncio.gather(*(ledger.append(call()) for _ in range(50)))
+        await asyncio.gather(*(appended(ledger, call()) for _ in range(50)))
 
     with opened(path) as ledger:
         threads = [threading.Thread(target=lambda: asyncio.run(several(ledger))) for _ in range(3)]
@@ -249,30 +251,30 @@ def test_two_ledgers_on_one_file_take_turns(path: Path) -> None:
 
 async def test_a_cancelled_caller_does_not_lose_its_line(path: Path) -> None:
     with opened(path) as ledger:
-        task = asyncio.create_task(ledger.append(call("gone")))
+        task = asyncio.create_task(appended(ledger, call("gone")))
         await asyncio.sleep(0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        await ledger.append(call("next"))
+        await appended(ledger, call("next"))
     assert [record["request_id"] for record in iter_lines(path)] == ["gone", "next"]
 
 
 async def test_close_writes_and_answers_what_still_waits(path: Path) -> None:
     with opened(path) as ledger:
-        waiting = [asyncio.ensure_future(ledger.append(call())) for _ in range(100)]
+        waiting = [asyncio.ensure_future(appended(ledger, call())) for _ in range(100)]
         await asyncio.sleep(0)
         await asyncio.to_thread(ledger.close)
         assert sorted(receipt.seq for receipt in await asyncio.gather(*waiting)) == list(range(1, 101))
         with pytest.raises(LedgerError, match="not open"):
-            await ledger.append(call())
+            await appended(ledger, call())
         assert not ledger.healthy
     assert verify(path).lines == 100
 
 
 def test_a_loop_that_ended_before_its_answer_does_not_disturb_the_writer(path: Path) -> None:
     async def leave(ledger: Ledger) -> None:
-        task = asyncio.ensure_future(ledger.append(call("left")))
+        task = asyncio.ensure_future(appended(ledger, call("left")))
         await asyncio.sleep(0)
         task.cancel()
 
@@ -312,13 +314,13 @@ async def test_the_loop_writes_a_small_group_and_leaves_the_sync_and_a_large_gro
 
     here = threading.current_thread().name
     with opened(path, "batch") as ledger:
-        await ledger.append(call())
+        await appended(ledger, call())
         noting(os, "write")
         noting(os, "fdatasync")
         noting(FileSync, "end")
-        await asyncio.gather(*(ledger.append(call()) for _ in range(3)))
+        await asyncio.gather(*(appended(ledger, call()) for _ in range(3)))
         small, threads[:] = threads.copy(), []
-        await ledger.append(call(error="x" * 500_000))
+        await appended(ledger, call(error="x" * 500_000))
         large = threads.copy()
         monkeypatch.undo()
     assert small == [("write", here), ("end", here) if syncer == "kernel" else ("fdatasync", "ledger")]
@@ -349,17 +351,40 @@ async def test_a_group_that_the_kernel_syncs_is_concluded_though_its_loop_has_en
     monkeypatch.setattr(FileSync, "begin", begin)
     descriptors = open_files()
     with opened(path, "batch") as ledger:
-        await ledger.append(call("first"))
+        await appended(ledger, call("first"))
         await asyncio.to_thread(leave, ledger, "left")
-        assert (await ledger.append(call("next"))).seq == 3
+        assert (await appended(ledger, call("next"))).seq == 3
         await asyncio.to_thread(leave, ledger, "last")
     assert [record["request_id"] for record in iter_lines(path)] == ["first", "left", "next", "last"]
     assert open_files() == descriptors
 
 
+async def test_a_kernel_that_refuses_for_good_is_asked_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def refuse(_: FileSync, fd: int, eventfd: int) -> None:
+        asked.append(fd)
+        raise OSError(errno.EINVAL if len(asked) > 1 else errno.EAGAIN, "no")
+
+    monkeypatch.setattr(FileSync, "begin", refuse)
+    with opened(path, "batch") as ledger:
+        for _ in range(5):
+            await appended(ledger, call())
+        assert len(asked) == 2  # the first refusal was for want of something
+    assert verify(path).lines == 5
+
+
+def test_a_probe_opens_no_ledger_that_was_closed(path: Path) -> None:
+    descriptors = open_files()
+    with opened(path) as ledger:
+        append(ledger, call())
+    assert not ledger.probe()
+    assert open_files() == descriptors
+
+
 async def test_calls_of_one_turn_of_the_loop_and_the_next_share_a_group(path: Path, syncer: str) -> None:
     with opened(path, "batch") as ledger:
-        await ledger.append(call())
+        await appended(ledger, call())
         waiting = [ledger.submit(call()) for _ in range(3)]
         await asyncio.sleep(0)
         waiting += [ledger.submit(call()) for _ in range(3)]
@@ -368,7 +393,7 @@ async def test_calls_of_one_turn_of_the_loop_and_the_next_share_a_group(path: Pa
 
 async def test_a_ledger_that_is_closed_in_its_loop_has_synced_what_was_written(path: Path) -> None:
     with opened(path, "batch") as ledger:
-        await ledger.append(call())
+        await appended(ledger, call())
         waiting = ledger.submit(call("last"))
         for _ in range(TURNS_ALONE + 1):
             await asyncio.sleep(0)  # in the end it is written, and being synced
@@ -377,7 +402,7 @@ async def test_a_ledger_that_is_closed_in_its_loop_has_synced_what_was_written(p
 
 async def test_a_lock_that_another_holds_is_waited_for_while_the_loop_goes_on(path: Path) -> None:
     with opened(path) as ledger:
-        await ledger.append(call("a"))
+        await appended(ledger, call("a"))
         with path.with_suffix(".lock").open("rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             waiting = [ledger.submit(call(name)) for name in "bc"]
@@ -429,7 +454,7 @@ async def test_each_fsync_mode_syncs_before_the_answer_as_often_as_it_says(
     monkeypatch.setattr(FileSync, "begin", begun)
     with opened(path, fsync) as ledger:
         sizes.clear()
-        receipts = await asyncio.gather(*(ledger.append(call()) for _ in range(20)))
+        receipts = await asyncio.gather(*(appended(ledger, call()) for _ in range(20)))
         assert least <= len(sizes) <= most
         assert len(receipts) == verify(path).lines == 20
         if fsync != "never":

@@ -541,7 +541,7 @@ def test_links_and_watched_folders_follow_the_code_and_not_only_the_manifest(
     assert registry.entry("a").links == (f"src/lib -> {outside.resolve()}",)
     assert str(outside.resolve()) in registry._watched()
     (root / "a" / "src" / "lib").unlink()
-    assert registry.resolve("a").links == registry.entry("a").links == ()
+    assert registry.entry("a").links == ()
     assert str(outside.resolve()) not in registry._watched()
 
 
@@ -555,9 +555,9 @@ def test_the_code_hash_of_a_call_is_that_of_the_moment(root: Path, registry: Reg
 
 def test_links_that_lead_outside_are_shown(root: Path, tmp_path: Path, registry: Registry) -> None:
     put(root / "a")
-    assert registry.resolve("a").links == ()
+    assert registry.entry("a").links == ()
     (root / "a" / "data").symlink_to(tmp_path)
-    assert registry.resolve("a").links == (f"data -> {tmp_path.resolve()}",)
+    assert registry.entry("a").links == (f"data -> {tmp_path.resolve()}",)
     fresh = Registry(root, tmp_path / "state")
     assert fresh.entry("a").links == (f"data -> {tmp_path.resolve()}",)
 
@@ -894,7 +894,7 @@ def test_details_tell_how_the_programs_run(root: Path, registry: Registry) -> No
     put(root / "c")
     shown = [json.loads(json.dumps(entry.detail())) for entry in registry.entries()]
     keys = ("mode", "stdin", "preload", "workers")
-    workers = {"count": 2, "max_calls": 10_000, "max_mb": None}
+    workers = {"count": 2, "max_calls": 10_000, "max_mb": None, "start_timeout_s": 30.0}
     assert [[detail[key] for key in keys] for detail in shown] == [
         ["worker", "pipe", [], workers],
         [None, None, [], None],
@@ -985,11 +985,26 @@ def test_packages_count_from_the_moment_when_there_is_a_place_for_them(root: Pat
         assert registry.resolve("a").edition > before
 
 
-def test_packages_that_changed_a_moment_ago_may_do_so_again_unseen(root: Path, registry: Registry) -> None:
+def test_packages_that_change_make_one_edition_and_one_more_once_they_have_come_to_rest(
+    root: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
     put_with_packages(root / "a")
+    before = registry.resolve("a").edition
     install_package(root / "a")
-    editions = [registry.resolve("a").edition for _ in range(3)]
-    assert editions == sorted(set(editions))
+    monkeypatch.setattr(codehash, "RACY_NS", 10**18)
+    (changed,) = {registry.resolve("a").edition for _ in range(3)}
+    monkeypatch.setattr(codehash, "RACY_NS", -(10**18))
+    (at_rest,) = {registry.resolve("a").edition for _ in range(3)}
+    assert before < changed < at_rest
+
+
+def test_packages_behind_a_link_count_once_it_leads_somewhere(root: Path, tmp_path: Path, registry: Registry) -> None:
+    put(root / "a")
+    (root / "a" / ".venv").symlink_to(tmp_path / "elsewhere")
+    before = registry.resolve("a").edition
+    (tmp_path / "elsewhere" / "lib").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "pyvenv.cfg").touch()
+    assert registry.resolve("a").edition > before
 
 
 @pytest.mark.usefixtures("settled")

@@ -14,7 +14,7 @@ from bus.canonical import canonical
 from bus.errors import NotFoundError
 from bus.provenance import first_line, iter_lines, read_line, tail, verify
 from bus.records import GENESIS, BrokenLineError, environment_hash
-from tests.ledgers import ENVIRONMENT, HASH, call, opened, write
+from tests.ledgers import ENVIRONMENT, HASH, appended, call, opened, write
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -128,7 +128,7 @@ def test_a_log_without_its_lock_file_is_verified(path: Path) -> None:
 
 async def test_a_log_is_verified_while_it_is_written(path: Path) -> None:
     with opened(path) as ledger:
-        written = asyncio.gather(*(ledger.append(call(error="x" * 5000)) for _ in range(500)))
+        written = asyncio.gather(*(appended(ledger, call(error="x" * 5000)) for _ in range(500)))
         reports = [await asyncio.to_thread(verify, path) for _ in range(10)]
         await written
     assert all(report.ok for report in reports)

@@ -6,6 +6,7 @@ import http.client
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -121,6 +122,8 @@ def test_while_it_drains_it_is_neither_healthy_nor_ready_and_refuses_calls_with_
     assert codes == ["ERR_SHUTTING_DOWN", "OK"]
 
 
+HALF_A_REQUEST = b"POST /invoke/x HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+
 WORKER = "trap '' TERM; read -r line; " + SLOW.partition("; ")[2]
 
 SERVICE = """
@@ -163,6 +166,21 @@ def test_a_second_signal_ends_a_worker_and_a_service_at_once_too(
         caller.answer["request_id"]
     ]
     assert provenance.verify(ledger).ok
+
+
+def test_a_second_signal_waits_for_no_request_that_is_still_on_its_way(tmp_path: Path) -> None:
+    with serving(tmp_path) as (server, address):
+        host, port = address.split(":")
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(HALF_A_REQUEST)
+            eventually(lambda: asked(address, "GET", "/ready")[0] == 200, "the server has read what came before")
+            server.send_signal(signal.SIGINT)
+            eventually(lambda: not is_ready(address), "the server has seen the signal")
+            server.send_signal(signal.SIGINT)
+            _, log = server.communicate(timeout=PATIENCE_S)
+    assert server.returncode == 0
+    assert "timeout graceful shutdown exceeded" not in log
+    assert "Traceback" not in log
 
 
 def test_a_service_that_is_still_starting_does_not_hold_up_the_end(tmp_path: Path) -> None:
