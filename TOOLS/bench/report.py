@@ -21,10 +21,6 @@ if TYPE_CHECKING:
     from samples import Sample, Samples
     from targets import Plan
 
-LIMIT_PERCENT = 15
-"""What the bus itself may add to the CPU cost of the process it starts."""
-LIMIT_CONNECTIONS = 16
-
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -100,7 +96,7 @@ def summarise(plan: Plan, samples: Samples, crowd: Crowd | str | None = None) ->
         for n in plan.connections
     ]
     judged = goals.judge(samples, there) if plan.judged else []
-    notes = [*plan.notes, *verdicts(ratios)]
+    notes = list(plan.notes)
     return Report(machine(), plan.seconds, plan.runs, rows, ratios, notes, there, failed, judged)
 
 
@@ -115,18 +111,6 @@ def _row(target: str, connections: int, samples: Sequence[Sample]) -> Row:
         errors=sum(s.errors for s in samples),
         first_error=next((s.first_error for s in samples if s.first_error), None),
     )
-
-
-def verdicts(ratios: Sequence[Ratio]) -> list[str]:
-    """What the bus adds to the CPU cost of each program, over the plain endpoint and the bare loop that start it."""
-    return [
-        f"{ratio.target}: the bus adds {(ratio.cpu_ms - 1) * 100:+.1f} % CPU per call to {ratio.against} "
-        f"at {ratio.connections} connections (limit {LIMIT_PERCENT} %)"
-        for ratio in ratios
-        if ratio.connections == LIMIT_CONNECTIONS
-        and ratio.against.startswith(("plain-", "loop-"))
-        and ratio.cpu_ms is not None
-    ]
 
 
 def machine() -> str:
