@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -28,7 +28,6 @@ from runners.base import LARGE_BYTES
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Coroutine, Mapping
 
-    from starlette.requests import Request
     from starlette.routing import BaseRoute
     from starlette.types import Receive, Scope, Send
 
@@ -41,6 +40,7 @@ log = logging.getLogger(__name__)
 WATCH_AFTER_S = 0.02
 """How long a call runs before the bus listens for its client's leaving, in seconds."""
 
+_PARTS = ("name", "capability")
 _CLIENT_GONE = 499
 """The status of an answer that nobody will read; nginx's number for it."""
 
@@ -67,11 +67,45 @@ def create_app(settings: Settings | None = None, bus: Bus | None = None) -> Star
         async with bus:
             yield
 
-    return Starlette(
+    return _Application(
+        api,
         routes=[*api.routes(), *bus.plugins.routes(bus)],
         lifespan=lifespan,
         exception_handlers={BusError: api.bus_error, HTTPException: api.http_error, Exception: api.unexpected_error},
     )
+
+
+class _Application(Starlette):
+    """Starlette, but for plain calls of a bus that has started: they go to their endpoint past middleware and routes.
+
+    These take a tenth of the time of a call, and do nothing for it.
+    """
+
+    def __init__(self, api: Api, **options: Any) -> None:  # noqa: ANN401  # Starlette's own
+        super().__init__(**options)
+        self._api = api
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        called = _called(scope) if self._api.invoke.is_ready else None
+        if called is None:
+            await super().__call__(scope, receive, send)
+            return
+        scope["path_params"] = called
+        try:
+            await self._api.invoke(scope, receive, send)
+        except Exception as error:  # noqa: BLE001  # the outer edge, as Starlette's
+            response = await self._api.unexpected_error(Request(scope), error)
+            await response(scope, receive, send)
+
+
+def _called(scope: Scope) -> dict[str, str] | None:
+    """What the routes of calls find in the path of one; None for anything else."""
+    if scope["type"] != "http" or scope["method"] != "POST" or scope["root_path"]:
+        return None
+    empty, invoke, *parts = scope["path"].split("/")
+    if empty or invoke != "invoke" or len(parts) > len(_PARTS) or not all(parts):
+        return None
+    return dict(zip(_PARTS, parts, strict=False)) or None
 
 
 class Api:
@@ -79,13 +113,13 @@ class Api:
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
-        self._invoke = _Invoke(bus)
+        self.invoke = _Invoke(bus)
 
     def routes(self) -> list[BaseRoute]:
         """In the order in which a path is held against them: calls first."""
         return [
-            Route("/invoke/{name}", self._invoke, methods=["POST"]),
-            Route("/invoke/{name}/{capability}", self._invoke, methods=["POST"]),
+            Route("/invoke/{name}", self.invoke, methods=["POST"]),
+            Route("/invoke/{name}/{capability}", self.invoke, methods=["POST"]),
             Route("/", self.root),
             Route("/health", self.health),
             Route("/ready", self.ready),
@@ -178,6 +212,10 @@ class _Invoke:
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
+
+    @property
+    def is_ready(self) -> bool:
+        return self._bus.is_started
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._bus.start()

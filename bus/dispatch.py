@@ -93,7 +93,7 @@ class Bus:
         self._served: set[str] = set()
         self._at_once = False
         self._validators: dict[tuple[str, str, str], Draft202012Validator] = {}
-        self._started = False
+        self.is_started = False
         self._tasks: list[asyncio.Task[None]] = []
         self._finishing: set[asyncio.Task[Answer]] = set()
 
@@ -109,7 +109,7 @@ class Bus:
 
         Raises `SettingError` where the list of disabled overlays cannot be read.
         """
-        if self._started:
+        if self.is_started:
             return
         self.registry.load()
         self.ledger.open()
@@ -119,7 +119,7 @@ class Bus:
                 asyncio.create_task(self.registry.watch(on_look=self._forget_all_but), name="watch overlays"),
                 asyncio.create_task(self.stress.run(self.settings.stress_period_s), name="sample stress"),
             ]
-        self._started = True
+        self.is_started = True
 
     async def drain(self) -> None:
         """Refuse what comes, let what runs finish within `drain_s`, end the rest. Refusals still leave their lines."""

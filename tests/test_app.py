@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from starlette.testclient import TestClient
 
-from bus import provenance, resources
+from bus import envelopes, provenance, resources
 from bus.app import create_app
 from bus.dispatch import Bus
 from tests.programs import running
@@ -242,6 +242,27 @@ def test_a_fault_of_the_bus_is_500_with_a_code_and_no_traceback(
     assert (response.status_code, response.json()["code"]) == (500, "ERR_INTERNAL")
     assert "a secret of the bus" not in response.text
     assert "a secret of the bus" in caplog.text
+
+
+def test_a_fault_in_a_call_is_500_with_a_code_and_no_traceback(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("a secret of the bus")
+
+    monkeypatch.setattr(envelopes, "read_invocation", fail)
+    with TestClient(create_app(settings), raise_server_exceptions=False) as client:
+        for _ in range(2):  # the first one starts the bus
+            response = client.post("/invoke/echo", json=OPEN)
+            assert (response.status_code, response.json()["code"]) == (500, "ERR_INTERNAL")
+            assert "a secret of the bus" not in response.text
+    assert caplog.text.count("a secret of the bus") == 2
+
+
+@pytest.mark.parametrize("path", ["/invoke", "/invoke/", "/invoke/a/b/c", "/invoke//b"])
+def test_a_path_that_names_no_call_is_not_found(client: TestClient, path: str) -> None:
+    response = client.post(path, json=OPEN, follow_redirects=False)
+    assert (response.status_code, response.json()["code"]) == (404, "ERR_NOT_FOUND")
 
 
 def test_a_bus_that_cannot_write_is_not_ready_and_yet_alive(settings: Settings) -> None:
