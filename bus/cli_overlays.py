@@ -405,9 +405,9 @@ def logs(
     count: Annotated[int, typer.Option("-n", parser=whole(0), metavar="N", help="How many lines to begin with.")] = 100,
     as_json: AsJson = False,
 ) -> None:
-    """What an overlay's services and workers said, the last lines; with --json one object a line.
+    """What an overlay's programs wrote to stderr, the last lines, and its service to stdout; --json: one object a line.
 
-    What a program said that was started for one call stands with the answer of that call.
+    The file is logs/overlays/NAME.log. At 1 MiB it becomes NAME.log.1, in place of the one before.
 
     Example: aal overlays logs my-service -f
     """
@@ -419,7 +419,7 @@ def logs(
     with LogReader(path) as reader:
         lines = reader.last(count)
         if not lines and not path.exists() and not as_json:
-            say(f"{entry.name} has no log yet; services and workers keep one", "dim")
+            say(f"{entry.name} has no log yet; none of its programs has written to stderr", "dim")
         _print_log(lines, as_json)
         with contextlib.suppress(KeyboardInterrupt):
             while follow:

@@ -7,8 +7,10 @@ Read `base` first, the words of it all. Then, by the way in which a call is carr
     http                services that are called; http_client is one exchange, breaker leaves a sick one alone
     services            those that the bus starts: service, probe, ports
     logs                what all of them wrote
+    unstarted           why one could not be started
 
 What starts them is beside the bus, as the bus itself is too big and too busy to: helpers are asked for a helper, helper
-is one of them seen from here, strays a last resort. What such a helper runs, under the overlay's own interpreter, is
-launch, containment, launcher; and zygote with zygote_script, zygote_reading, zygote_loading and zygote_ending.
+is one of them seen from here, strays a last resort. What such a helper runs is launch, containment and launcher;
+in mode fork, where launcher runs under the overlay's own interpreter, also zygote with zygote_script, zygote_reading,
+zygote_loading and zygote_ending. Everything else runs under the bus's.
 """

@@ -2,9 +2,9 @@
 
     closed      calls go through; `FAILURES` failures in a row open it
     open        calls are refused until a wait has passed; it doubles from opening to opening, up to `LONGEST_WAIT_S`
-    half-open   one call, the probe, is on its way: its success closes the circuit, its failure opens it again
+    half-open   one call, the trial, is on its way: its success closes the circuit, its failure opens it again
 
-The decision a reader could not guess: nothing waits for a probe to end. A probe that is cancelled, or that ends in a
+The decision a reader could not guess: nothing waits for a trial to end. A trial that is cancelled, or that ends in a
 way that says nothing, gives its place to the next call; and one that is silent for the length of a wait lets another
 through. Otherwise a single call that hangs would shut out all others for ever. And a call counts only in the round in
 which it was admitted: what was sent before the circuit opened says nothing about the service of now.
@@ -75,7 +75,7 @@ class Breaker:
 
     def admit(self) -> Admission | None:
         """Let a call through, or None: it is refused."""
-        if self._state != "closed" and not self._probe():
+        if self._state != "closed" and not self._trial():
             return None
         return Admission(self, self._round)
 
@@ -89,8 +89,8 @@ class Breaker:
             "last_error": self._last_error,
         }
 
-    def _probe(self) -> bool:
-        """Whether it is time for a call that tries the service. A probe that has been silent so long counts as one."""
+    def _trial(self) -> bool:
+        """Whether it is time for a call that tries the service. A trial that has been silent so long counts as one."""
         now = self._clock()
         if now < self._retry_at:
             return False

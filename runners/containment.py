@@ -6,8 +6,8 @@ whatever loses its parent comes as a child, and with which all of it dies. Elsew
 
 All this is the bus's own code under the bus's own interpreter, up to and with the message "contained". Only then, in
 mode fork, the process inside becomes the overlay's interpreter, whose word nobody takes: it may be any program, and may
-renounce what it was given. It is held by what it cannot reach: the process outside ends it when the bus goes, and the
-bus when the process outside does.
+renounce what it was given. In a namespace it is held by what it cannot reach: the process outside ends it when the bus
+goes, and the bus when the process outside does. Elsewhere it could kill that one, and the bus looks for what is left.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ MS_REC, MS_SLAVE = 0x4000, 0x80000
 WATCHED = (signal.SIGTERM, signal.SIGCHLD)
 """What the process outside waits for."""
 
+IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
+"""From its start on."""
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -44,7 +47,9 @@ def contain() -> None:
     channel = launcher.open_channel()
     _, config = marshal.loads(channel.recv(launcher.MESSAGE_BYTES, _socket.MSG_PEEK))  # noqa: S302  # from the bus
     _as_started_fresh()
-    in_namespace = config["namespace"] and _unshare(channel)
+    in_namespace = config["namespace"]
+    if in_namespace:
+        _unshare(channel)
     _go_inside(channel, config["bus"], in_namespace)
     # The place to take the rights and limits of the phase: nothing of the overlay is loaded, and all children inherit.
     pidfd = os.pidfd_open(os.getpid())
@@ -59,26 +64,27 @@ def contain() -> None:
 def _as_started_fresh() -> None:
     """Signals as a new interpreter has them, whatever the bus was started with; children inherit them."""
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    for number in (signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM, signal.SIGCHLD):
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
         signal.signal(number, signal.SIG_DFL)
+    for number in IGNORED_BY_PYTHON:
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _unshare(channel: Any) -> bool:
-    """Have the next child be process 1 of a new pid namespace. False where the kernel has none to give.
+def _unshare(channel: Any) -> None:
+    """Have the next child be process 1 of a new pid namespace.
 
-    Root may be one without the capability; then it gets a user namespace, as any other user does.
+    Who lacks the capability, as root too may, gets a user namespace with it.
     """
     uid, gid = os.geteuid(), os.getegid()
-    if uid == 0 and _libc.unshare(CLONE_NEWPID | CLONE_NEWNS) == 0:
-        return True
-    if _libc.unshare(CLONE_NEWPID | CLONE_NEWNS | CLONE_NEWUSER) != 0:
-        return False
     try:
-        _map_ids(uid, gid)
+        try:
+            _check(_libc.unshare(CLONE_NEWPID | CLONE_NEWNS))
+        except PermissionError:
+            _check(_libc.unshare(CLONE_NEWPID | CLONE_NEWNS | CLONE_NEWUSER))
+            _map_ids(uid, gid)
     except OSError as error:
-        _give_up(channel, "no_namespace", str(error))
-    return True
+        _give_up(channel, "no_namespace", (error.errno, error.strerror))
 
 
 def _map_ids(uid: int, gid: int) -> None:
@@ -146,7 +152,7 @@ def _mount_proc(channel: Any) -> None:
         _check(_libc.mount(b"none", b"/", None, MS_REC | MS_SLAVE, None))
         _check(_libc.mount(b"proc", b"/proc", b"proc", 0, None))
     except OSError as error:
-        _give_up(channel, "no_namespace", str(error))
+        _give_up(channel, "no_namespace", (error.errno, error.strerror))
 
 
 def _check(result: int) -> None:
@@ -156,7 +162,7 @@ def _check(result: int) -> None:
 
 def _become(interpreter: tuple[str, ...], channel: Any) -> NoReturn:
     """Go on as the overlay's interpreter, with this file's neighbour; it is found as any command is (`subprocess`)."""
-    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores, and hands on so
+    for number in IGNORED_BY_PYTHON:  # which it hands on so
         signal.signal(number, signal.SIG_DFL)
     os.set_inheritable(channel.fileno(), True)
     try:

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import orjson
 
 from runners import strays
-from runners.output import Log, Output, close_all
+from runners.output import Log, Output, close_all, describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -54,9 +54,6 @@ REPLY_BYTES = 64 * 1024
 
 LAST_MESSAGES = 1000
 """How many messages of a helper that has ended are read: a socket holds fewer."""
-
-MEMORY_EVERY_S = 1.0
-"""Seconds from one look at the memory of a program that keeps running to the next."""
 
 START_S = 120.0
 """How long, in seconds, a helper may take to load a script's imports before it is given up."""
@@ -161,10 +158,12 @@ class AnotherWayError(Exception):
     """Instead of being ready a helper told that it has to be started another way.
 
     `no_namespace`: without a pid namespace. `unfit`: its script cannot be forked. `unclean`: without these modules.
-    `given` says why, of modules by their names.
+    `given` says why: of a namespace by the kernel's error, of modules by their names.
     """
 
-    def __init__(self, verb: Literal["no_namespace", "unfit", "unclean"], given: str | dict[str, str]) -> None:
+    def __init__(
+        self, verb: Literal["no_namespace", "unfit", "unclean"], given: OSError | str | dict[str, str]
+    ) -> None:
         super().__init__(f"{verb}: {given}")
         self.verb = verb
         self.given = given
@@ -213,7 +212,7 @@ class Helper:
         self._numbers = itertools.count(1)
         self._measured: dict[int, asyncio.Future[float | None]] = {}
         self._pidfds: set[int] = set()
-        self._wire = _Wire(loop, self._receive)
+        self._wire = _Wire(loop, self._receive, self._cut_off)
         try:
             with self._wire.theirs as theirs:
                 self._wire.send(_message("begin", _config(script, namespace, skip)))
@@ -254,7 +253,7 @@ class Helper:
                 stdout=says,
                 stderr=says,
                 cwd=self.home.folder,
-                env=self.home.env,
+                env={**self.home.env, strays.MARK: f"{self._mark}-0"},  # of no call, as they begin with 1
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,
             )
@@ -297,6 +296,7 @@ class Helper:
             self._wire.send(message, fds)
         except (BrokenPipeError, ConnectionResetError):
             self._receive_last()
+            self.close()  # it may only have closed its ears
             raise GoneError from None
         process = self.processes[number] = Process(number, self, self._loop)
         return process
@@ -316,6 +316,12 @@ class Helper:
                 return None
             waiting = self._measured[number] = self._loop.create_future()
         return await asyncio.shield(waiting)
+
+    def _cut_off(self) -> None:
+        """What was waiting for it cannot be told any more: its programs would wait for ever."""
+        self._receive_last()
+        self.close()
+        self.kill()
 
     def _insist(self, number: int) -> None:
         """A process that was killed is still not reported: the helper is stopped, stuck or out of its mind."""
@@ -390,12 +396,20 @@ class Helper:
             self._loop.call_later(GONE_S, self._signal_both, signal.SIGKILL)
 
     def _settle(self) -> None:
-        """Where no namespace held them and the process outside was killed, programs may have lost all their parents."""
-        if self._popen.wait() < 0 and self.namespace is False:
-            sweep = self._loop.run_in_executor(None, strays.end, self._mark)
-            sweep.add_done_callback(lambda _: self._finish())
-        else:
+        """Where no namespace held them and the process outside was killed, programs may have lost all their parents.
+
+        A bus that ignores SIGCHLD is told no status: to `Popen` all of them are 0.
+        """
+        in_order = self._popen.wait() >= 0 and signal.getsignal(signal.SIGCHLD) != signal.SIG_IGN
+        if in_order or self.namespace is not False:
             self._finish()
+        else:
+            self._loop.run_in_executor(None, strays.end, self._mark).add_done_callback(self._swept)
+
+    def _swept(self, sweep: asyncio.Future[None]) -> None:
+        if not sweep.cancelled() and (error := sweep.exception()) is not None:
+            log.error("programs of %s may be left: %s", self.home.overlay, error)
+        self._finish()
 
     def _finish(self) -> None:
         self._said.drain()
@@ -449,7 +463,7 @@ class Helper:
             if not fds:  # the kernel passes as many as this process may have open (unix(7), MSG_CTRUNC)
                 self._refuse(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
         elif verb == "no_namespace":
-            self._refuse(AnotherWayError("no_namespace", given))
+            self._refuse(AnotherWayError("no_namespace", _os_error(*given)))
         elif verb == "not_started":
             self._refuse(_os_error(*given))
         else:
@@ -504,10 +518,16 @@ class Helper:
 
 
 class _Wire:
-    """The bus's end of the socket to a helper. What the helper does not take yet waits, with its descriptors."""
+    """The bus's end of the socket to a helper. What the helper does not take yet waits, with its descriptors.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, receive: Callable[[], object]) -> None:
+    `cut_off` is called where that cannot be sent any more, and closes this.
+    """
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, receive: Callable[[], object], cut_off: Callable[[], object]
+    ) -> None:
         self._loop = loop
+        self._cut_off = cut_off
         self._outbox: deque[tuple[bytes, list[int]]] = deque()
         self._socket, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.setblocking(False)
@@ -552,9 +572,9 @@ class _Wire:
                 self._socket.sendmsg([message], _rights(fds))
             except BlockingIOError:
                 return
-            except OSError:  # it is gone; the reader sees that, too
-                self._drop_outbox()
-                break
+            except OSError:  # it is gone, or the kernel is short of something
+                self._cut_off()
+                return
             self._outbox.popleft()
             close_all(fds)
         self._loop.remove_writer(self._socket.fileno())
@@ -630,8 +650,4 @@ def _os_error(number: Any, words: Any) -> OSError:  # noqa: ANN401
 
 def _end_of(code: int) -> str:
     """Of `Popen.returncode`. The process that waits for the one inside says 128 + signal, as shells do."""
-    number = -code if code < 0 else code - 128
-    try:
-        return f"was ended by {signal.Signals(number).name}"
-    except ValueError:
-        return f"ended with status {code}"
+    return describe(128 - code if 128 < code <= 128 + signal.SIGRTMAX else code)

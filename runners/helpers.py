@@ -16,6 +16,7 @@ import itertools
 import logging
 import os
 import secrets
+import signal
 import time
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
@@ -40,14 +41,20 @@ KEPT_IDLE = 32
 TIDY_S = 1.0
 """How long, in seconds, one too many may be idle: it may be between two calls, or about to get its first."""
 
+AGAIN_S = 1.0
+"""How long, in seconds, a pool that has a helper waits after a second could not be started."""
+
 TRIES = 2
 """How often a helper is started that ends before it is ready: the first may have been killed for want of memory."""
 
 STARTS = 50
 """How often a helper is started at most until one is ready. Each learns from the last, so that few are enough."""
 
-SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ETOOMANYREFS})
+SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.ETOOMANYREFS})
 """What fails to start for want of these may start a moment later."""
+
+REFUSALS = frozenset({errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOSYS})
+"""The errors of a kernel that gives no pid namespace, and will give none."""
 
 
 class UnfitError(Exception):
@@ -70,6 +77,8 @@ class Pool:
         self._house = house
         self._waiting = 0
         self._starting: asyncio.Task[Helper] | None = None
+        self._more_from = 0.0
+        """On the clock of `time.monotonic`: when another may be begun beside those that are there."""
 
     @property
     def is_empty(self) -> bool:
@@ -78,9 +87,12 @@ class Pool:
     def free(self) -> Helper | None:
         """The helper with the fewest processes; None where none is ready. Another is begun where all have work."""
         helper = self.any()
-        if helper is not None and helper.processes and len(self.helpers) < self._house.most and not self.retired:
+        if helper is not None and helper.processes and self._may_have_more():
             self._start()
         return helper
+
+    def _may_have_more(self) -> bool:
+        return len(self.helpers) < self._house.most and not self.retired and time.monotonic() >= self._more_from
 
     def any(self) -> Helper | None:
         return min(self.helpers, key=_load, default=None)
@@ -139,6 +151,7 @@ class Pool:
         self._starting = None
         if not task.cancelled() and (error := task.exception()) is not None:
             log.debug("no helper for %s: %s", self.home.overlay, error)
+            self._more_from = time.monotonic() + AGAIN_S
         self._rest_soon()
 
     async def _until_ready(self) -> Helper:
@@ -153,28 +166,36 @@ class Pool:
             except OSError as error:
                 if error.errno == errno.ECHILD and not self._house.closed and next(tries) < TRIES:
                     continue
-                if self.script is None or self._house.closed or error.errno in SHORTAGES:
+                if self._cannot_give_up() or self._house.closed or error.errno in SHORTAGES:
                     raise
                 self._give_up(str(error))
             else:
+                self._house.had_namespace |= bool(helper.namespace)
                 if helper.is_open:
                     self.helpers.append(helper)
                     return helper
             if self.unfit is not None:
                 raise UnfitError(self.unfit)
         why = f"its helper was not ready after {STARTS} starts"
-        if self.script is None:
+        if self._cannot_give_up():
             raise OSError(errno.EAGAIN, why)
         self._give_up(why)
         raise UnfitError(why)
 
     def _learn(self, told: AnotherWayError) -> None:
-        if told.verb == "no_namespace":
-            self._house.do_without_namespace(str(told.given))
-        elif isinstance(told.given, dict) and told.given.keys() - self.skip.keys():
+        """Raises OSError where another way is not to be tried."""
+        if isinstance(told.given, OSError):
+            self._house.do_without_namespace(told.given)
+        elif isinstance(told.given, str):
+            self.unfit = told.given
+        elif told.given.keys() - self.skip.keys():
             self.skip |= told.given
         else:
-            self.unfit = str(told.given)
+            self.unfit = "its helper loads what it was told to leave alone"
+
+    def _cannot_give_up(self) -> bool:
+        """There is no other way to start it, or this one is known to be good."""
+        return self.script is None or bool(self.helpers)
 
     def _give_up(self, why: str) -> None:
         self.unfit = why
@@ -192,6 +213,8 @@ class Helpers:
         self.most = most or min(2, len(os.sched_getaffinity(0)))
         """Helpers of one pool."""
         self.closed = False
+        self.had_namespace = False
+        """Whether the kernel has given one to a helper."""
         self._idle_s = idle_s
         self._namespace = namespace
         self._mark = f"aal-{secrets.token_hex(8)}"
@@ -224,7 +247,11 @@ class Helpers:
             helper = pool.any() or await pool.ready()
             with contextlib.suppress(GoneError):
                 process = helper.launch(argv, fds, env or {})
-        await process.memory_mb()  # it answers after it has started the program, or told that it could not
+        try:
+            await process.memory_mb()  # it answers after it has started the program, or told that it could not
+        except asyncio.CancelledError:
+            process.signal(signal.SIGKILL)
+            raise
         if process.ended.done() and (failed := process.ended.result().failed) is not None:
             raise failed
         return process
@@ -266,9 +293,14 @@ class Helpers:
             self._look()
         return helper
 
-    def do_without_namespace(self, why: str) -> None:
-        """It was tried once, by what can be believed."""
-        log.warning("programs run without a pid namespace: %s", why)
+    def do_without_namespace(self, error: OSError) -> None:
+        """It was tried, by what can be believed. Raises OSError where the kernel may have one a moment later.
+
+        Where it never gave one, any other error is its last word: a limit on namespaces may be 0.
+        """
+        if error.errno in SHORTAGES or (self.had_namespace and error.errno not in REFUSALS):
+            raise OSError(errno.EAGAIN, f"no pid namespace is to be had now: {error.strerror}")
+        log.warning("programs run without a pid namespace: %s", error.strerror)
         self._namespace = False
 
     def look_at(self, pool: Pool) -> None:

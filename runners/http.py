@@ -30,6 +30,7 @@ from runners.http_client import (
     TooLargeError,
     UnreadableError,
 )
+from runners.output import preview
 from runners.service import ServiceError
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from runners.base import Job, ServiceTarget
     from runners.breaker import Admission
     from runners.http_client import Answer
+    from runners.service import End
 
 RETRY_WAITS_S = (0.05, 0.2)
 """Seconds before the second and the third try."""
@@ -57,9 +59,6 @@ SAME_METHOD_REDIRECTS = frozenset({307, 308})
 
 MAX_REDIRECTS = 3
 
-PREVIEW_LENGTH = 200
-"""Characters of an unreadable answer that an error quotes."""
-
 
 class RunningService(Protocol):
     """A service that the bus has started, as long as a call uses it."""
@@ -68,7 +67,7 @@ class RunningService(Protocol):
     def url(self) -> str:
         """Its base URL."""
 
-    def outcome_of_end(self) -> Outcome | None:
+    def end(self) -> End | None:
         """For a call that got no answer: how the service has ended meanwhile, None where no more is known."""
 
 
@@ -278,21 +277,21 @@ def _unanswered(error: ExchangeError, call: _Call, took_s: float) -> _Tried:
             return _Tried(Outcome(Code.UNREACHABLE, error=words, retryable=False))
 
 
-async def _end_of(service: RunningService, deadline: float) -> Outcome | None:
+async def _end_of(service: RunningService, deadline: float) -> End | None:
     """How a service has ended that did not answer; None where it seems to be there still."""
-    ended = service.outcome_of_end()
+    ended = service.end()
     left_s = deadline - time.monotonic()
     if ended is None and left_s > 0:
         await asyncio.sleep(min(NEWS_S, left_s))
-        ended = service.outcome_of_end()
+        ended = service.end()
     return ended
 
 
-def _of_end(ended: Outcome, tried: _Tried) -> _Tried:
+def _of_end(ended: End, tried: _Tried) -> _Tried:
     """A try that found no answer because its service has ended. That the bus ended it says nothing of its health."""
-    if ended.code != Code.CRASH:
-        return _Tried(ended)
-    return _Tried(ended, tried.again, fault=ended.error or tried.fault)
+    if ended.by_bus:
+        return _Tried(ended.outcome)
+    return _Tried(ended.outcome, tried.again, fault=ended.outcome.error or tried.fault)
 
 
 async def _read(answer: Answer, call: _Call) -> Outcome:
@@ -361,8 +360,8 @@ def _not_called(breaker: Breaker, job: Job) -> Outcome:
 
 
 def _preview(body: bytes) -> str:
-    text = body[: 4 * PREVIEW_LENGTH].decode("utf-8", "replace").strip()[:PREVIEW_LENGTH]
-    return f": {text!r}" if text else ""
+    text = body.strip()
+    return f": {preview(text)}" if text else ""
 
 
 def _log(answer: Answer, job: Job) -> str:

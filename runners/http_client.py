@@ -310,7 +310,9 @@ def _broken_off(error: aiohttp.ClientError) -> ExchangeError:
     if isinstance(error.__cause__, ContentEncodingError):
         return UnreadableError(f"answered what cannot be decompressed: {error}")
     moment = "in the middle of its answer" if isinstance(error, aiohttp.ClientPayloadError) else "before it answered"
-    return BrokenOffError(f"closed the connection {moment}: {error}")
+    # Only what the kernel said: the words of other errors hold the answer's head, and go to other callers as well.
+    why = f": {error.strerror or error}" if isinstance(error, aiohttp.ClientOSError) else ""
+    return BrokenOffError(f"closed the connection {moment}{why}")
 
 
 def _is_being_cancelled() -> bool:

@@ -19,8 +19,8 @@ is not for what nobody can trust.
                       "kill"     (call, signal), to the group of the call
                       "measure"  call
     from containment  "contained" {"namespace": bool}, with a pidfd of the process inside; or it ends with
-                      "no_namespace" why, or after "contained" with
-                      "not_started" (errno, words): the overlay's interpreter
+                      "no_namespace" (errno, words), or before or after "contained" with
+                      "not_started" (errno, words): the process inside, or the overlay's interpreter
     from the helper   "ready"    {"floor_kib": of a peak, "loaded": [module], "left": {module: why}}; or it ends with
                                  "unfit" why or "unclean" {module: why}
                       "failed"   (call, errno, words): it did not start
@@ -58,8 +58,8 @@ MARSHAL = 2
 MESSAGE_BYTES = 128 * 1024
 """The longest message to the helper. A command with its environment is hardly a hundredth of it."""
 
-TOLD_AT_ONCE, TOLD_OF_EACH = 200, 120
-"""Ends or modules in one message, and characters of why one was not loaded, so that it is far below 64 KiB."""
+TOLD_AT_ONCE, TOLD_BYTES, TOLD_WORDS = 200, 24 * 1024, 120
+"""Ends in one message, bytes of a list of modules, and characters of a reason: a message is far below 64 KiB."""
 
 STREAMS = 3
 """stdin, stdout and stderr: the descriptors that a program gets."""
@@ -134,6 +134,7 @@ class Launcher:
         self._pids = {}  # type: dict[int, int]  # the process of a call
         self._ended = []  # type: list[tuple[Any, ...]]
         self._sweeps = 0
+        self._killed = set()  # type: set[int]  # orphans that have yet to end
         self._environment = given_environment()
         self._family = Family()
         self._wakeup, self._alarm = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -258,6 +259,7 @@ class Launcher:
                 tell(self._channel, "ended", self._ended[:TOLD_AT_ONCE])
                 del self._ended[:TOLD_AT_ONCE]
             self._sweeps = 0
+            self._killed.clear()
 
     def _bury(self, pid: int) -> None:
         """Reap one. Its group is killed before, while nobody else can have its number."""
@@ -265,20 +267,29 @@ class Launcher:
         if number is not None:
             _signal_group(pid, signal.SIGKILL)
         _, status, usage = os.wait4(pid, 0)
+        self._killed.discard(pid)
         if number is not None:
             del self._pids[number]
             cpu_ms = round((usage.ru_utime + usage.ru_stime) * 1000, 3)
-            lost = LOST if self._sweeps > SWEEPS else None
-            self._ended.append((number, status, cpu_ms, usage.ru_maxrss, lost))
+            self._ended.append((number, status, cpu_ms, usage.ru_maxrss, self._lost(status)))
+
+    def _lost(self, status: int) -> str | None:
+        by_us = self.in_namespace and self._sweeps > SWEEPS and os.WIFSIGNALED(status)
+        return LOST if by_us and os.WTERMSIG(status) == signal.SIGKILL else None
 
     def _orphans_left(self) -> bool:
-        """Kill what no running call can account for. True where there was something: its end is waited for."""
+        """Kill what no running call can account for. True where there was something: its end is waited for.
+
+        One that takes its time to end is no sweep: only another that has come since tells that they get away.
+        """
         orphans = [pid for pid in self._family.children() if pid not in self._calls and self._call_of(pid) is None]
         if not orphans:
             return False
-        self._sweeps += 1
-        if self._sweeps > SWEEPS and self.in_namespace:
-            os.kill(-1, signal.SIGKILL)
+        if not self._killed.issuperset(orphans):
+            self._sweeps += 1
+            if self._sweeps > SWEEPS and self.in_namespace:
+                os.kill(-1, signal.SIGKILL)
+        self._killed.update(orphans)
         for pid in orphans:
             if self._sweeps > SWEEPS_ALONE:
                 _signal_group_of(pid, signal.SIGKILL)
@@ -477,7 +488,7 @@ def load_program(channel: Any, config: Any) -> Any:
     try:
         program = zygote.prepare(list(config["arguments"]), list(config["preload"]), config["skip"])
     except zygote.UnfitError as error:
-        tell(channel, "unfit", str(error)[:TOLD_AT_ONCE])
+        tell(channel, "unfit", str(error)[:TOLD_WORDS])
         os._exit(1)
     if program.unclean:
         tell(channel, "unclean", _in_short(program.unclean))
@@ -486,7 +497,17 @@ def load_program(channel: Any, config: Any) -> Any:
 
 
 def _in_short(reasons: dict[str, str]) -> dict[str, str]:
-    return {name: why[:TOLD_OF_EACH] for name, why in list(reasons.items())[:TOLD_AT_ONCE]}
+    return dict(_that_fit([(name, why[:TOLD_WORDS]) for name, why in reasons.items()]))
+
+
+def _that_fit(items: list[Any]) -> list[Any]:
+    """The first of them, as far as their JSON text is no longer than TOLD_BYTES."""
+    left = TOLD_BYTES
+    for number, item in enumerate(items):
+        left -= len(text_of(item).encode("utf-8", "replace")) + 1
+        if left < 0:
+            return items[:number]
+    return items
 
 
 def main() -> Any:
@@ -499,6 +520,6 @@ def main() -> Any:
         prctl(PR_SET_PDEATHSIG, 0, 0, 0, 0)  # from now on the bus closes the socket, and all is ended in order
     loaded, left = ([], {}) if program is None else (program.loaded, program.left)
     floor = floor_kib(program is not None)
-    tell(channel, "ready", {"floor_kib": floor, "loaded": loaded[:TOLD_AT_ONCE], "left": _in_short(left)})
+    tell(channel, "ready", {"floor_kib": floor, "loaded": _that_fit(loaded), "left": _in_short(left)})
     argv, env = launcher.serve()
     return program.run, argv, env

@@ -1,5 +1,6 @@
-"""What programs that keep running say: one file an overlay, with the time before each line, of bounded size.
+"""What the programs of an overlay say: one file an overlay, with the time before each line, of bounded size.
 
+In it stand the stderr of all of them, those that were started for one call too, and the stdout of services.
 `FOLDER/<overlay>.log` grows to `max_bytes`, is renamed to `<overlay>.log.1` in place of the one before, and begun anew.
 Renamed, not cut: so who reads it misses nothing. `OverlayLogs` writes; `LogReader` reads, and follows.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import os
 import time
@@ -179,12 +181,11 @@ class OverlayLogs:
         """The file is the one that bears the name now: who else removed, renamed or emptied it may do so."""
         fd = self._open(path)
         try:
-            size = os.fstat(fd).st_size
-            if size and size + len(text) > self._max_bytes:
-                path.replace(rotated(path))
+            while (size := os.fstat(fd).st_size) and size + len(text) > self._max_bytes:
+                _rotate(path, fd)
                 os.close(fd)
                 fd = -1
-                fd, size = self._open(path), 0
+                fd = self._open(path)
             _write_whole(fd, text, size)
         finally:
             if fd >= 0:
@@ -225,6 +226,14 @@ class Voice:
         """A line of the bus between its own. The words go on from the name."""
         if self._logs is not None:
             self._logs.append(self._overlay, f"aal: {self._name} {words}\n".encode())
+
+
+def _rotate(path: Path, fd: int) -> None:
+    """Rename the open file, unless another process has done so: a second time would be at the cost of that one's."""
+    fcntl.flock(fd, fcntl.LOCK_EX)  # until the file is closed
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(path.stat(), os.fstat(fd)):
+            path.replace(rotated(path))
 
 
 def _write_whole(fd: int, text: bytes, size: int) -> None:

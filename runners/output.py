@@ -21,6 +21,9 @@ READ_SIZE = 64 * 1024
 PREVIEW_LENGTH = 200
 """Characters of unreadable output that an error quotes."""
 
+MEMORY_EVERY_S = 1.0
+"""Seconds from one look at the memory of a program that keeps running to the next."""
+
 
 class Output:
     """Our end of one output pipe: hands on what comes, then says once that it has ended.

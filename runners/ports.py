@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 HOST = "127.0.0.1"
+_UNSEEN = (FileNotFoundError, ProcessLookupError, PermissionError)
+"""What reading of a process may end in: it has ended, or is not for us to see (hidepid, proc(5))."""
 _LISTEN = "0A"  # TCP_LISTEN of <net/tcp_states.h>, as /proc/net/tcp has it
 
 
@@ -78,7 +80,7 @@ def _descendants(root: int) -> Iterator[int]:
     """Every process below one, by the parents that /proc/PID/stat names."""
     children: dict[int, list[int]] = defaultdict(list)
     for name in filter(str.isdigit, os.listdir("/proc")):  # noqa: PTH208  # as above
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError), open(f"/proc/{name}/stat", "rb") as file:  # noqa: PTH123
+        with contextlib.suppress(*_UNSEEN), open(f"/proc/{name}/stat", "rb") as file:  # noqa: PTH123
             parent = file.read().rpartition(b")")[2].split()[1]
             children[int(parent)].append(int(name))
     below = children[root]

@@ -58,7 +58,7 @@ class Probe:
         except (aiohttp.ClientConnectorError, ConnectionRefusedError):
             return "refused the connection"
         except (aiohttp.ClientError, OSError) as error:
-            return f"gave no answer in HTTP: {error}"
+            return _lack_of(error)
 
     async def _listens(self) -> None:
         _, writer = await asyncio.open_connection(HOST, self._port)
@@ -69,3 +69,16 @@ class Probe:
         async with self._client.session.get(url, allow_redirects=False) as response:
             await response.content.read(ANSWER_BYTES)
             return None if response.status // 100 == 2 else f"answered HTTP {response.status}"  # noqa: PLR2004
+
+
+def _lack_of(error: Exception) -> str:
+    """The words of the other errors would hold the head of an answer."""
+    match error:
+        case aiohttp.ClientResponseError():
+            return f"answered what is not HTTP: {error.message}"
+        case OSError():
+            return f"gave no answer: {error.strerror or error}"
+        case aiohttp.ClientPayloadError():
+            return "closed the connection in the middle of its answer"
+        case _:
+            return "closed the connection before it answered"

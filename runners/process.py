@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 import errno
 import os
-import shutil
 import signal
 import time
 from functools import lru_cache
@@ -23,13 +22,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from runners import python_command
 from runners.base import LARGE_BYTES, Code, Outcome, ProcessTarget
 from runners.helper import GoneError, Home, Script
-from runners.helpers import IDLE_S, SHORTAGES, Helpers, UnfitError
+from runners.helpers import IDLE_S, Helpers, UnfitError
 from runners.output import Input, Log, Output, Reply, close_all, join_log, judge, read_reply
+from runners.unstarted import unstarted
 from runners.workers import WorkerPools
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from runners.base import Job
     from runners.helper import Exit, Helper, Process
     from runners.logs import OverlayLogs
@@ -76,7 +74,7 @@ class ProcessRunner:
         except TimeoutError:
             return Outcome(Code.TIMEOUT, error="the deadline had passed before the program could start")
         except OSError as error:
-            return _REFUSED if self._closed else _not_started(error, target, job.folder)
+            return _REFUSED if self._closed else _unstarted(job, target, error)
         self._runs.add(run)
         try:
             exit_ = await run.wait()
@@ -84,7 +82,7 @@ class ProcessRunner:
             self._runs.discard(run)
             self._keep_log(job, run.log.kept())
         if exit_.failed is not None:
-            return _not_started(exit_.failed, target, job.folder)
+            return _unstarted(job, target, exit_.failed)
         return await _outcome(run, exit_)
 
     def _keep_log(self, job: Job, text: bytes) -> None:
@@ -104,12 +102,10 @@ class ProcessRunner:
         """End every call that still runs, and start no more. A second with `at_once` ends the grace of the first."""
         self._closed = True
         self._at_once = self._at_once or at_once
-        runs = list(self._runs)
-        for run in runs:
+        for run in self._runs:
             run.stop(Code.CANCELLED, at_once=at_once)
-        if runs:
-            await asyncio.wait([run.ended for run in runs])
-        await self._workers.close(at_once=self._at_once)
+        ends = [run.ended for run in self._runs]
+        await asyncio.gather(self._workers.close(at_once=self._at_once), *map(asyncio.shield, ends))
         await self._helpers.close(at_once=self._at_once)
         if self._logs is not None:
             self._logs.close()
@@ -121,18 +117,15 @@ class ProcessRunner:
         home = Home(job.overlay, job.phase, job.rights, job.folder, target.env, job.edition)
         script = _script(target.argv, target.preload, target.stdin) if target.mode in ("auto", "fork") else None
         while True:
-            helper = self._helpers.pool(home, script).free()
-            if helper is None:
-                async with asyncio.timeout(job.deadline - time.monotonic()):
-                    helper = await self._helper(home, script)
-            with contextlib.suppress(GoneError):
+            with contextlib.suppress(GoneError, UnfitError):  # then its pool has, or is, another
+                pool = self._helpers.pool(home, script)
+                helper = pool.free()
+                if helper is None:
+                    async with asyncio.timeout(job.deadline - time.monotonic()):
+                        helper = await pool.ready()
+                    if self._closed:
+                        raise OSError(errno.ESHUTDOWN, "the runner was closed")
                 return _start(helper, job, target, self._kill_grace_s)
-
-    async def _helper(self, home: Home, script: Script | None) -> Helper:
-        try:
-            return await self._helpers.pool(home, script).ready()
-        except UnfitError:
-            return await self._helpers.pool(home).ready()
 
 
 @lru_cache(1024)
@@ -143,6 +136,10 @@ def _script(argv: tuple[str, ...], preload: tuple[str, ...], stdin: Any) -> Scri
         return None
     length = 2 if command.arguments[0] == "-m" else 1
     return Script(command.interpreter, command.arguments[:length], preload, stdin)
+
+
+def _unstarted(job: Job, target: ProcessTarget, error: OSError) -> Outcome:
+    return unstarted(target.argv, target.env, job.folder, error).outcome
 
 
 def _start(helper: Helper, job: Job, target: ProcessTarget, kill_grace_s: float) -> _Run:
@@ -185,31 +182,6 @@ def _envelope_file(envelope: bytes, theirs: list[int]) -> None:
     written = 0
     while written < len(envelope):
         written += os.pwrite(fd, memoryview(envelope)[written:], written)
-
-
-def _not_started(error: OSError, target: ProcessTarget, folder: Path) -> Outcome:
-    reason = _why(error, target, folder)
-    return Outcome(
-        Code.START, error=f"could not start {target.argv[0]!r}: {reason}", retryable=error.errno in SHORTAGES
-    )
-
-
-def _why(error: OSError, target: ProcessTarget, folder: Path) -> str:
-    if error.filename == folder:
-        return f"its folder {str(folder)!r} cannot be entered: {error.strerror}"
-    reason = error.strerror or str(error)
-    if error.errno == errno.ENOENT and _is_there(target, folder):
-        return f"{reason}: the file is there, but the interpreter or loader that it names is not"
-    if error.errno == errno.ENOEXEC:
-        return f"{reason}: a script needs a first line such as #!/bin/sh"
-    return reason
-
-
-def _is_there(target: ProcessTarget, folder: Path) -> bool:
-    name = target.argv[0]
-    if "/" in name:
-        return (folder / name).exists()
-    return shutil.which(name, path=target.env.get("PATH", os.defpath)) is not None
 
 
 class _Pipes(NamedTuple):

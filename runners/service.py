@@ -19,15 +19,16 @@ import os
 import re
 import signal
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from runners.base import Code, Outcome
-from runners.helper import MEMORY_EVERY_S, Home
+from runners.helper import Home
 from runners.helpers import SHORTAGES
 from runners.logs import Voice
-from runners.output import Output, describe, excess
+from runners.output import MEMORY_EVERY_S, Output, describe, excess
 from runners.ports import HOST, free_port, holder_of, is_taken
 from runners.probe import SILENT, Probe, ProbeClient
+from runners.unstarted import unstarted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
@@ -97,6 +98,13 @@ class FaultError(Exception):
         self.code = code
         self.retryable = retryable
         self.from_outside = from_outside
+
+
+class End(NamedTuple):
+    """How a service has ended, for the calls that it had. `by_bus`: it would run on, had the bus not ended it."""
+
+    outcome: Outcome
+    by_bus: bool
 
 
 class _PortTakenError(FaultError):
@@ -172,7 +180,7 @@ class Service:
         self._retired: asyncio.Future[None] = loop.create_future()
         self._at_once: asyncio.Future[None] = loop.create_future()
         self._empty: asyncio.Future[None] = loop.create_future()
-        self._ending: Outcome | None = None
+        self._ending: Outcome | None = None  # what its calls get, should it be us who end it
         self._signalled = False
         self._calls = 0
         self._hard_mb = job.hard_mb
@@ -196,28 +204,29 @@ class Service:
         if self._calls == 0 and self.state == "draining" and not self._empty.done():
             self._empty.set_result(None)
 
-    def outcome_of_end(self) -> Outcome | None:
+    def end(self) -> End | None:
         """For a call whose exchange with it failed: why the service was ended, or has ended, meanwhile.
 
         None while it runs, as far as is known: the news of a process's end may come after that of its connections'.
         """
         ended = None if self._program is None else self._program.process.ended
-        if self._ending is None and ended is not None and ended.done():
-            return _cut_off(_death(ended.result()), self._last_words())
-        return self._ending if self._signalled else None
+        if ended is not None and ended.done() and not self._signalled:
+            return End(_cut_off(_death(ended.result()), self._last_words()), by_bus=False)
+        return End(self._ending, by_bus=True) if self._signalled and self._ending is not None else None
 
-    def retire(self, why: str) -> None:
-        """Take no new call, and end. `why` goes on from "the service"."""
+    def retire(self, why: str, code: Code = Code.CRASH) -> None:
+        """Take no new call, and end. `why` goes on from "the service"; `code` is for the calls that it cuts off."""
         if not self._retired.done():
             self._voice.note(why)
             if self._ending is None:
-                self._ending = Outcome(Code.CANCELLED, error=f"the service {why}, and was ended before it answered")
+                error = f"the service {why}, and was ended before it answered"
+                self._ending = Outcome(code, error=error, log=self._last_words(), retryable=True)
             self._retired.set_result(None)
             self.state = "draining" if self.state == "ready" else self.state
 
     def close(self, *, at_once: bool) -> None:
         """Retire, and do not wait for what only starts, nor, `at_once`, for what runs."""
-        self.retire("is ended with the bus")
+        self.retire("is ended with the bus", Code.CANCELLED)
         if self._starting is not None:  # what may have been started ends with its helper
             self._starting.cancel()
         if at_once and not self._at_once.done():
@@ -243,6 +252,9 @@ class Service:
         except FaultError as fault:
             self._take_fault(fault)
             drain_s = 0.0 if fault.code is Code.MEMORY_LIMIT else drain_s
+        except OSError as error:  # of the bus itself: it is short of descriptors, say
+            words = f"could not be looked after: {error.strerror or error}"
+            self._take_fault(FaultError(words, retryable=error.errno in SHORTAGES))
         finally:
             self.state = "draining"
             if not self.up.done():
@@ -288,8 +300,9 @@ class Service:
         """Raises `FaultError`. None where it was retired first."""
         if self._retired.done():
             return None
-        port = self._house.take_port()
+        port = 0  # none yet
         try:
+            port = self._house.take_port()
             process, output = await self._start_process(port)
         except asyncio.CancelledError:
             self._house.ports.discard(port)
@@ -298,9 +311,8 @@ class Service:
             raise
         except (OSError, ValueError) as error:
             self._house.ports.discard(port)
-            short = isinstance(error, OSError) and error.errno in SHORTAGES
-            words = (isinstance(error, OSError) and error.strerror) or str(error)
-            raise FaultError(f"could not start {self._target.argv[0]!r}: {words}", retryable=short) from error
+            words, retryable = unstarted(self._target.argv, self._target.env, self._home.folder, error)
+            raise FaultError(words, retryable=retryable) from error
         self._began = self._house.clock()
         self._voice.note(f"starts on port {port} (edition {self._home.edition})")
         return _Program(process, output, port, Probe(self._house.client, port, self._target.ready_path))
@@ -343,7 +355,7 @@ class Service:
                 if holder == "ours":
                     break
                 strangers = strangers + 1 if holder == "others" else 0
-                lack = "belongs to another program"
+                lack = "belongs to another program" if strangers else "does not listen"
                 if strangers == STRANGERS:
                     raise _PortTakenError(f"was not ready: port {program.port} {lack}")
             if left_s <= wait_s:
@@ -444,7 +456,7 @@ class Service:
         """TERM to its group, KILL after the grace. Then nothing of it is left."""
         process = program.process
         by_itself = process.ended.done()
-        self._signalled = True
+        self._signalled = not by_itself
         if not self._at_once.done():
             process.signal(signal.SIGTERM)
             ends: set[asyncio.Future[Any]] = {process.ended, self._at_once}

@@ -45,7 +45,7 @@ class Services:
 
     @contextlib.asynccontextmanager
     async def use(self, job: Job, target: ServiceTarget) -> AsyncIterator[Service]:
-        """The service, once it is ready: its `url` is where to send the call, its `outcome_of_end` why that failed.
+        """The service, once it is ready: its `url` is where to send the call, its `end` why that failed.
 
         Until the exit the call counts as running. Raises `ServiceError`: START where it does not come up or backs off,
         or the overlay has changed since the job was made, TIMEOUT, or CANCELLED after `close`.

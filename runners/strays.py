@@ -1,7 +1,8 @@
 """Programs that lost every process that would have ended them: found by the mark of their helper, and killed.
 
-A last resort for where the kernel gives no pid namespace, and both processes of a helper were killed at once. What
-changed its environment and runs another program is not found, nor what never stays one process for long.
+A last resort for where the kernel gives no pid namespace, and both processes of a helper were killed at once. Each has
+the mark from the helper, whose environment it began with. What runs another program with another environment is not
+found, nor what never stays one process for long.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import signal
 from pathlib import Path
 
 MARK = "OVERLAY_CALL"
-"""The environment variable of a program whose value begins with the mark of its helper. A fork has its command line."""
+"""The environment variable of a helper and its programs whose value begins with the mark of the helper."""
 
 ROUNDS = 10
 """How often /proc is read at most: what is found may have started another meanwhile."""
@@ -23,7 +24,10 @@ END_MS = 1000
 
 
 def end(mark: str) -> None:
-    """Kill what carries the mark, round by round until nothing does. It blocks: call it in a thread."""
+    """Kill what carries the mark, round by round until nothing does. It blocks: call it in a thread.
+
+    Raises OSError where it cannot look (too many files, ...).
+    """
     for _ in range(ROUNDS):
         if not [pid for pid in _others() if _carries(pid, mark) and _end(pid, mark)]:
             return
@@ -37,32 +41,38 @@ def _carries(pid: int, mark: str) -> bool:
     """False, too, of what has ended or is another user's."""
     try:
         variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
         return False
-    return mark.encode() in words or any(variable.startswith(f"{MARK}={mark}-".encode()) for variable in variables)
+    return any(variable.startswith(f"{MARK}={mark}-".encode()) for variable in variables)
 
 
 def _end(pid: int, mark: str) -> bool:
-    """Whether it was there to be killed. It is looked at again once nobody else can come to have its number."""
-    with contextlib.suppress(ProcessLookupError):
+    """Whether it was there to be killed.
+
+    A pidfd does not hold a number. So it is looked at again, and stopped: what is stopped does not end, and keeps its
+    number and its group's until that is killed.
+    """
+    try:
         pidfd = os.pidfd_open(pid)
-        try:
-            if _carries(pid, mark):
-                _kill_group_of(pid)
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                poll = select.poll()
-                poll.register(pidfd, select.POLLIN)
-                poll.poll(END_MS)
-                return True
-        finally:
-            os.close(pidfd)
-    return False
+    except ProcessLookupError:
+        return False
+    try:
+        if not _carries(pid, mark):
+            return False
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended, or become another user's
+            signal.pidfd_send_signal(pidfd, signal.SIGSTOP)
+            _kill_group_of(pid)
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        poll.poll(END_MS)
+        return True
+    finally:
+        os.close(pidfd)
 
 
 def _kill_group_of(pid: int) -> None:
     """All of a group at once: none gets away by forking. The group of this process is no program's."""
     group = os.getpgid(pid)
     if group != os.getpgrp():
-        with contextlib.suppress(PermissionError):
-            os.killpg(group, signal.SIGKILL)
+        os.killpg(group, signal.SIGKILL)

@@ -9,10 +9,10 @@ out beside `result`, and is then true. It never writes anything else to stdout, 
 A worker has one call at a time. A call that times out or is cancelled is answered at once. Where its caller allowed
 less time than the overlay's own timeout, or the worker is still loading (it has `start_timeout_s` for its first reply),
 that leaves the worker *late*: it keeps its place and takes no call until its reply has come, which is read, checked and
-dropped. So an impatient caller costs nobody a warm worker, nor one that is still loading. Then it is ended, and so is
-one that says something without being asked, or for another call, so that no result can go to another caller. The call
-of a worker that ended by itself without having read any of it goes on to another; where any of it was read, it may have
-done its work, and fails.
+dropped. So an impatient caller costs nobody a warm worker, nor one that is still loading. Once its time is over as well
+the worker is ended, and its group with it. So is one that says something without being asked, or for another call, so
+that no result can go to another caller. Where a worker that has answered before ends by itself without having read any
+of its call, that goes on to another; where any of it was read, the work may have been done, and the call fails.
 
 A call costs no task, no timer and no thread: a write, one callback when the reply is there, and a future.
 """
@@ -23,6 +23,7 @@ import array
 import asyncio
 import fcntl
 import functools
+import logging
 import os
 import signal
 import termios
@@ -30,9 +31,9 @@ import time
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from runners.base import LARGE_BYTES, Code, JsonError, Outcome, parse_json
-from runners.helpers import SHORTAGES
 from runners.logs import Voice
 from runners.output import READ_SIZE, Log, close_all, describe, preview
+from runners.unstarted import unstarted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,8 +42,13 @@ if TYPE_CHECKING:
     from runners.helper import Exit, Home, Process
     from runners.worker_pool import Means
 
+log = logging.getLogger(__name__)
+
 LAST_READS = 16
 """Reads from each pipe of an ended worker: a full megabyte, the largest that an ordinary user may give a pipe."""
+
+TICK_S = 0.001
+"""The clocks of event loops are that coarse, in seconds: a timer may fire so much too early."""
 
 _NO_FD = -1
 
@@ -127,8 +133,8 @@ class Owner(Protocol):
 class Worker:
     """One process that loops, from before its start until nothing of it is left; then `ended` is done.
 
-    `calls` counts its replies, `memory_mb` is what it had when it was last looked at, `hard_mb` what its last call
-    may have. `number` is how the overlay's log calls it.
+    `calls` counts its replies, `memory_mb` is what it had when it was last looked at. `number` is how
+    the overlay's log calls it.
     """
 
     def __init__(self, number: int, owner: Owner, means: Means) -> None:
@@ -137,7 +143,6 @@ class Worker:
         self.call: WorkerCall | None = None
         self.calls = 0
         self.memory_mb: float | None = None
-        self.hard_mb = 0
         self._loop = asyncio.get_running_loop()
         self.ended: asyncio.Future[None] = self._loop.create_future()
         self._owner = owner
@@ -210,7 +215,8 @@ class Worker:
         elif (error := beginning.exception()) is None:
             self._started(beginning.result())
         else:
-            self._not_started(_why_not(self._owner.argv, error))
+            home = self._owner.home
+            self._not_started(unstarted(self._owner.argv, home.env, home.folder, error).outcome)
             if not isinstance(error, OSError | ValueError):
                 raise error
 
@@ -251,7 +257,6 @@ class Worker:
         """Send a call to this worker, which must be free."""
         self.call = call
         call.worker = self
-        self.hard_mb = call.job.hard_mb
         self._log = None
         self._size = self._written = 0
         line = call.job.envelope + b"\n"
@@ -329,9 +334,13 @@ class Worker:
     def _parsed(self, call: WorkerCall, reading: asyncio.Future[dict[str, Any]]) -> None:
         """A reply was read in a thread; its process may have come to an end meanwhile."""
         self._parsing = False
-        known = not reading.cancelled() and isinstance(reading.exception(), ReplyError | None)
-        if known and self.call is call and self._fault is None:
-            self._judge(call, reading.result)
+        error = None if reading.cancelled() else reading.exception()
+        if self.call is call and self._fault is None and not reading.cancelled():
+            if isinstance(error, ReplyError | None):
+                self._judge(call, reading.result)
+            else:
+                log.error("overlay %s: the reply of a worker could not be read", self.overlay, exc_info=error)
+                self.stop(Code.PROTOCOL, f"wrote a line that could not be read: {error!r}")
         if self._exit is not None and not self.ended.done():
             self._finish(self._exit)
 
@@ -356,23 +365,25 @@ class Worker:
             self._owner.free(self)
         call.finish(Outcome(result=reply, log=log, output_bytes=size))
 
-    def patience_s(self) -> float:
+    def _patience_s(self) -> float:
         """Seconds for which its reply is worth waiting for, though its caller may not: 0 where it has had its time."""
         if self.call is None or self._leaving:
             return 0.0
         until = max(self.call.job.deadline, self.call.job.limit)
         if not self.calls:
             until = max(until, self._began + self._owner.start_timeout_s)
-        return max(0.0, until - time.monotonic())
+        left_s = until - time.monotonic()
+        return left_s if left_s > TICK_S else 0.0
 
-    def be_late(self) -> None:
-        """Nobody waits for its reply any more: end it where that does not come in its time."""
-        left_s = self.patience_s()
+    def be_late(self) -> float:
+        """Nobody waits for its reply any more: end it where that does not come in its time. How much that is yet."""
+        left_s = self._patience_s()
         what = "had not answered in the time that it may take, and was ended"
         if left_s:
             self._set_timer(left_s, self.stop, Code.TIMEOUT, what)
         else:
             self.stop(Code.TIMEOUT, what)
+        return left_s
 
     # The log
 
@@ -535,13 +546,6 @@ class Worker:
             self._loop.remove_writer(fd)
             os.close(fd)
         return _NO_FD
-
-
-def _why_not(argv: tuple[str, ...], error: BaseException) -> Outcome:
-    """What a call gets whose worker could not be started."""
-    reason = (isinstance(error, OSError) and error.strerror) or str(error)
-    short = isinstance(error, OSError) and error.errno in SHORTAGES
-    return Outcome(Code.START, error=f"could not start {argv[0]!r}: {reason}", retryable=short)
 
 
 def _unread(pipe: int) -> int:

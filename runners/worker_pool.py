@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from runners.base import Code, Outcome
-from runners.helper import MEMORY_EVERY_S, Home
-from runners.output import excess
-from runners.worker import Worker
+from runners.helper import Home
+from runners.output import MEMORY_EVERY_S, excess
+from runners.worker import TICK_S, Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from runners.worker import WorkerCall
 
 T = TypeVar("T")
-
-_TICK_S = 0.001
-"""The clocks of event loops are that coarse, in seconds: a timer may fire so much too early."""
 
 _STARTLESS = frozenset({Code.START, Code.CRASH, Code.PROTOCOL, Code.MEMORY_LIMIT})
 """What a worker ends of that is not likely to do better at its next start."""
@@ -72,12 +69,13 @@ class Means:
         return task
 
 
-class Pool:
+class WorkerPool:
     """Calls are served first come first served. `dismiss` is called once nobody need know the pool any more.
 
     `draining` says, in words that go on from a worker's name, why it is to end with the calls that it is given at once.
     One timer stands for the deadlines of all its calls: it is set to the earliest, and when it fires, to the next.
-    One task looks at the memory of all its workers, while there are calls.
+    One task looks at the memory of all its workers, while there are calls. Without a cap of its own, a worker may hold
+    what the largest of the pool's calls may, as it may have had that call, or may be about to.
     """
 
     def __init__(
@@ -85,7 +83,7 @@ class Pool:
         means: Means,
         job: Job,
         target: ProcessTarget,
-        dismiss: Callable[[Pool], None],
+        dismiss: Callable[[WorkerPool], None],
         *,
         draining: str | None = None,
     ) -> None:
@@ -103,6 +101,7 @@ class Pool:
         self._stopping: set[Worker] = set()
         self._draining = draining
         self._failures = 0
+        self._hard_mb = 0
         self._last_failure = Outcome(Code.START)
         self._not_before = -math.inf
         self._used = self.loop.time()
@@ -115,6 +114,7 @@ class Pool:
 
     def submit(self, call: WorkerCall) -> None:
         """Give the call to a free worker, or let it wait for one."""
+        self._hard_mb = max(self._hard_mb, call.job.hard_mb)
         if call.job.deadline < self._due:
             self._expire_at(call.job.deadline)
         if self._weighing is None:
@@ -157,7 +157,7 @@ class Pool:
         self._due_timer = self.loop.call_later(deadline - time.monotonic(), self._expire)
 
     def _expire(self) -> None:
-        now = time.monotonic() + _TICK_S
+        now = time.monotonic() + TICK_S
         for worker in list(self._workers):
             if (call := worker.awaited) is not None and call.job.deadline <= now:
                 self._time_out(worker, call)
@@ -171,14 +171,14 @@ class Pool:
 
     def _time_out(self, worker: Worker, call: WorkerCall) -> None:
         error = f"the worker had not answered within the call's {call.allowed_s:.3f} s, "
-        if left_s := worker.patience_s():
+        spoken = worker.log_of_call()
+        if left_s := self._late(worker):
             error += f"and has {left_s:.3g} s more for a reply, which is dropped"
         else:
             error += "and was ended"
         if not worker.calls:
             error += "; it has never answered yet, and a reply is to be one line, and flushed"
-        call.finish(Outcome(Code.TIMEOUT, error=error, log=worker.log_of_call()))
-        self._late(worker)
+        call.finish(Outcome(Code.TIMEOUT, error=error, log=spoken))
 
     def _none_was_free(self, call: WorkerCall) -> str:
         count = self._limits.count
@@ -191,11 +191,12 @@ class Pool:
         yield from (call.job.deadline for call in self._waiting)
         yield from (call.job.deadline for worker in self._workers if (call := worker.awaited) is not None)
 
-    def _late(self, worker: Worker) -> None:
+    def _late(self, worker: Worker) -> float:
+        """Nobody waits for its reply any more. For how many seconds it may go on: not at all in a pool that ends."""
         if self._draining is None:
-            worker.be_late()
-        else:
-            worker.end(self._draining)
+            return worker.be_late()
+        worker.end(self._draining)
+        return 0.0
 
     # Workers come and go
 
@@ -203,7 +204,7 @@ class Pool:
         """Start workers for the calls that wait. As many again as the pool may have may be on their way out."""
         if not self._waiting:
             return
-        if (left_s := self._not_before - self.loop.time()) > _TICK_S:
+        if (left_s := self._not_before - self.loop.time()) > TICK_S:
             if not self._workers:
                 self._refuse(self._backed_off(left_s))
             return
@@ -293,7 +294,7 @@ class Pool:
 
     async def _weigh_one(self, worker: Worker) -> None:
         memory_mb = await worker.measure()
-        may_mb = self._limits.max_mb or worker.hard_mb
+        may_mb = self._limits.max_mb or self._hard_mb
         if memory_mb is None or memory_mb <= may_mb or worker not in self._workers:
             return
         if worker.call is None:
@@ -323,7 +324,7 @@ class Pool:
         left_s = self._used + self._means.idle_s - self.loop.time()
         if self._waiting or len(self._free) < len(self._workers):
             left_s = self._means.idle_s
-        if left_s > _TICK_S:
+        if left_s > TICK_S:
             self._idle_timer = self.loop.call_later(left_s, self._look_if_idle)
         else:
             self.drain(f"is let go: no call for {self._means.idle_s:g} s")
@@ -337,6 +338,6 @@ class Pool:
             self._weighing.cancel()
 
     def close(self) -> None:
-        """Take no more calls, and refuse those that wait. The workers are for somebody else to end."""
+        """Refuse the calls that wait, and stop every timer. `WorkerPools.close` ends the workers, with their calls."""
         self._stop_watching()
         self._refuse(Outcome(Code.CANCELLED, error="the runner was closed before a worker was free"))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from runners.base import Code, Outcome, ProcessTarget
 from runners.worker import WorkerCall
-from runners.worker_pool import Means, Pool, WorkerPace
+from runners.worker_pool import Means, WorkerPace, WorkerPool
 
 if TYPE_CHECKING:
     from runners.base import Job, Rights
@@ -40,8 +40,8 @@ class WorkerPools:
         pace: WorkerPace | None = None,
     ) -> None:
         self._means = Means(helpers, logs, kill_grace_s, idle_s, pace or WorkerPace())
-        self._pools: dict[Key, Pool] = {}
-        self._living: set[Pool] = set()
+        self._pools: dict[Key, WorkerPool] = {}
+        self._living: set[WorkerPool] = set()
         self._editions: dict[str, int] = {}
         self._closed = False
 
@@ -98,20 +98,20 @@ class WorkerPools:
         if ends or self._means.tasks:
             await asyncio.wait([*ends, *self._means.tasks])
 
-    def _pool(self, job: Job) -> Pool:
+    def _pool(self, job: Job) -> WorkerPool:
         target = job.target
         if not isinstance(target, ProcessTarget):
             raise TypeError(f"a worker cannot carry {target!r}")
         key = (job.overlay, job.phase, job.rights, target.argv, job.edition)
         return self._pools.get(key) or self._new_pool(key, job, target)
 
-    def _new_pool(self, key: Key, job: Job, target: ProcessTarget) -> Pool:
+    def _new_pool(self, key: Key, job: Job, target: ProcessTarget) -> WorkerPool:
         newest = self._editions.get(job.overlay, job.edition)
         if job.edition > newest:
             self._drain_older(job)
         self._editions[job.overlay] = max(newest, job.edition)
         draining = OUTDATED if job.edition < newest else None
-        pool = Pool(self._means, job, target, functools.partial(self._dismiss, key), draining=draining)
+        pool = WorkerPool(self._means, job, target, functools.partial(self._dismiss, key), draining=draining)
         self._pools[key] = pool
         self._living.add(pool)
         return pool
@@ -121,7 +121,7 @@ class WorkerPools:
             if pool.home.overlay == job.overlay and pool.home.edition < job.edition:
                 pool.drain(OUTDATED)
 
-    def _dismiss(self, key: Key, pool: Pool) -> None:
+    def _dismiss(self, key: Key, pool: WorkerPool) -> None:
         """Its key may be another's by now."""
         self._living.discard(pool)
         if self._pools.get(key) is pool:

@@ -117,9 +117,8 @@ class Reader:
             ast.Try: self._try,
             ast.Pass: self._nothing,
         }
-        for lazy in ("TypeAlias",):  # type X = ... of 3.12
-            if hasattr(ast, lazy):
-                self._visitors[getattr(ast, lazy)] = self._nothing
+        if hasattr(ast, "TypeAlias"):  # type X = ... of 3.12
+            self._visitors[ast.TypeAlias] = self._nothing
 
     def read_script(self, script: Main) -> str | None:
         """Read to the first statement that does something, then note what is imported after it.

@@ -47,6 +47,7 @@ RUNNER_FLOORS = [
     ["output", "logs", "ports", "breaker", "http_client", "python_command", "strays"],
     ["helper", "probe"],
     ["helpers"],
+    ["unstarted"],
     ["worker", "service"],
     ["worker_pool", "services"],
     ["workers"],

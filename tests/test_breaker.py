@@ -84,10 +84,10 @@ def test_what_was_sent_before_it_opened_no_longer_counts(breaker: Breaker, clock
     good.succeeded(0.1)
     assert (breaker.state, breaker.failures, breaker.last_error) == ("open", 3, "connection refused")
     clock.now_s += 1.0
-    probe, late = admitted(breaker), good
+    trial, late = admitted(breaker), good
     late.give_back()
     assert breaker.to_json()["state"] == "half-open"
-    probe.succeeded(0.1)
+    trial.succeeded(0.1)
     assert breaker.state == "closed"
 
 
@@ -111,7 +111,7 @@ def test_after_the_wait_one_call_is_let_through(breaker: Breaker, clock: Clock) 
     assert breaker.admit() is None
 
 
-def test_a_good_probe_closes_it(breaker: Breaker, clock: Clock) -> None:
+def test_a_good_trial_closes_it(breaker: Breaker, clock: Clock) -> None:
     fail(breaker)
     clock.now_s += 1.0
     admitted(breaker).succeeded(0.1)
@@ -119,7 +119,7 @@ def test_a_good_probe_closes_it(breaker: Breaker, clock: Clock) -> None:
     assert all(breaker.admit() for _ in range(10))
 
 
-def test_each_failed_probe_doubles_the_wait_up_to_the_longest(breaker: Breaker, clock: Clock) -> None:
+def test_each_failed_trial_doubles_the_wait_up_to_the_longest(breaker: Breaker, clock: Clock) -> None:
     fail(breaker)
     waits = []
     for _ in range(6):
@@ -129,7 +129,7 @@ def test_each_failed_probe_doubles_the_wait_up_to_the_longest(breaker: Breaker, 
     assert waits == [1.0, 2.0, 4.0, 8.0, 8.0, 8.0]
 
 
-def test_after_a_good_probe_the_waits_begin_anew(breaker: Breaker, clock: Clock) -> None:
+def test_after_a_good_trial_the_waits_begin_anew(breaker: Breaker, clock: Clock) -> None:
     fail(breaker)
     clock.now_s += 1.0
     fail(breaker, 1)
@@ -139,7 +139,7 @@ def test_after_a_good_probe_the_waits_begin_anew(breaker: Breaker, clock: Clock)
     assert breaker.retry_in_s == 1.0
 
 
-def test_a_probe_that_is_given_back_makes_room_for_the_next_at_once(breaker: Breaker, clock: Clock) -> None:
+def test_a_trial_that_is_given_back_makes_room_for_the_next_at_once(breaker: Breaker, clock: Clock) -> None:
     fail(breaker)
     clock.now_s += 1.0
     admitted(breaker).give_back()
@@ -149,7 +149,7 @@ def test_a_probe_that_is_given_back_makes_room_for_the_next_at_once(breaker: Bre
     assert breaker.state == "closed"
 
 
-def test_a_probe_that_never_ends_does_not_keep_others_out_for_ever(breaker: Breaker, clock: Clock) -> None:
+def test_a_trial_that_never_ends_does_not_keep_others_out_for_ever(breaker: Breaker, clock: Clock) -> None:
     fail(breaker)
     clock.now_s += 1.0
     silent = admitted(breaker)
@@ -164,7 +164,7 @@ def test_a_probe_that_never_ends_does_not_keep_others_out_for_ever(breaker: Brea
     assert breaker.state == "closed"
 
 
-def test_of_two_probes_the_first_word_counts(breaker: Breaker, clock: Clock) -> None:
+def test_of_two_trials_the_first_word_counts(breaker: Breaker, clock: Clock) -> None:
     fail(breaker)
     clock.now_s += 1.0
     first = admitted(breaker)
@@ -209,7 +209,7 @@ def test_a_call_that_waited_less_than_a_good_answer_took_does_not_count(breaker:
     assert breaker.state == "open"
 
 
-def test_a_probe_in_a_hurry_gives_its_place_to_the_next(breaker: Breaker, clock: Clock) -> None:
+def test_a_trial_in_a_hurry_gives_its_place_to_the_next(breaker: Breaker, clock: Clock) -> None:
     fail(breaker)
     clock.now_s += 1.0
     admitted(breaker).timed_out(FAIR_WAIT_S / 2, "silence")

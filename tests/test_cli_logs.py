@@ -74,7 +74,7 @@ def test_programs_get_one_object_a_line(run: Callable[..., Result], logs: Overla
 
 def test_an_overlay_without_a_log_says_so(run: Callable[..., Result]) -> None:
     ran = run("echo")
-    assert (ran.exit_code, ran.stdout) == (Exit.OK, "echo has no log yet; services and workers keep one\n")
+    assert (ran.exit_code, ran.stdout) == (Exit.OK, "echo has no log yet; none of its programs has written to stderr\n")
     assert run("echo", "--json").stdout == ""
 
 

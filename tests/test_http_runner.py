@@ -22,7 +22,7 @@ from runners import breaker, http
 from runners.base import Code, HttpTarget, Outcome, ServiceTarget
 from runners.breaker import FAILURES, FIRST_WAIT_S
 from runners.http import HttpRunner
-from runners.service import ServiceError
+from runners.service import End, ServiceError
 from tests import programs
 from tests.runner_fixtures import PATIENCE, anyio_backend, clock, nothing_left
 
@@ -414,7 +414,7 @@ async def test_what_is_no_address_is_unreachable(runner: HttpRunner, url: str) -
     ("answer", "moment"),
     [
         (b"", "before it answered"),
-        (b"HTTP/1.1 200 OK\r\nContent-Le", "before it answered"),
+        (b"HTTP/1.1 200 OK\r\nX-Token: secret\r\nContent-Le", "before it answered"),
         (b'HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{"ok":', "in the middle of its answer"),
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{", "in the middle of its answer"),
     ],
@@ -425,9 +425,10 @@ async def test_a_service_that_breaks_off_is_unreachable_and_not_asked_twice(
     async with RawService(answer, OK_ANSWER) as raw:
         outcome = await runner.run(programs.make_job(HttpTarget(raw.url)))
     assert outcome.code is Code.UNREACHABLE
-    assert moment in error_of(outcome)
+    assert error_of(outcome).endswith(f" closed the connection {moment}")
     assert outcome.retryable is False
     assert len(raw.requests) == 1
+    assert runner.state("test")["breaker"]["last_error"] == outcome.error  # which other callers see
 
 
 async def test_what_the_deadline_cuts_off_is_no_answer_though_it_could_be_read_as_one(runner: HttpRunner) -> None:
@@ -980,9 +981,9 @@ class FakeService:
     """`ends` is what is known of its end, from question to question; the last one for ever."""
 
     url: str
-    ends: tuple[Outcome | None, ...] = (None,)
+    ends: tuple[End | None, ...] = (None,)
 
-    def outcome_of_end(self) -> Outcome | None:
+    def end(self) -> End | None:
         known, *later = self.ends
         self.ends = (*later,) or (known,)
         return known
@@ -1089,21 +1090,21 @@ async def test_each_try_asks_anew_where_the_service_is(nothing_left: None, deaf_
     assert len(services.used) == 2
 
 
-KILLED = Outcome(Code.MEMORY_LIMIT, error="the service used 300 MiB, more than the 256 that it may", retryable=False)
-CRASHED = Outcome(Code.CRASH, error="the service was ended by SIGSEGV")
+CRASHED = End(Outcome(Code.CRASH, error="the service was ended by SIGSEGV"), by_bus=False)
+REPLACED = End(Outcome(Code.CRASH, error="the service is replaced: its overlay has changed"), by_bus=True)
 
 
 @pytest.mark.parametrize(
     ("ends", "repeatable", "tries", "failures"),
     [
-        ((KILLED,), True, 1, 0),
+        ((REPLACED,), True, 1, 0),
         ((CRASHED,), False, 1, 1),
         ((CRASHED,), True, 3, 1),
         pytest.param((None, CRASHED), False, 1, 1, id="the news of it comes after that of the connection"),
     ],
 )
 async def test_how_a_service_has_ended_is_the_answer_of_a_call_that_got_none(
-    nothing_left: None, ends: tuple[Outcome | None, ...], repeatable: bool, tries: int, failures: int
+    nothing_left: None, ends: tuple[End, ...], repeatable: bool, tries: int, failures: int
 ) -> None:
     """It speaks against the service only where the bus did not end it."""
     async with RawService(b"") as raw:
@@ -1111,7 +1112,7 @@ async def test_how_a_service_has_ended_is_the_answer_of_a_call_that_got_none(
         runner = HttpRunner(services)
         outcome = await runner.run(programs.make_job(HttpTarget("/echo", repeatable=repeatable, service=SERVICE)))
         await runner.close()
-    assert outcome == ends[-1]
+    assert outcome == ends[-1].outcome
     assert len(services.used) == tries
     assert runner.state("test")["breaker"]["failures"] == failures
 

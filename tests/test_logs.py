@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import re
 import threading
@@ -118,6 +119,24 @@ def test_a_file_that_is_full_is_rotated(logs: OverlayLogs, path: Path) -> None:
     logs.append("echo", b"new\n")
     assert path.read_bytes() == STAMP + b"new\n"
     assert rotated(path).stat().st_size == 1000
+
+
+def test_a_file_that_another_process_has_just_rotated_is_not_rotated_again(
+    logs: OverlayLogs, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second time would be at the cost of the file that the other has put away."""
+    lock = fcntl.flock
+
+    def be_late(fd: int, how: int) -> None:
+        path.replace(rotated(path))
+        path.write_bytes(b"of the other\n")
+        lock(fd, how)
+
+    logs.append("echo", b"x" * 900 + b"\n")
+    monkeypatch.setattr(fcntl, "flock", be_late)
+    logs.append("echo", b"y" * 100 + b"\n")
+    assert path.read_bytes() == b"of the other\n" + STAMP + b"y" * 100 + b"\n"
+    assert rotated(path).read_bytes() == STAMP + b"x" * 900 + b"\n"
 
 
 def test_never_more_than_two_files_full_are_kept(logs: OverlayLogs, path: Path) -> None:

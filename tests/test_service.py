@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import functools
 import os
 import re
@@ -83,6 +84,7 @@ class Bench:
         self.helpers = helpers
         self.logs = Logs()
         self._made: list[Services] = []
+        self.ended_by_bus = False
         self.services = self.new()
 
     def new(self, *, kill_grace_s: float = 5.0, drain_s: float = 5.0, pace: Pace = QUICK, **options: Any) -> Services:
@@ -105,13 +107,14 @@ class Bench:
     async def cut_off(self, target: ServiceTarget, path: str = "/wait", **job: Any) -> Outcome:
         """The outcome of a call that loses its service."""
         async with self.services.use(a_job(target, **job), target) as used:
-            assert used.outcome_of_end() is None
+            assert used.end() is None
             with pytest.raises(aiohttp.ClientError):
                 await ask(used.url, path)
-            await until(lambda: used.outcome_of_end() is not None)
-            outcome = used.outcome_of_end()
-        assert outcome is not None
-        return outcome
+            await until(lambda: used.end() is not None)
+            end = used.end()
+        assert end is not None
+        self.ended_by_bus = end.by_bus
+        return end.outcome
 
     async def who(self, target: ServiceTarget, **job: Any) -> str:
         """What tells one service from the next."""
@@ -266,6 +269,22 @@ async def test_of_a_long_log_the_last_words_are_whole_lines(bench: Bench) -> Non
     outcome = await bench.refused(a_service(argv=("sh", "-c", "seq 10000 20000; exit 3")))
     lines = outcome.log.splitlines()
     assert (lines[0], lines[-1]) == (str(20000 - len(lines) + 1), "20000")
+
+
+@pytest.mark.parametrize("what", ["free_port", "holder_of"])
+async def test_a_bus_that_is_short_of_descriptors_fails_the_start_and_tries_again_later(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(service, what, fail)
+        outcome = await bench.refused(a_service())
+    assert (outcome.code, outcome.retryable) == (Code.START, True)
+    assert "Too many open files" in outcome.error
+    assert bench.state["failures"] == 1
+    await bench.who(a_service())
 
 
 async def test_a_service_that_never_listens_is_told_where_it_should(bench: Bench) -> None:
@@ -467,15 +486,28 @@ async def test_a_service_that_drains_may_not_have_too_much_memory_either(bench: 
         bench.services.forget("test")
         with pytest.raises(aiohttp.ClientError):
             await ask(used.url, "/grow")
-        outcome = used.outcome_of_end()
-    assert outcome is not None
-    assert outcome.code is Code.MEMORY_LIMIT
+        end = used.end()
+    assert end is not None
+    assert (end.by_bus, end.outcome.code) == (True, Code.MEMORY_LIMIT)
 
 
 async def test_a_call_that_loses_its_service_to_a_crash_is_told_how_it_ended(bench: Bench) -> None:
     outcome = await bench.cut_off(a_service(), "/die")
     assert (outcome.code, outcome.error) == (Code.CRASH, "the service ended with exit status 3")
     assert (outcome.retryable, outcome.log) == (None, "last words")
+    assert not bench.ended_by_bus
+
+
+async def test_a_service_that_crashes_while_it_drains_is_not_said_to_be_ended_by_the_bus(bench: Bench) -> None:
+    target = a_service()
+    async with bench.services.use(a_job(target), target) as used:
+        bench.services.forget("test")
+        with pytest.raises(aiohttp.ClientError):
+            await ask(used.url, "/die")
+        await until(used.gone.done)
+        end = used.end()
+    assert end is not None
+    assert (end.by_bus, end.outcome.error) == (False, "the service ended with exit status 3")
 
 
 async def test_a_call_whose_service_drained_for_too_long_is_told_why_it_was_ended(bench: Bench) -> None:
@@ -485,7 +517,7 @@ async def test_a_call_whose_service_drained_for_too_long_is_told_why_it_was_ende
     await until(lambda: bench.services.state("test").get("service", {}).get("calls") == 1)
     await bench.who(target, edition=2)
     outcome = await cut_off
-    assert outcome.code is Code.CANCELLED
+    assert (outcome.code, outcome.retryable, bench.ended_by_bus) == (Code.CRASH, True, True)
     assert outcome.error == "the service is replaced: its overlay has changed, and was ended before it answered"
 
 

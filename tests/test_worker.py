@@ -9,10 +9,12 @@ import json
 import math
 import re
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from runners import worker as worker_module
 from runners.base import LARGE_BYTES, Code, Job, ProcessTarget, Workers
 from runners.helpers import Helpers
 from runners.worker import ReplyError, reply_on
@@ -320,13 +322,20 @@ async def test_a_worker_that_is_let_go_sees_the_end_of_its_stdin_first(bench: Be
 
 async def test_a_worker_that_has_grown_is_replaced_quietly_when_it_has_no_call(bench: Bench) -> None:
     bench.pools = bench.new_pools(memory_s=0.5)
-    assert (await bench.call("grow", mb=64)).ok
-    await until(lambda: "memory_mb" in bench.workers()[0])
-    assert (await bench.pools.run(a_job(changes={"hard_mb": 60}))).ok
+    assert (await bench.pools.run(a_job({"do": "grow", "mb": 64}, changes={"hard_mb": 60}))).ok
     await until(lambda: bench.workers() == [])
     assert "worker 1 is replaced: it used " in bench.logs.notes
     assert " MiB of memory, more than the 60 that it may" in bench.logs.notes
     assert (await bench.call()).ok
+
+
+async def test_a_worker_may_hold_what_the_largest_call_of_its_pool_may(bench: Bench) -> None:
+    assert (await bench.pools.run(a_job({"do": "grow", "mb": 64}, changes={"hard_mb": 256}))).ok
+    small = asyncio.create_task(bench.pools.run(a_job({"do": "swell", "mb": 64}, changes={"hard_mb": 60})))
+    await until(lambda: bench.workers()[0].get("memory_mb", 0) > 128)
+    assert (bench.does(), small.done()) == (["busy"], False)
+    small.cancel()
+    await asyncio.wait([small])
 
 
 @pytest.mark.parametrize("do", ["swell", "breed"])
@@ -624,10 +633,14 @@ class Gated:
         return self.starts.read_text().count("x")
 
 
+IMPATIENT_S = 0.3
+"""What an impatient caller allows, while the limit of its overlay stays."""
+
+
 async def give_up(bench: Bench, job: Job, how: str) -> None:
     """Have a call that a worker has leave it, because of its time or of its caller."""
     if how == "impatience":
-        outcome = await bench.pools.run(job._replace(deadline=job.deadline - 59.7, limit=job.deadline))
+        outcome = await bench.pools.run(job._replace(deadline=time.monotonic() + IMPATIENT_S, limit=job.deadline))
         assert outcome.code is Code.TIMEOUT
         assert outcome.result is None
     else:
@@ -732,6 +745,12 @@ async def test_a_worker_that_loads_for_ever_is_ended_and_killed_where_it_ignores
     assert "worker 1 was ended by SIGKILL before it answered\n" in bench.logs.notes
 
 
+async def test_a_call_that_times_out_in_a_pool_that_ends_is_told_that_its_worker_does_too(bench: Bench) -> None:
+    assert (await bench.pools.run(a_job(changes={"edition": 2}))).ok
+    late = await bench.pools.run(a_job({"do": "hang"}, timeout_s=0.3, changes={"edition": 1}))
+    assert error_of(late).startswith("the worker had not answered within the call's 0.300 s, and was ended; it has")
+
+
 async def test_a_late_worker_of_an_older_edition_is_not_waited_for(bench: Bench) -> None:
     await give_up(bench, a_job({"do": "hang"}, changes={"edition": 1}), "impatience")
     assert (await bench.pools.run(a_job(changes={"edition": 2}))).ok
@@ -798,6 +817,35 @@ async def test_a_call_cancelled_while_its_worker_starts_is_forgotten(bench: Benc
     with pytest.raises(asyncio.CancelledError):
         await call
     assert (await bench.call()).ok
+
+
+async def test_a_call_cancelled_while_its_worker_starts_leaves_that_worker_for_the_next(bench: Bench) -> None:
+    two = Workers(count=2)
+    hanging = asyncio.create_task(bench.pools.run(a_job({"do": "hang"}, workers=two)))
+    await until(lambda: bench.does() == ["loading"])
+    call = asyncio.create_task(bench.pools.run(a_job(workers=two)))
+    await until(lambda: len(bench.workers()) == 2)
+    call.cancel()
+    await asyncio.wait([call])
+    await until(lambda: "memory_mb" in bench.workers()[-1])
+    assert bench.does() == ["loading", "loading"]
+    assert (await bench.pools.run(a_job(workers=two))).ok
+    assert [worker["calls"] for worker in bench.workers()] == [0, 1]
+    hanging.cancel()
+    await asyncio.wait([hanging])
+
+
+async def test_a_fault_in_reading_a_large_reply_is_logged_and_ends_the_worker(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(worker_module, "reply_on", fail)
+    outcome = await bench.call(text="x" * (LARGE_BYTES + 1))
+    assert outcome.code is Code.PROTOCOL
+    assert error_of(outcome) == "the worker wrote a line that could not be read: MemoryError()"
+    assert "MemoryError" in caplog.text
 
 
 async def test_closing_ends_running_waiting_and_starting_calls(bench: Bench, tmp_path: Path) -> None:

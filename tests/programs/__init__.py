@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import sys
 import time
 from collections import Counter
@@ -99,12 +100,13 @@ def held() -> tuple[Counter[str], list[int]]:
 def running(mark: str) -> list[int]:
     """The programs of calls whose environment holds the text, and what they started. A zombie has no environment.
 
+    The call of a helper, and of what was forked from it, has the number 0 there.
     A process id that a program says of itself is no help: it counts in a namespace of its own.
     """
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             environment = (folder / "environ").read_bytes()
-            if mark.encode() in environment and b"OVERLAY_CALL=" in environment:
+            if mark.encode() in environment and re.search(rb"OVERLAY_CALL=[^\0]*-[1-9]", environment):
                 found.append(int(folder.name))
     return found
