@@ -70,6 +70,10 @@ LOG_BYTES = 8 * 1024
 WORDS = 500
 """Characters that are kept of a reason that a helper gives."""
 
+BY_SIGNAL = 128
+SIGNALLED = range(BY_SIGNAL + 1, BY_SIGNAL + signal.SIGRTMAX + 1)
+"""The process outside says this + the signal that ended the one inside, as shells do."""
+
 INTERPRETER = (sys.executable, "-I", "-S")
 """What a helper is started with: the bus's own interpreter, without site-packages."""
 
@@ -649,5 +653,5 @@ def _os_error(number: Any, words: Any) -> OSError:  # noqa: ANN401
 
 
 def _end_of(code: int) -> str:
-    """Of `Popen.returncode`. The process that waits for the one inside says 128 + signal, as shells do."""
-    return describe(128 - code if 128 < code <= 128 + signal.SIGRTMAX else code)
+    """Of `Popen.returncode`."""
+    return describe(BY_SIGNAL - code if code in SIGNALLED else code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import errno
 import json
 import os
 import shlex
@@ -23,12 +24,12 @@ from runners.base import Code, ProcessTarget
 from runners.helpers import Helpers, has_namespace
 from runners.process import ProcessRunner
 from tests import programs
-from tests.programs.a_home import with_token
+from tests.programs.a_home import children, with_token
 from tests.runner_fixtures import nothing_left  # noqa: F401  # pytest finds it by its name
 from tests.support import PATIENCE_S, REPO, eventually, until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
 
     from runners.base import Job, Mode
 
@@ -126,11 +127,6 @@ def helpers_of(runner: ProcessRunner) -> set[int]:
     return outer | {child for pid in outer for child in children(pid)}
 
 
-def children(pid: int) -> list[int]:
-    """Of a process with one thread."""
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
 @pytest.mark.parametrize("form", ["namespace", "subreaper"])
 @pytest.mark.parametrize("way", ["silent comet", "defiant comet"])
 async def test_nothing_is_left_of_such_an_interpreter_when_the_bus_is_killed(
@@ -146,6 +142,17 @@ async def test_nothing_is_left_of_such_an_interpreter_when_the_bus_is_killed(
         bus.kill()
         bus.wait()
     eventually(lambda: with_token(HELD[1]) == {}, "nothing is left")
+
+
+async def test_an_interpreter_that_takes_no_message_keeps_the_bus_from_nothing(
+    shared: ProcessRunner, tmp_path: Path
+) -> None:
+    put_python(tmp_path, "deaf to the bus")
+    call = asyncio.create_task(shared.run(a_job(tmp_path, overlay=tmp_path.name, timeout_s=0.5)))
+    result, _ = await honest(shared)
+    assert result is not None
+    assert (await asyncio.wait_for(call, PATIENCE_S)).code is Code.TIMEOUT
+    await gone(shared, tmp_path.name)
 
 
 # What it says
@@ -266,6 +273,24 @@ async def test_the_interpreter_is_looked_up_on_the_path_that_the_program_gets(
     assert runner.state("fooled")["helpers"][0]["mode"] == "fork"
 
 
+SIGNALS = "import json, signal; print(json.dumps([str(signal.getsignal(n)) for n in range(1, 60)]))"
+
+
+async def test_no_program_ignores_a_signal_that_the_bus_was_told_to_ignore(
+    runner: ProcessRunner, tmp_path: Path
+) -> None:
+    (tmp_path / "run.py").write_text(SIGNALS)
+    plain = subprocess.run([sys.executable, "run.py"], cwd=tmp_path, capture_output=True, check=True)  # noqa: ASYNC221
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        modes: tuple[Mode, ...] = ("spawn", "fork")
+        for mode in modes:
+            target = ProcessTarget((sys.executable, "run.py"), programs.ENV, mode=mode)
+            assert (await runner.run(programs.make_job(target, folder=tmp_path))).result == json.loads(plain.stdout)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 # Rights
 
 
@@ -315,10 +340,9 @@ def gives_user_namespace() -> bool:
 
 
 def carrying(mark: str, variable: str) -> subprocess.Popen[bytes]:
-    """A program whose environment has the mark, or with no variable its command line."""
+    """A program whose environment has the mark."""
     command = [sys.executable, "-I", "-S", "-c", "import signal; print(flush=True); signal.pause()"]
-    env = {variable: f"{mark}-3"} if variable else {}
-    process = subprocess.Popen(command + ([] if variable else [mark]), env=env, stdout=subprocess.PIPE)
+    process = subprocess.Popen(command, env={variable: f"{mark}-3"}, stdout=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.readline()
     process.stdout.close()
@@ -327,14 +351,54 @@ def carrying(mark: str, variable: str) -> subprocess.Popen[bytes]:
 
 async def test_what_carries_the_mark_of_a_helper_is_ended_and_nothing_else() -> None:
     mark, other = f"aal-{os.getpid()}-1", f"aal-{os.getpid()}-12"
-    marked = [carrying(mark, strays.MARK), carrying(mark, "")]
-    others = [carrying(other, strays.MARK), carrying(mark, "NAME"), carrying(other, "")]
+    marked = [carrying(mark, strays.MARK) for _ in range(2)]
+    others = [carrying(other, strays.MARK), carrying(mark, "NAME")]
     await asyncio.to_thread(strays.end, mark)
     assert [process.wait() for process in marked] == [-signal.SIGKILL] * 2
-    assert [process.poll() for process in others] == [None] * 3
+    assert [process.poll() for process in others] == [None] * 2
     for process in others:
         process.kill()
         process.wait()
+
+
+async def test_who_cannot_look_for_the_mark_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_many(_: Path) -> bytes:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(Path, "read_bytes", too_many)
+    with pytest.raises(OSError, match="Too many open files"):
+        strays.end("aal-none")
+
+
+async def test_a_program_that_an_interpreter_started_ends_where_both_processes_of_its_helper_are_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "GONE_S", 0.05)
+    monkeypatch.setattr(pools, "TRIES", 1)
+    runner = ProcessRunner(Helpers(most=1, namespace=False))
+    put_python(tmp_path, "silent program")
+    async with programs.start_signal(tmp_path) as (_, started):
+        call = asyncio.create_task(runner.run(a_job(tmp_path, HELD[0])))
+        await started
+        kill_both()
+        assert (await asyncio.wait_for(call, PATIENCE_S)).result == "spawned"
+    await runner.close()
+    assert with_token(HELD[0]) == {}
+
+
+def kill_both() -> None:
+    (outside,) = outsides(HELD[0])
+    (inside,) = children(outside)
+    for pid in (outside, inside):
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture(params=[signal.SIG_DFL, signal.SIG_IGN])
+def at_a_childs_end(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What the bus does at SIGCHLD."""
+    before = signal.signal(signal.SIGCHLD, request.param)
+    yield
+    signal.signal(signal.SIGCHLD, before)
 
 
 LEAVES_A_DAEMON = f"""
@@ -347,6 +411,7 @@ hostile.linger()
 """
 
 
+@pytest.mark.usefixtures("at_a_childs_end")
 @pytest.mark.parametrize("mode", ["spawn", "fork"])
 async def test_programs_without_a_namespace_end_where_both_processes_of_their_helper_are_killed(
     tmp_path: Path, mode: Mode, monkeypatch: pytest.MonkeyPatch
@@ -358,10 +423,7 @@ async def test_programs_without_a_namespace_end_where_both_processes_of_their_he
     async with programs.start_signal(tmp_path) as (_, started):
         call = asyncio.create_task(runner.run(programs.make_job(target, folder=tmp_path)))
         await started
-        (outside,) = outsides(HELD[0])
-        (inside,) = children(outside)
-        os.kill(outside, signal.SIGKILL)
-        os.kill(inside, signal.SIGKILL)
+        kill_both()
         assert (await asyncio.wait_for(call, PATIENCE_S)).retryable
     assert with_token(HELD[0]) == {}
     await runner.close()

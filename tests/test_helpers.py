@@ -25,11 +25,12 @@ from runners import helpers as pools
 from runners.helper import Exit, GoneError, Helper
 from runners.helpers import Helpers
 from tests.programs import hostile
-from tests.programs.a_home import COMMAND, a_home, script_of, with_token
+from tests.programs.a_home import COMMAND, WITHOUT_LIST, a_home, children, script_of, with_token
 from tests.runner_fixtures import nothing_left
 from tests.support import PATIENCE_S, REPO, eventually, is_alive, until
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import AsyncIterator, Iterator
 
     from runners.helper import Home, Process
@@ -173,11 +174,6 @@ class Bench:
 def started_by_us() -> list[int]:
     """The processes that this one started, whichever thread did."""
     return [child.pid for child in psutil.Process().children()]
-
-
-def children(pid: int) -> list[int]:
-    """Of a process with one thread, zombies too."""
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def inner(helper: Helper) -> int:
@@ -511,6 +507,47 @@ async def test_what_waits_for_a_helper_that_ends_is_lost(bench: Bench) -> None:
     assert {exit_.lost for exit_ in exits} == {"the helper that ran it was ended by SIGKILL"}
 
 
+class Refusing:
+    """A socket through which nothing can be sent, for a reason that passes."""
+
+    def __init__(self, other: socket.socket) -> None:
+        self._other = other
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._other, name)
+
+    def sendmsg(self, *_: object) -> int:
+        raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
+
+
+@in_one_form
+async def test_what_waits_for_a_helper_and_cannot_be_sent_is_lost(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    helper = await bench.helper()
+    os.kill(inner(helper), signal.SIGSTOP)
+    processes = await quick(bench, 64, "x" * 20_000)
+    monkeypatch.setattr(helper._wire, "_socket", Refusing(helper._wire._socket))
+    os.kill(inner(helper), signal.SIGCONT)
+    exits = [await asyncio.wait_for(process.ended, PATIENCE_S) for process in processes]
+    assert exits[-1].lost is not None
+
+
+@in_one_form
+async def test_what_keeps_running_and_nobody_waits_for_any_more_is_not_started(bench: Bench) -> None:
+    helper = await bench.helpers.pool(bench.home).ready()
+    os.kill(inner(helper), signal.SIGSTOP)
+    null = os.open(os.devnull, os.O_RDWR)
+    starting = asyncio.create_task(bench.helpers.start(bench.home, ["sleep", "1000"], (null, null, null)))
+    await until(lambda: bool(helper.processes))
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    os.close(null)
+    os.kill(inner(helper), signal.SIGCONT)
+    await until(lambda: not helper.processes)
+
+
 @contextlib.contextmanager
 def no_more_descriptors() -> Iterator[None]:
     """This process can open none."""
@@ -747,6 +784,64 @@ async def test_a_second_helper_is_begun_where_the_first_has_work(bench: Bench) -
 
 
 @in_one_form
+@pytest.mark.parametrize("mode", ["fork"])
+async def test_a_second_helper_that_does_not_start_leaves_the_first_alone(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    helpers = Helpers(most=2, namespace=bench.form == "namespace")
+    pool = helpers.pool(bench.home, bench.script)
+    first = await pool.ready()
+    monkeypatch.setattr(module, "INTERPRETER", (sys.executable, "-c", "raise SystemExit(3)"))
+    program = bench.launch(first, "hold")
+    assert await program.line() == "ready"
+    assert pool.free() is first
+    await until(lambda: pool._starting is None)
+    assert helpers.pool(bench.home, bench.script).free() is first
+    assert pool._starting is None  # another is not tried at once
+    await helpers.close()
+
+
+WITHOUT_NAMESPACE = f"""
+import sys
+sys.path.insert(0, {str(module.LAUNCH.parent)!r})
+import containment
+containment._unshare = lambda channel: containment._give_up(channel, "no_namespace", (%d, "words"))
+del sys.argv[0]
+exec(compile(open(sys.argv[0]).read(), sys.argv[0], "exec"), {{"__name__": "__main__", "__file__": sys.argv[0]}})
+"""
+"""A helper where the kernel gives no namespace, with this error."""
+
+
+@in_one_form
+@pytest.mark.parametrize(("had", "error"), [(False, errno.EPERM), (False, errno.ENOSPC), (True, errno.EPERM)], ids=str)
+async def test_a_kernel_that_gives_no_namespace_is_done_without_and_that_is_logged(
+    bench: Bench, had: bool, error: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "INTERPRETER", (*module.INTERPRETER, "-c", WITHOUT_NAMESPACE % error))
+    helpers = Helpers(most=1)
+    helpers.had_namespace = had
+    assert (await asyncio.wait_for(helpers.pool(bench.home).ready(), PATIENCE_S)).namespace is False
+    assert "programs run without a pid namespace: words" in caplog.text
+    await helpers.close()
+
+
+@in_one_form
+@pytest.mark.parametrize(("had", "error"), [(False, errno.ENOMEM), (True, errno.ENOSPC)], ids=str)
+async def test_where_the_kernel_is_short_of_namespaces_nothing_starts_without(
+    bench: Bench, had: bool, error: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = module.INTERPRETER
+    monkeypatch.setattr(module, "INTERPRETER", (*usual, "-c", WITHOUT_NAMESPACE % error))
+    helpers = Helpers(most=1)
+    helpers.had_namespace = had
+    with pytest.raises(OSError, match="no pid namespace is to be had now: words") as caught:
+        await asyncio.wait_for(helpers.pool(bench.home).ready(), PATIENCE_S)
+    assert caught.value.errno in pools.SHORTAGES
+    assert helpers._namespace
+    await helpers.close()
+
+
+@in_one_form
 async def test_a_folder_made_anew_is_the_new_folder_for_the_next_edition(bench: Bench, tmp_path: Path) -> None:
     folder = tmp_path / "overlay"
 
@@ -826,16 +921,6 @@ async def test_closing_ends_what_runs(bench: Bench) -> None:
         assert (await program.end()).lost is not None
     assert with_token(bench.token) == {}
 
-
-WITHOUT_LIST = f"""
-import sys
-sys.path.insert(0, {str(module.LAUNCH.parent)!r})
-import launcher
-launcher.Family.__init__ = lambda self: vars(self).update(_list=-1, highest_fd=-1)
-del sys.argv[0]
-exec(compile(open(sys.argv[0]).read(), sys.argv[0], "exec"), {{"__name__": "__main__", "__file__": sys.argv[0]}})
-"""
-"""A helper where the kernel does not list children."""
 
 DIES_AT_FIRST = """
 import os, sys

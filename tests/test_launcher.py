@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from runners import helper as module
+from runners import launcher
 from runners.helper import Script
 from runners.helpers import Helpers
 from tests.programs import family
-from tests.programs.a_home import ARGUMENTS, COMMAND, a_home, with_token
+from tests.programs.a_home import ARGUMENTS, COMMAND, WITHOUT_LIST, a_home, with_token
 from tests.programs.hostile import ENDED
 from tests.runner_fixtures import nothing_left  # noqa: F401  # pytest finds it by its name
 from tests.support import PATIENCE_S, REPO
@@ -71,16 +72,6 @@ async def test_it_forks_under_any_interpreter(interpreter: str, namespace: bool)
             os.close(fd)
 
 
-WITHOUT_LIST = f"""
-import sys
-sys.path.insert(0, {str(module.LAUNCH.parent)!r})
-import launcher
-launcher.Family.children = lambda self: launcher._children_by_scan()
-del sys.argv[0]
-exec(compile(open(sys.argv[0]).read(), sys.argv[0], "exec"), {{"__name__": "__main__", "__file__": sys.argv[0]}})
-"""
-
-
 @pytest.mark.parametrize("namespace", [True, False], ids=["namespace", "subreaper"])
 @pytest.mark.parametrize("way", ["daemon", "comet"])
 async def test_it_ends_orphans_where_the_kernel_does_not_list_children(
@@ -109,6 +100,13 @@ async def test_it_knows_and_ends(check: str) -> None:
     process = await asyncio.create_subprocess_exec(*command, cwd=REPO, stderr=asyncio.subprocess.PIPE)
     _, words = await process.communicate()
     assert (process.returncode, words) == (0, b"")
+
+
+async def test_what_it_says_of_many_modules_fits_into_a_message() -> None:
+    reasons = {f"module{number}": "\u20ac\n" * 100 for number in range(1000)}
+    said = launcher._in_short(reasons)
+    assert list(said) == list(reasons)[: len(said)]
+    assert launcher.TOLD_BYTES / 2 < len(launcher.text_of(said).encode()) <= launcher.TOLD_BYTES + len("{}")
 
 
 async def test_it_hands_on_the_environment_byte_by_byte() -> None:

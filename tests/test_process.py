@@ -13,16 +13,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import pytest
 
 from runners.base import Code, ProcessTarget
+from runners.helpers import Pool
 from runners.output import READ_SIZE, Output
 from runners.process import ProcessRunner
 from tests import programs
 from tests.runner_fixtures import anyio_backend, nothing_left
+from tests.support import PATIENCE_S, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
     from pathlib import Path
 
     from runners.base import Outcome
+    from runners.helper import Helper
 
 
 async def run(name: str, payload: Mapping[str, Any] | None = None, **limits: Any) -> Outcome:
@@ -309,6 +312,50 @@ async def test_closing_at_once_gives_no_grace_nor_leaves_that_of_an_earlier_clos
         await asyncio.gather(*closing)
     outcome = await call
     assert (outcome.code, outcome.exit_code) == (Code.CANCELLED, -signal.SIGKILL)
+
+
+async def test_closing_lets_workers_end_while_programs_have_their_grace(tmp_path: Path) -> None:
+    runner = ProcessRunner(kill_grace_s=1000)
+    (tmp_path / "worker").mkdir()
+    async with programs.start_signal(tmp_path) as (fifo, started):
+        call = asyncio.create_task(runner.run(programs.make_job(programs.target("ignores_term.sh"), {"started": fifo})))
+        await started
+    async with programs.start_signal(tmp_path / "worker") as (fifo, started):
+        argv = ("sh", "-c", f"read line; echo > '{fifo}'; exec sleep 1000")
+        hangs = ProcessTarget(argv, programs.ENV, mode="worker")
+        at_worker = asyncio.create_task(runner.run(programs.make_job(hangs)))
+        await started
+    closing = asyncio.create_task(runner.close())
+    await until(at_worker.done)
+    assert (at_worker.result().code, call.done()) == (Code.CANCELLED, False)
+    await runner.close(at_once=True)
+    await asyncio.gather(closing, call)
+
+
+async def test_no_program_is_started_once_closing_has_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = ProcessRunner(kill_grace_s=1000)
+    waits, goes_on = asyncio.Event(), asyncio.Event()
+    ready = Pool.ready
+
+    async def ready_late(pool: Pool) -> Helper:
+        helper = await ready(pool)
+        waits.set()
+        await goes_on.wait()
+        return helper
+
+    async with programs.start_signal(tmp_path) as (fifo, started):
+        job = programs.make_job(programs.target("ignores_term.sh"), {"started": fifo})
+        running = asyncio.create_task(runner.run(job))
+        await started
+    monkeypatch.setattr(Pool, "ready", ready_late)
+    late = asyncio.create_task(runner.run(programs.make_job(programs.target("echo.sh"))._replace(overlay="other")))
+    await waits.wait()
+    closing = asyncio.create_task(runner.close())
+    await asyncio.sleep(0)
+    goes_on.set()
+    assert (await asyncio.wait_for(late, PATIENCE_S)).code is Code.CANCELLED
+    await runner.close(at_once=True)
+    await asyncio.gather(closing, running)
 
 
 async def test_a_forgotten_overlay_keeps_no_helper_and_its_next_call_has_a_new_one(tmp_path: Path) -> None:

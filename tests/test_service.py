@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 
-from runners import service
+from runners import ports, service
 from runners.base import Code, HttpTarget, Job, ServiceTarget
 from runners.helpers import Helpers
 from runners.logs import OverlayLogs
 from runners.ports import free_port, holder_of
+from runners.probe import Probe, ProbeClient
 from runners.service import Pace, ServiceError
 from runners.services import Services
 from tests import programs
@@ -762,6 +763,41 @@ async def test_a_port_is_ours_only_where_it_is_held_below_the_process_that_is_as
         assert holder_of(port, other.pid) == "others"
         for process in (one, other):
             process.communicate("\n")
+
+
+async def test_a_process_that_is_not_for_us_to_see_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: str, mode: str) -> Any:
+        if path == "/proc/1/stat":
+            raise PermissionError
+        return open(path, mode)  # noqa: PTH123  # as the caller does
+
+    monkeypatch.setattr(ports, "open", refuse, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        assert holder_of(server.getsockname()[1], os.getpid()) == "others"
+
+
+@pytest.mark.parametrize(
+    ("answer", "lack"),
+    [
+        (b"", "closed the connection before it answered"),
+        (b"HTTP/1.1 200 OK\r\nX-Token: secret\r\nContent-Le", "closed the connection before it answered"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n", "closed the connection in the middle of its answer"),
+        (b"SSH-2.0-OpenSSH_9.6\r\n\r\n", "answered what is not HTTP: "),
+    ],
+)
+async def test_what_a_service_lacks_is_said_without_the_head_of_its_answer(answer: bytes, lack: str) -> None:
+    async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer)
+        writer.close()
+
+    server, client = await asyncio.start_server(converse, "127.0.0.1", 0), ProbeClient()
+    async with server:
+        found = await Probe(client, server.sockets[0].getsockname()[1], "/health").lack(60.0)
+    await client.close()
+    assert found is not None
+    assert found.startswith(lack)
+    assert "secret" not in found
 
 
 async def test_no_service_is_known_of_an_overlay_that_was_not_called() -> None:

@@ -558,6 +558,14 @@ async def test_a_missing_program_is_named(bench: Bench) -> None:
     assert bench.pools.state("test") == {}
 
 
+async def test_a_program_that_cannot_be_executed_is_told_what_it_lacks(bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "bare").write_text("echo 1\n")
+    (tmp_path / "bare").chmod(0o755)
+    outcome = await bench.pools.run(a_job(argv=("./bare",), folder=tmp_path))
+    assert outcome.code is Code.START
+    assert "a script needs a first line such as #!/bin/sh" in error_of(outcome)
+
+
 async def test_a_worker_that_crashes_at_every_start_is_not_started_in_a_hot_loop(bench: Bench, tmp_path: Path) -> None:
     bench.pools = bench.new_pools(first_backoff_s=60.0, longest_backoff_s=60.0)
     starts = tmp_path / "starts"

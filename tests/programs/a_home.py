@@ -7,12 +7,23 @@ from pathlib import Path
 from typing import Any
 
 from runners.base import Rights
-from runners.helper import Home, Script
+from runners.helper import LAUNCH, Home, Script
 from tests import programs
 
 INTERPRETER = (sys.executable, "-I", "-S")
 ARGUMENTS = (str(programs.FOLDER / "hostile.py"),)
 COMMAND = (*INTERPRETER, *ARGUMENTS)
+
+
+WITHOUT_LIST = f"""
+import sys
+sys.path.insert(0, {str(LAUNCH.parent)!r})
+import launcher
+launcher.Family.__init__ = lambda self: vars(self).update(_list=-1, highest_fd=-1)
+del sys.argv[0]
+exec(compile(open(sys.argv[0]).read(), sys.argv[0], "exec"), {{"__name__": "__main__", "__file__": sys.argv[0]}})
+"""
+"""A helper where the kernel does not list children."""
 
 
 def a_home(token: str, **changes: Any) -> Home:
@@ -28,6 +39,11 @@ def a_home(token: str, **changes: Any) -> Home:
 
 def script_of(mode: str) -> Script | None:
     return Script(INTERPRETER, ARGUMENTS, stdin="pipe") if mode == "fork" else None
+
+
+def children(pid: int) -> list[int]:
+    """Of a process with one thread, zombies too."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def with_token(token: str) -> dict[int, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -49,7 +50,54 @@ def a_whole_group_but_its_own() -> None:
     assert os.waitpid(own, os.WNOHANG) == (0, 0)
 
 
-CHECKS = {check.__name__: check for check in (however_many_and_whatever_their_names, a_whole_group_but_its_own)}
+def a_launcher() -> launcher.Launcher:
+    ours, _ = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    return launcher.Launcher(ours, None, "mark")
+
+
+def an_orphan_that_takes_its_time_as_one() -> None:
+    ours = a_launcher()
+    pid = a_child()
+    for _ in range(5):  # it is not reaped, and so there
+        assert ours._orphans_left()
+    assert ours._sweeps == 1
+    ours._bury(pid)
+    assert not ours._orphans_left()
+    a_child()
+    assert ours._orphans_left()
+    assert ours._sweeps == 2
+
+
+ENDS = (
+    (launcher.SWEEPS, signal.SIGKILL),
+    (launcher.SWEEPS + 1, signal.SIGTERM),
+    (launcher.SWEEPS + 1, signal.SIGKILL),
+)
+"""Sweeps until then, and what ends a call."""
+
+
+def as_lost_only_what_was_killed_with_the_rest() -> None:
+    ours = a_launcher()
+    ours.in_namespace = True
+    for number, (sweeps, by) in enumerate(ENDS):
+        ours._sweeps = sweeps
+        pid = ours._pids[number] = a_child()
+        ours._calls[pid] = number
+        os.kill(pid, by)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        ours._bury(pid)
+    assert [lost for *_, lost in ours._ended] == [None, None, launcher.LOST]
+
+
+CHECKS = {
+    check.__name__: check
+    for check in (
+        however_many_and_whatever_their_names,
+        a_whole_group_but_its_own,
+        an_orphan_that_takes_its_time_as_one,
+        as_lost_only_what_was_killed_with_the_rest,
+    )
+}
 
 if __name__ == "__main__":
     try:
