@@ -107,6 +107,6 @@ def running(mark: str) -> list[int]:
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             environment = (folder / "environ").read_bytes()
-            if mark.encode() in environment and re.search(rb"OVERLAY_CALL=[^\0]*-[1-9]", environment):
+            if mark.encode() in environment and re.search(rb"OVERLAY_CALL=[^\0]*-[1-9][0-9]*\0", environment):
                 found.append(int(folder.name))
     return found
