@@ -62,7 +62,7 @@ class Workers:
     """The pool of an overlay in mode `worker`: `count` processes, each replaced after `max_calls` calls.
 
     So is one that uses more memory than `max_mb`, with all that it started, also during a call; None takes the largest
-    HARD of the calls so far. From its start a worker has `start_timeout_s` for its first reply, whoever still waits for it.
+    HARD of the calls so far. From its start a worker has `start_timeout_s` for its first reply, whoever still waits.
     """
 
     count: int = 1
