@@ -55,6 +55,9 @@ REPLY_BYTES = 64 * 1024
 LAST_MESSAGES = 1000
 """How many messages of a helper that has ended are read: a socket holds fewer."""
 
+AHEAD_AFTER = 2
+"""Calls of a script after which its helper forks for the next one before that comes."""
+
 START_S = 120.0
 """How long, in seconds, a helper may take to load a script's imports before it is given up."""
 
@@ -598,6 +601,7 @@ def _config(script: Script | None, namespace: bool, skip: Iterable[str]) -> dict
         "arguments": None if script is None else script.arguments,
         "preload": () if script is None else script.preload,
         "skip": list(skip),
+        "ahead": AHEAD_AFTER,
     }
 
 

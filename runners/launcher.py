@@ -11,10 +11,10 @@ it is about. To the helper they are written by `marshal`, in a version that all 
 them, and a reader of JSON is not. From the helper, which may have loaded an overlay's libraries, they are JSON: marshal
 is not for what nobody can trust.
 
-    to the helper     "begin"    {"bus", "namespace", "interpreter", "arguments", "preload", "skip"}, once: the process
-                                 id of the bus; whether to try for a pid namespace; of mode fork the interpreter with
-                                 its options, the script and what follows it (both None in mode spawn), modules to load
-                                 before the calls and not to load
+    to the helper     "begin"    {"bus", "namespace", "interpreter", "arguments", "preload", "skip", "ahead"}, once: the
+                                 process id of the bus; whether to try for a pid namespace; of mode fork the interpreter
+                                 with its options, the script and what follows it (both None in mode spawn), modules to
+                                 load before the calls and not to load, calls after which to fork ahead of the next
                       "run"      (call, argv, env), with stdin, stdout and stderr as SCM_RIGHTS
                       "kill"     (call, signal), to the group of the call
                       "measure"  call
@@ -121,9 +121,13 @@ def text_of(value: Any) -> str:
 
 
 class Launcher:
-    """Starts, reaps and kills. `program` is the script that is run by fork, None where programs are spawned."""
+    """Starts, reaps and kills. `program` is the script that is run by fork, None where programs are spawned.
 
-    def __init__(self, channel: Any, program: Any, mark: str) -> None:
+    After `ahead` calls a process is forked before its call comes, whenever none runs: a lone call then waits for no
+    fork. It is the first to get a call, so that it never waits beside a program.
+    """
+
+    def __init__(self, channel: Any, program: Any, mark: str, ahead: int) -> None:
         self._channel = channel
         self._program = program
         self._mark = mark
@@ -133,6 +137,8 @@ class Launcher:
         self._calls = {}  # type: dict[int, int]  # the call of a process
         self._pids = {}  # type: dict[int, int]  # the process of a call
         self._ended = []  # type: list[tuple[Any, ...]]
+        self._calls_alone = ahead  # that still come before a process is forked ahead
+        self._spare = None  # type: tuple[int, Any] | None  # such a process, and where it waits for its call
         self._sweeps = 0
         self._killed = set()  # type: set[int]  # orphans that have yet to end
         self._environment = given_environment()
@@ -148,6 +154,9 @@ class Launcher:
     def serve(self) -> Any:
         """Work until the bus is gone. Returns only in a forked child, with what that is to run."""
         while True:
+            child = self._fork_ahead()
+            if child is not None:
+                return child
             for fd, _ in self._poll.poll():
                 if fd == self._wakeup:
                     os.read(fd, 4096)
@@ -166,11 +175,9 @@ class Launcher:
             size, ancillary = 0, []
         if not size:
             self._end_all()
-        rights = b"".join(data for _, _, data in ancillary)
-        fds = [int.from_bytes(rights[at : at + 4], sys.byteorder) for at in range(0, len(rights), 4)]
         verb, given = marshal.loads(self._buffer[:size])  # noqa: S302  # only the bus has the other end
         if verb == "run":
-            return self._run(fds, *given)
+            return self._run(_descriptors(ancillary), *given)
         if verb == "kill":
             self._kill(*given)
         elif verb == "measure":
@@ -186,7 +193,9 @@ class Launcher:
         except (OSError, ValueError) as error:
             failed = (number, getattr(error, "errno", None), getattr(error, "strerror", None) or str(error))
         if pid == 0:
-            self._become_child(fds)
+            self._become_child()
+            self._take_streams(fds)
+            self._channel.detach()
             return list(argv), env
         for fd in fds:
             os.close(fd)
@@ -195,13 +204,64 @@ class Launcher:
         else:
             self._calls[pid] = number
             self._pids[number] = pid
+            self._calls_alone -= 1
         return None
 
     def _start(self, fds: list[int], argv: list[str], env: dict[str, str]) -> int:
         """The process id; in a forked child 0. Raises OSError, or ValueError for a NUL in a string."""
         if len(fds) < STREAMS:  # the kernel passes as many as this process may have open (unix(7), MSG_CTRUNC)
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        return self._spawn(fds, argv, env) if self._program is None else os.fork()
+        if self._program is None:
+            return self._spawn(fds, argv, env)
+        return self._hand_over(fds, argv, env) or os.fork()
+
+    def _fork_ahead(self) -> Any:
+        """Have the next process there before its call, where nothing else is to do. In that one: what it is to run."""
+        if self._spare or self._calls or self._ended or self._calls_alone > 0 or self._program is None:
+            return None
+        if self._poll.poll(0):
+            return None
+        ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
+        try:
+            pid = os.fork()
+        except OSError:  # a call will try it, and say what is wrong
+            ours.close()
+            theirs.close()
+            return None
+        if pid == 0:
+            return self._wait_for_call(ours, theirs)
+        theirs.close()
+        self._spare = pid, ours
+        return None
+
+    def _wait_for_call(self, ours: Any, theirs: Any) -> Any:
+        """In a process that was forked ahead: be as a new one, hold nothing, and wait."""
+        self._become_child()
+        at = theirs.fileno()
+        os.closerange(STREAMS, at)
+        os.closerange(at + 1, self._highest_fd([ours.fileno(), at]) + 1)
+        self._channel.detach()
+        ours.detach()
+        size, ancillary, _, _ = theirs.recvmsg_into([self._buffer], _socket.CMSG_SPACE(12), _socket.MSG_CMSG_CLOEXEC)
+        if not size:
+            os._exit(0)
+        argv, env = marshal.loads(self._buffer[:size])  # noqa: S302  # from our own process
+        self._take_streams(_descriptors(ancillary) + [theirs.detach()])
+        return list(argv), env
+
+    def _hand_over(self, fds: list[int], argv: list[str], env: dict[str, str]) -> int | None:
+        """Give the call to the process that was forked ahead: its id, or None where there is none."""
+        if self._spare is None:
+            return None
+        (pid, channel), self._spare = self._spare, None
+        rights = b"".join(fd.to_bytes(4, sys.byteorder) for fd in fds)
+        try:
+            channel.sendmsg([marshal.dumps((argv, env), MARSHAL)], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)])
+        except OSError:  # it has ended, or will, as nobody can send it anything
+            return None
+        finally:
+            channel.close()
+        return pid
 
     def _spawn(self, fds: list[int], argv: list[str], env: dict[str, str]) -> int:
         return os.posix_spawnp(
@@ -214,8 +274,8 @@ class Launcher:
             setsigdef=RESET_SIGNALS,
         )
 
-    def _become_child(self, fds: list[int]) -> None:
-        """As a new process is: a session of its own, these three descriptors and no other, signals as they come."""
+    def _become_child(self) -> None:
+        """As a new process is: a session of its own, signals as they come."""
         os.setsid()
         prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -224,10 +284,15 @@ class Launcher:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        for to, fd in enumerate(fds):
+
+    def _take_streams(self, fds: list[int]) -> None:
+        """Have the first three descriptors, and no other."""
+        for to, fd in enumerate(fds[:STREAMS]):
             os.dup2(fd, to)
-        os.closerange(3, max(fds + [self._alarm, self._wakeup, self._channel.fileno(), self._family.highest_fd]) + 1)
-        self._channel.detach()
+        os.closerange(STREAMS, self._highest_fd(fds) + 1)
+
+    def _highest_fd(self, fds: list[int]) -> int:
+        return max([self._alarm, self._wakeup, int(self._channel.fileno()), self._family.highest_fd, *fds])
 
     def _kill(self, number: int, signal_number: int) -> None:
         """The group; of a fork that has not yet made its own, the process."""
@@ -268,6 +333,8 @@ class Launcher:
             _signal_group(pid, signal.SIGKILL)
         _, status, usage = os.wait4(pid, 0)
         self._killed.discard(pid)
+        if self._is_spare(pid):
+            self._drop_spare()
         if number is not None:
             del self._pids[number]
             cpu_ms = round((usage.ru_utime + usage.ru_stime) * 1000, 3)
@@ -282,7 +349,7 @@ class Launcher:
 
         One that takes its time to end is no sweep: only another that has come since tells that they get away.
         """
-        orphans = [pid for pid in self._family.children() if pid not in self._calls and self._call_of(pid) is None]
+        orphans = [pid for pid in self._family.children() if not self._is_accounted_for(pid)]
         if not orphans:
             return False
         if not self._killed.issuperset(orphans):
@@ -295,6 +362,17 @@ class Launcher:
                 _signal_group_of(pid, signal.SIGKILL)
             send_signal(pid, signal.SIGKILL)
         return True
+
+    def _is_accounted_for(self, child: int) -> bool:
+        return child in self._calls or self._is_spare(child) or self._call_of(child) is not None
+
+    def _is_spare(self, child: int) -> bool:
+        return self._spare is not None and self._spare[0] == child
+
+    def _drop_spare(self) -> None:
+        if self._spare is not None:
+            self._spare[1].close()
+            self._spare = None
 
     def _call_of(self, orphan: int) -> int | None:
         """The running call that it belongs to. In mode fork each call keeps its orphans itself, as a subreaper."""
@@ -479,6 +557,12 @@ def send_signal(pid: int, number: int) -> None:
         pass
 
 
+def _descriptors(ancillary: list[Any]) -> list[int]:
+    """Those of an SCM_RIGHTS message."""
+    rights = b"".join(data for _, _, data in ancillary)
+    return [int.from_bytes(rights[at : at + 4], sys.byteorder) for at in range(0, len(rights), 4)]
+
+
 def load_program(channel: Any, config: Any) -> Any:
     """The script of mode fork, with its imports loaded. Ends this process where it cannot be run so."""
     sys.path.insert(0, _HERE)
@@ -515,7 +599,7 @@ def main() -> Any:
     channel, mark = open_channel(), sys.argv[2]
     _, config = marshal.loads(channel.recv(MESSAGE_BYTES))  # noqa: S302  # only the bus has the other end
     program = None if config["arguments"] is None else load_program(channel, config)  # type: Any
-    launcher = Launcher(channel, program, mark)
+    launcher = Launcher(channel, program, mark, config["ahead"])
     if not launcher.in_namespace:
         prctl(PR_SET_PDEATHSIG, 0, 0, 0, 0)  # from now on the bus closes the socket, and all is ended in order
     loaded, left = ([], {}) if program is None else (program.loaded, program.left)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from runners import helper as helper_module
 from runners import python_command
 from runners.base import ProcessTarget, Rights
 from runners.helper import Home, Script
@@ -177,6 +178,12 @@ CASES = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process is forked ahead of every call, the first one, too."""
+    monkeypatch.setattr(helper_module, "AHEAD_AFTER", 0)
+
+
 @pytest.fixture(scope="module")
 def anyio_backend() -> str:
     return "asyncio"
@@ -248,12 +255,13 @@ def read_all(fd: int) -> bytes:
         return file.read()
 
 
-async def run_twice_by_fork(helpers: Helpers, home: Home, argv: Sequence[str], case: Case) -> list[Said]:
-    """Nothing where it cannot be forked."""
+async def run_by_fork(helpers: Helpers, home: Home, argv: Sequence[str], case: Case) -> list[Said]:
+    """By a process that was forked ahead, and by two at once; nothing where it cannot be forked."""
     try:
         async with forking(helpers, home, argv, case.stdin) as helper:
             assert set(case.loaded) <= set(helper.ready.result().loaded)
-            return [await run(helper, argv, case.stdin) for _ in range(2)]
+            ahead = await run(helper, argv, case.stdin)
+            return [ahead, *await asyncio.gather(*(run(helper, argv, case.stdin) for _ in range(2)))]
     except UnfitError:
         return []
 
@@ -264,9 +272,9 @@ async def test_a_script_says_and_does_the_same_whether_spawned_or_forked(
 ) -> None:
     argv = (sys.executable, *case.options, *case.arguments)
     spawner = await helpers.pool(home).ready()
-    spawned, forked = await asyncio.gather(run(spawner, argv, case.stdin), run_twice_by_fork(helpers, home, argv, case))
+    spawned, forked = await asyncio.gather(run(spawner, argv, case.stdin), run_by_fork(helpers, home, argv, case))
     assert spawned.code == case.code, spawned.log
-    assert len(forked) == (2 if case.forked else 0)
+    assert len(forked) == (3 if case.forked else 0)
     for said in forked:
         assert said.stdout == spawned.stdout
         assert said.code == spawned.code

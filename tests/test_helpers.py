@@ -209,6 +209,12 @@ def descriptors(pid: int | None = None) -> list[int]:
     return sorted(int(path.name) for path in Path(f"/proc/{pid or 'self'}/fd").iterdir())
 
 
+@pytest.fixture(autouse=True)
+def ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No process waits for a call, but where a test is about that."""
+    monkeypatch.setattr(module, "AHEAD_AFTER", 1 if "waiting" in request.fixturenames else sys.maxsize)
+
+
 @pytest.fixture
 async def bench(form: str, mode: str) -> AsyncIterator[Bench]:
     made = Bench(form, mode)
@@ -224,6 +230,78 @@ async def bench(form: str, mode: str) -> AsyncIterator[Bench]:
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Helpers that do not answer are given up at once."""
     monkeypatch.setattr(module, "GONE_S", 0.05)
+
+
+# Processes that are forked before their calls
+
+
+@pytest.fixture
+async def waiting(bench: Bench) -> tuple[Helper, int]:
+    """A helper of a script that has had a call, and the process that waits for its next."""
+    helper = await bench.helper()
+    assert children(inner(helper)) == []
+    first = await bench.started("hold")
+    assert len(children(inner(helper))) == 1
+    first.let_go()
+    assert (await first.end()).code == hostile.ENDED
+    await until(lambda: len(children(inner(helper))) == 1)
+    (pid,) = children(inner(helper))
+    return helper, pid
+
+
+in_mode_fork = pytest.mark.parametrize("mode", ["fork"])
+
+
+@in_mode_fork
+async def test_a_lone_call_gets_the_process_that_waits_for_it_and_the_next_one_another(
+    bench: Bench, waiting: tuple[Helper, int]
+) -> None:
+    helper, pid = waiting
+    program = await bench.started("hold")
+    assert children(inner(helper)) == [pid]
+    beside = await bench.started("hold")
+    assert len(children(inner(helper))) == 2
+    for one in (program, beside):
+        one.let_go()
+        assert (await one.end()).code == hostile.ENDED
+    await until(lambda: len(children(inner(helper))) == 1)
+    assert children(inner(helper)) != [pid]
+
+
+@in_mode_fork
+async def test_a_call_has_a_process_though_the_one_that_waited_was_killed(
+    bench: Bench, waiting: tuple[Helper, int]
+) -> None:
+    helper, pid = waiting
+    os.kill(pid, signal.SIGKILL)
+    await until(lambda: children(inner(helper)) != [pid])
+    for _ in range(2):
+        program = await bench.started("hold")
+        program.let_go()
+        assert (await program.end()).code == hostile.ENDED
+
+
+@in_mode_fork
+@pytest.mark.parametrize("killed", ["inner", "outer", None])
+async def test_a_process_that_waits_goes_with_its_helper(
+    bench: Bench, waiting: tuple[Helper, int], killed: str | None
+) -> None:
+    helper, pid = waiting
+    if killed is None:
+        helper.close()
+    else:
+        os.kill(helper.pid if killed == "outer" else inner(helper), signal.SIGKILL)
+    await asyncio.wait_for(helper.gone, PATIENCE_S)
+    assert not is_alive(pid)
+    assert with_token(bench.token) == {}
+
+
+@in_mode_fork
+async def test_a_process_that_waits_holds_nothing_but_where_it_waits(bench: Bench, waiting: tuple[Helper, int]) -> None:
+    _, pid = waiting
+    held = sorted(map(int, os.listdir(f"/proc/{pid}/fd")))  # noqa: PTH208
+    assert held[:3] == [0, 1, 2]
+    assert len(held) == 4
 
 
 # What programs leave behind
