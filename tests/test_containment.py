@@ -53,6 +53,14 @@ async def runner(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
     await made.close()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def none_ahead() -> Iterator[None]:
+    """No process waits for a call: it would count as left behind."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "AHEAD_AFTER", sys.maxsize)
+        yield
+
+
 @pytest.fixture(scope="module")
 async def shared() -> AsyncIterator[ProcessRunner]:
     """One that many overlays are called by."""

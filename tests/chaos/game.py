@@ -252,9 +252,9 @@ class Game:
 
 
 def _beneath(helper: int) -> list[psutil.Process]:
-    """What runs below a helper and its zygote."""
+    """What runs below a helper and its zygote, but for what waits there for its call."""
     inside = processes.zygote(helper)
-    return [process for process in processes.family(helper) if process.pid != inside]
+    return [one for one in processes.family(helper) if one.pid != inside and not processes.waits(one.pid, inside)]
 
 
 def as_json(played: Round) -> dict[str, Any]:

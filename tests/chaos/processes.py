@@ -131,6 +131,15 @@ def zygote(helper: int) -> int | None:
     return next(filter(_is_launcher, _children(helper)), None)
 
 
+def waits(pid: int, zygote: int | None) -> bool:
+    """Whether a process was forked ahead of its call: it still has the stdin of its zygote."""
+    try:
+        stdins = {Path(f"/proc/{one}/fd/0").readlink() for one in (pid, zygote)}
+    except OSError:
+        return False
+    return _is_launcher(pid) and len(stdins) == 1
+
+
 def has_namespace(pid: int) -> bool:
     """Whether a process counts from another one than this one's namespace (NSpid of proc(5))."""
     with contextlib.suppress(OSError):
