@@ -10,7 +10,7 @@ Read `base` first, the words of it all. Then, by the way in which a call is carr
     unstarted           why one could not be started
 
 What starts them is beside the bus, as the bus itself is too big and too busy to: helpers are asked for a helper, helper
-is one of them seen from here, strays a last resort. What such a helper runs is launch, containment and launcher;
-in mode fork, where launcher runs under the overlay's own interpreter, also zygote with zygote_script, zygote_reading,
-zygote_loading and zygote_ending. Everything else runs under the bus's.
+is one of them seen from here, at the other end of a wire; strays is a last resort. Such a helper runs launch and
+containment under the bus's interpreter; launcher and descendants, in mode fork under the overlay's; and zygote with
+zygote_script, zygote_reading, zygote_loading and zygote_ending.
 """

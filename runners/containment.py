@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
     from runners import launcher
+    from runners.descendants import Family, send_signal
 else:
     import launcher
+    from descendants import Family, send_signal
 
 CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWPID = 0x00020000, 0x10000000, 0x20000000
 MS_REC, MS_SLAVE = 0x4000, 0x80000
@@ -132,10 +134,10 @@ def _watch_over(inside: int, in_namespace: bool, held: list[int]) -> NoReturn:
     while signal.sigwait(WATCHED) == signal.SIGCHLD:
         if os.waitid(os.P_PID, inside, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
             break
-    launcher.send_signal(inside, signal.SIGKILL)  # not yet reaped, it has its number
+    send_signal(inside, signal.SIGKILL)  # not yet reaped, it has its number
     _, status = os.waitpid(inside, 0)
     if not in_namespace:
-        launcher.Family().end()
+        Family().end()
     os._exit(128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status))
 
 

@@ -15,16 +15,12 @@ import contextlib
 import errno
 import itertools
 import logging
-import marshal
 import math
 import os
 import signal
-import socket
-import struct
 import subprocess
 import sys
 import time
-from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,25 +29,18 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import orjson
 
 from runners import strays
-from runners.output import Log, Output, close_all, describe
+from runners.output import Log, Output, describe
+from runners.wire import Wire, message
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    import socket
+    from collections.abc import Iterable, Mapping, Sequence
 
     from runners.base import Rights
 
 log = logging.getLogger(__name__)
 
 LAUNCH = Path(__file__).with_name("launch.py")
-MESSAGE_BYTES = 128 * 1024
-"""The longest message that `launcher.py` takes."""
-
-MARSHAL = 2
-"""The version of the format that `launcher.py` reads."""
-
-REPLY_BYTES = 64 * 1024
-"""The longest message from it."""
-
 LAST_MESSAGES = 1000
 """How many messages of a helper that has ended are read: a socket holds fewer."""
 
@@ -219,10 +208,10 @@ class Helper:
         self._numbers = itertools.count(1)
         self._measured: dict[int, asyncio.Future[float | None]] = {}
         self._pidfds: set[int] = set()
-        self._wire = _Wire(loop, self._receive, self._cut_off)
+        self._wire = Wire(loop, self._receive, self._cut_off)
         try:
             with self._wire.theirs as theirs:
-                self._wire.send(_message("begin", _config(script, namespace, skip)))
+                self._wire.send(message("begin", _config(script, namespace, skip)))
                 self._popen, self._outside, said = self._begin(theirs)
         except BaseException:
             self._wire.close()
@@ -296,11 +285,11 @@ class Helper:
         """
         number = next(self._numbers)
         given = argv if self.script is None else argv[len(self.script.interpreter) :]  # which the helper is itself
-        message = _message("run", (number, list(given), dict(env)))
+        run = message("run", (number, list(given), dict(env)))
         if not self.is_open:
             raise GoneError
         try:
-            self._wire.send(message, fds)
+            self._wire.send(run, fds)
         except (BrokenPipeError, ConnectionResetError):
             self._receive_last()
             self.close()  # it may only have closed its ears
@@ -310,7 +299,7 @@ class Helper:
 
     def signal(self, number: int, signal_number: signal.Signals) -> None:
         with contextlib.suppress(OSError):  # it is gone, and its processes with it
-            self._wire.send(_message("kill", (number, int(signal_number))))
+            self._wire.send(message("kill", (number, int(signal_number))))
         if signal_number == signal.SIGKILL:
             self._loop.call_later(GONE_S, self._insist, number)
 
@@ -318,7 +307,7 @@ class Helper:
         waiting = self._measured.get(number)
         if waiting is None:
             try:
-                self._wire.send(_message("measure", number))
+                self._wire.send(message("measure", number))
             except OSError:  # it is gone, and its processes with it
                 return None
             waiting = self._measured[number] = self._loop.create_future()
@@ -437,14 +426,14 @@ class Helper:
     def _receive(self) -> bool:
         """Take one message. False where none is there."""
         try:
-            message, fds = self._wire.receive(with_fd=self.namespace is None)
+            words, fds = self._wire.receive(with_fd=self.namespace is None)
         except BlockingIOError:
             return False
-        if not message:
+        if not words:
             self.close()
             return False
         try:
-            verb, given = orjson.loads(message)
+            verb, given = orjson.loads(words)
             if self.namespace is None:
                 self._take_first(verb, given, fds)
             else:
@@ -524,74 +513,6 @@ class Helper:
             self._keeper.rests(self)
 
 
-class _Wire:
-    """The bus's end of the socket to a helper. What the helper does not take yet waits, with its descriptors.
-
-    `cut_off` is called where that cannot be sent any more, and closes this.
-    """
-
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, receive: Callable[[], object], cut_off: Callable[[], object]
-    ) -> None:
-        self._loop = loop
-        self._cut_off = cut_off
-        self._outbox: deque[tuple[bytes, list[int]]] = deque()
-        self._socket, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._socket.setblocking(False)
-        loop.add_reader(self._socket.fileno(), receive)
-
-    @property
-    def is_open(self) -> bool:
-        return self._socket.fileno() >= 0
-
-    def send(self, message: bytes, fds: Sequence[int] = ()) -> None:
-        """Raises OSError where the helper has gone, or no descriptor can be kept for later."""
-        if self._outbox:
-            self._outbox.append((message, _copies(fds)))
-            return
-        try:
-            self._socket.sendmsg([message], _rights(fds))
-        except BlockingIOError:
-            self._outbox.append((message, _copies(fds)))
-            self._loop.add_writer(self._socket.fileno(), self._flush)
-
-    def receive(self, *, with_fd: bool) -> tuple[bytes, Sequence[int]]:
-        """One message; an empty one where the helper has gone. Raises BlockingIOError where there is none."""
-        try:
-            if not with_fd:
-                return self._socket.recv(REPLY_BYTES), ()
-            message, fds, _, _ = socket.recv_fds(self._socket, REPLY_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
-        except ConnectionResetError:
-            return b"", ()
-        return message, fds
-
-    def close(self) -> None:
-        if self.is_open:
-            self._loop.remove_reader(self._socket.fileno())
-            self._loop.remove_writer(self._socket.fileno())
-            self._socket.close()
-            self._drop_outbox()
-
-    def _flush(self) -> None:
-        while self._outbox:
-            message, fds = self._outbox[0]
-            try:
-                self._socket.sendmsg([message], _rights(fds))
-            except BlockingIOError:
-                return
-            except OSError:  # it is gone, or the kernel is short of something
-                self._cut_off()
-                return
-            self._outbox.popleft()
-            close_all(fds)
-        self._loop.remove_writer(self._socket.fileno())
-
-    def _drop_outbox(self) -> None:
-        for _, fds in self._outbox:
-            close_all(fds)
-        self._outbox.clear()
-
-
 def _config(script: Script | None, namespace: bool, skip: Iterable[str]) -> dict[str, Any]:
     """What a helper is told first, as `launcher.py` explains it."""
     return {
@@ -603,29 +524,6 @@ def _config(script: Script | None, namespace: bool, skip: Iterable[str]) -> dict
         "skip": list(skip),
         "ahead": AHEAD_AFTER,
     }
-
-
-def _message(verb: str, given: Any) -> bytes:  # noqa: ANN401
-    """Raises OSError where it is too long, ValueError for what is no text."""
-    message = marshal.dumps((verb, given), MARSHAL)
-    if len(message) > MESSAGE_BYTES:
-        raise OSError(errno.E2BIG, os.strerror(errno.E2BIG))
-    return message
-
-
-def _rights(fds: Sequence[int]) -> list[tuple[int, int, bytes]]:
-    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))] if fds else []
-
-
-def _copies(fds: Sequence[int]) -> list[int]:
-    copies: list[int] = []
-    try:
-        for fd in fds:
-            copies.append(os.dup(fd))  # noqa: PERF401  # so that those are known that were made
-    except OSError:
-        close_all(copies)
-        raise
-    return copies
 
 
 def _figure(value: Any) -> float:  # noqa: ANN401

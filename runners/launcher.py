@@ -47,6 +47,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, NoReturn
 
+    from runners.descendants import Family, resident_kib, send_signal, share_kib, signal_group, signal_group_of
+else:
+    from descendants import Family, resident_kib, send_signal, share_kib, signal_group, signal_group_of
+
 _HERE = os.path.dirname(os.path.abspath(__file__))
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
@@ -77,9 +81,6 @@ RESET_SIGNALS = (
 
 SWEEPS_ALONE, SWEEPS = 10, 100
 """How often orphans are looked for and killed, alone and then with their groups, before the whole namespace is."""
-
-SCANS = 10
-"""How often /proc is read at most, where it changed meanwhile."""
 
 MARK = "OVERLAY_CALL"
 """The environment variable that tells whose a process is that has left its group and lost its parent."""
@@ -297,7 +298,7 @@ class Launcher:
     def _kill(self, number: int, signal_number: int) -> None:
         """The group; of a fork that has not yet made its own, the process."""
         pid = self._pids.get(number)
-        if pid is not None and not _signal_group(pid, signal_number):
+        if pid is not None and not signal_group(pid, signal_number):
             send_signal(pid, signal_number)
 
     def _memory_kib(self, number: int) -> int | None:
@@ -307,7 +308,7 @@ class Launcher:
             return None
         orphans = [orphan for orphan in self._family.children() if orphan not in self._calls]
         pids = self._family.descendants([pid] + [orphan for orphan in orphans if self._call_of(orphan) == number])
-        return _resident_kib(pid) if len(pids) == 1 else sum(map(_share_kib, pids))
+        return resident_kib(pid) if len(pids) == 1 else sum(map(share_kib, pids))
 
     def _reap(self) -> None:
         """Take every ended process off the kernel's table, then tell the bus of the calls of which nothing is left."""
@@ -330,7 +331,7 @@ class Launcher:
         """Reap one. Its group is killed before, while nobody else can have its number."""
         number = self._calls.pop(pid, None)
         if number is not None:
-            _signal_group(pid, signal.SIGKILL)
+            signal_group(pid, signal.SIGKILL)
         _, status, usage = os.wait4(pid, 0)
         self._killed.discard(pid)
         if self._is_spare(pid):
@@ -359,7 +360,7 @@ class Launcher:
         self._killed.update(orphans)
         for pid in orphans:
             if self._sweeps > SWEEPS_ALONE:
-                _signal_group_of(pid, signal.SIGKILL)
+                signal_group_of(pid, signal.SIGKILL)
             send_signal(pid, signal.SIGKILL)
         return True
 
@@ -401,55 +402,6 @@ class Launcher:
         os._exit(0)
 
 
-class Family:
-    """The children of this process: those that it started, and the orphans that came to it.
-
-    A child stays one until this process reaps it, so the kernel's list of them (proc(5)) misses none, however quickly
-    they fork and end.
-    """
-
-    def __init__(self) -> None:
-        try:
-            self._list = os.open("/proc/thread-self/children", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:  # the kernel was built without CONFIG_PROC_CHILDREN
-            self._list = -1
-        self.highest_fd = self._list
-
-    def children(self) -> list[int]:
-        """Their process ids, of those that ended and were not reaped, too."""
-        if self._list < 0:
-            return _children_by_scan()
-        text = part = os.pread(self._list, 4096, 0)
-        while part:
-            part = os.pread(self._list, 4096, len(text))
-            text += part
-        return [int(pid) for pid in text.split()]
-
-    def descendants(self, roots: list[int]) -> list[int]:
-        """These processes with their children and all that come from them, each once."""
-        parents = None if self._list >= 0 else _parents()
-        found = dict.fromkeys(roots)
-        row = roots
-        while row:
-            below = [child for pid in row for child in (_children_of(pid) if parents is None else _of(pid, parents))]
-            row = [pid for pid in below if pid not in found]
-            found.update(dict.fromkeys(row))
-        return list(found)
-
-    def end(self) -> None:
-        """Kill until nobody is left."""
-        while True:
-            for pid in self.children():
-                _signal_group_of(pid, signal.SIGKILL)
-                send_signal(pid, signal.SIGKILL)
-            try:
-                os.wait()
-                while os.waitpid(-1, os.WNOHANG)[0]:
-                    pass  # there may be thousands that nobody reaped
-            except ChildProcessError:
-                return
-
-
 def given_environment() -> dict[str, str]:
     """The environment as the bus gave it; Python may have added LC_CTYPE to its own (PEP 538)."""
     with open("/proc/self/environ", "rb") as file:
@@ -466,95 +418,6 @@ def floor_kib(forks: bool) -> int:
     field = b"RssAnon:" if forks else b"VmHWM:"
     with open("/proc/self/status", "rb") as file:
         return next(int(line.split()[1]) for line in file if line.startswith(field))
-
-
-def _resident_kib(pid: int) -> int | None:
-    """Of /proc/PID/statm; None where it has ended."""
-    try:
-        with open("/proc/%d/statm" % pid) as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
-    except (OSError, IndexError):
-        return None
-
-
-def _share_kib(pid: int) -> int:
-    """The process's share of what it has in memory, of which others may have the same (Pss of proc(5)).
-
-    Its resident memory where the kernel does not tell: of another user's, or before Linux 4.14.
-    """
-    try:
-        with open("/proc/%d/smaps_rollup" % pid, "rb") as file:
-            return next(int(line.split()[1]) for line in file if line.startswith(b"Pss:"))
-    except (OSError, StopIteration):
-        return _resident_kib(pid) or 0
-
-
-def _children_of(pid: int) -> list[int]:
-    """Of all its threads; none where it has ended."""
-    found = []
-    try:
-        for thread in os.listdir("/proc/%d/task" % pid):
-            with open("/proc/%d/task/%s/children" % (pid, thread)) as file:
-                found += [int(child) for child in file.read().split()]
-    except OSError:
-        pass
-    return found
-
-
-def _children_by_scan() -> list[int]:
-    return _of(os.getpid(), _parents())
-
-
-def _of(parent: int, parents: dict[int, int | None]) -> list[int]:
-    return [pid for pid, its in parents.items() if its == parent]
-
-
-def _parents() -> dict[int, int | None]:
-    """Of every process. What ended while /proc was read may have left a child that was not there yet: then again."""
-    for _ in range(SCANS):
-        parents = {int(name): _parent(name) for name in os.listdir("/proc") if name.isdigit()}
-        if None not in parents.values():
-            break
-    return parents
-
-
-def _parent(pid: str) -> int | None:
-    """The fourth field of /proc/PID/stat, after a name in brackets that may hold anything; None where it has ended."""
-    try:
-        with open("/proc/%s/stat" % pid, "rb") as file:
-            return int(file.read().rpartition(b")")[2].split()[1])
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    except PermissionError:  # hidepid: another user's
-        return 0
-
-
-def _signal_group(group: int, number: int) -> bool:
-    """Whether there is such a group."""
-    try:
-        os.killpg(group, number)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # only a set-user-ID program is left
-    return True
-
-
-def _signal_group_of(pid: int, number: int) -> None:
-    """To all in the group of a child at once: none gets away by forking. The helper's own group is spared."""
-    try:
-        group = os.getpgid(pid)
-    except ProcessLookupError:
-        return
-    if group != os.getpgrp():
-        _signal_group(group, number)
-
-
-def send_signal(pid: int, number: int) -> None:
-    try:
-        os.kill(pid, number)
-    except (ProcessLookupError, PermissionError):
-        pass
 
 
 def _descriptors(ancillary: list[Any]) -> list[int]:

@@ -39,13 +39,14 @@ FLOOR = {f"bus.{name}": floor for floor, names in enumerate(FLOORS, 1) for name 
 MODULES = sorted((REPO / "bus").rglob("*.py"))
 RUNNERS = sorted((REPO / "runners").rglob("*.py"))
 # The programs that run as a helper import nothing of ours but each other, by their bare names; nobody imports them.
-PROGRAMS = ["launch", "launcher", "containment", "zygote"]
+PROGRAMS = ["launch", "launcher", "containment", "descendants", "zygote"]
 PROGRAMS += ["zygote_script", "zygote_reading", "zygote_loading", "zygote_ending"]
 RUNNER_FLOORS = [
-    ["base", "launch", "launcher", "containment", "zygote"],
+    ["base", "launch", "launcher", "containment", "descendants", "zygote"],
     ["zygote_script", "zygote_reading", "zygote_loading", "zygote_ending"],
     ["output", "logs", "ports", "breaker", "http_client", "python_command", "strays"],
-    ["helper", "probe"],
+    ["wire", "probe"],
+    ["helper"],
     ["helpers"],
     ["unstarted"],
     ["worker", "service"],

@@ -22,6 +22,7 @@ import pytest
 
 from runners import helper as module
 from runners import helpers as pools
+from runners import wire
 from runners.helper import Exit, GoneError, Helper
 from runners.helpers import Helpers
 from tests.programs import hostile
@@ -708,7 +709,7 @@ async def test_a_helper_without_descriptors_starts_nothing(bench: Bench) -> None
 @in_one_form
 async def test_a_command_longer_than_a_message_is_refused(bench: Bench) -> None:
     with pytest.raises(OSError, match="Argument list too long"):
-        await bench.start("hold", "x" * module.MESSAGE_BYTES)
+        await bench.start("hold", "x" * wire.MESSAGE_BYTES)
 
 
 @in_one_form

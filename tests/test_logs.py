@@ -279,12 +279,18 @@ async def test_in_a_loop_lines_are_gathered_and_written_soon(
     assert len(disk.sizes) == 2
 
 
-async def test_a_slow_disk_holds_nobody_up_and_keeps_the_order(
-    logs: OverlayLogs, path: Path, reader: LogReader, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def a_disk_that_is_stuck(logs: OverlayLogs, monkeypatch: pytest.MonkeyPatch) -> SlowDisk:
+    """With a first line on its way."""
     disk = SlowDisk(monkeypatch)
     logs.append("echo", b"first\n")
     await until(disk.reached.is_set)
+    return disk
+
+
+async def test_a_slow_disk_holds_nobody_up_and_keeps_the_order(
+    logs: OverlayLogs, path: Path, reader: LogReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = await a_disk_that_is_stuck(logs, monkeypatch)
     for number in range(5):
         logs.append("echo", b"%d\n" % number)
         await asyncio.sleep(0)
@@ -297,9 +303,7 @@ async def test_a_slow_disk_holds_nobody_up_and_keeps_the_order(
 async def test_what_waits_for_a_slow_disk_is_bounded_and_its_end_is_kept(
     logs: OverlayLogs, path: Path, reader: LogReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    disk = SlowDisk(monkeypatch)
-    logs.append("echo", b"first\n")
-    await until(disk.reached.is_set)
+    disk = await a_disk_that_is_stuck(logs, monkeypatch)
     for number in range(10_000):
         logs.append("echo", b"%d\n" % number)
     disk.gate.set()

@@ -57,6 +57,15 @@ def serving(folder: Path, **settings: str) -> Iterator[tuple[subprocess.Popen[st
             server.kill()
 
 
+def ended_in_order(server: subprocess.Popen[str], caller: Caller, folder: Path) -> None:
+    """The call was answered, the server has said nothing bad, and nothing runs any more."""
+    _, log = server.communicate(timeout=PATIENCE_S)
+    assert (caller.status, caller.answer["code"]) == (503, "ERR_SHUTTING_DOWN")
+    assert server.returncode == 0
+    assert "Traceback" not in log
+    assert not running(str(folder))
+
+
 @contextmanager
 def calling(folder: Path, address: str) -> Iterator[Caller]:
     """A call of an overlay that sleeps and ignores TERM; its program runs when the block begins."""
@@ -156,11 +165,7 @@ def test_a_second_signal_ends_a_worker_and_a_service_at_once_too(
             server.send_signal(signal.SIGINT)
             eventually(lambda: not is_ready(address), "the server has seen the signal")
             server.send_signal(signal.SIGINT)
-        _, log = server.communicate(timeout=PATIENCE_S)
-    assert (caller.status, caller.answer["code"]) == (503, "ERR_SHUTTING_DOWN")
-    assert server.returncode == 0
-    assert "Traceback" not in log
-    assert not running(str(tmp_path))
+        ended_in_order(server, caller, tmp_path)
     ledger = settings_in(tmp_path).ledger
     assert [line["request_id"] for line in provenance.iter_lines(ledger) if "request_id" in line] == [
         caller.answer["request_id"]
@@ -194,11 +199,7 @@ def test_a_service_that_is_still_starting_does_not_hold_up_the_end(tmp_path: Pat
     with serving(tmp_path, drain_s="0.2", kill_grace_s="0.2") as (server, address):
         with calling(tmp_path, address) as caller:
             server.send_signal(signal.SIGTERM)
-        _, log = server.communicate(timeout=PATIENCE_S)
-    assert (caller.status, caller.answer["code"]) == (503, "ERR_SHUTTING_DOWN")
-    assert server.returncode == 0
-    assert "Traceback" not in log
-    assert not running(str(tmp_path))
+        ended_in_order(server, caller, tmp_path)
 
 
 def is_ready(address: str) -> bool:

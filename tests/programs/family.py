@@ -8,7 +8,7 @@ import socket
 import sys
 from pathlib import Path
 
-from runners import launcher
+from runners import descendants, launcher
 
 
 def a_child(name: bytes = b"") -> int:
@@ -29,15 +29,15 @@ def a_child(name: bytes = b"") -> int:
 
 
 def however_many_and_whatever_their_names() -> None:
-    family = launcher.Family()
+    family = descendants.Family()
     assert family.children() == []
     pids = [a_child(b"a) R 1 ("), *(a_child() for _ in range(700))]
     os.kill(pids[0], signal.SIGKILL)
     os.waitid(os.P_PID, pids[0], os.WEXITED | os.WNOWAIT)
     assert family.children() == pids  # a zombie is one, too
-    assert sorted(launcher._children_by_scan()) == sorted(pids)  # they may have begun anew at 1
+    assert sorted(descendants.children_by_scan()) == sorted(pids)  # they may have begun anew at 1
     family.end()
-    assert family.children() == launcher._children_by_scan() == []
+    assert family.children() == descendants.children_by_scan() == []
 
 
 def a_whole_group_but_its_own() -> None:
@@ -45,7 +45,7 @@ def a_whole_group_but_its_own() -> None:
     os.setpgid(other, other)
     os.setpgid(beside, other)
     for pid in (own, other):
-        launcher._signal_group_of(pid, signal.SIGKILL)
+        descendants.signal_group_of(pid, signal.SIGKILL)
     assert os.waitpid(other, 0)[1] == os.waitpid(beside, 0)[1] == signal.SIGKILL
     assert os.waitpid(own, os.WNOHANG) == (0, 0)
 
@@ -103,4 +103,4 @@ if __name__ == "__main__":
     try:
         CHECKS[sys.argv[1]]()
     finally:
-        launcher.Family().end()
+        descendants.Family().end()
