@@ -14,7 +14,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import orjson
 
@@ -45,6 +45,9 @@ if TYPE_CHECKING:
     from bus.settings import Settings
     from runners.base import Rights, Runner
 
+_Key = TypeVar("_Key")
+_Found = TypeVar("_Found")
+
 log = logging.getLogger(__name__)
 
 VALIDATORS_KEPT = 1024
@@ -68,6 +71,19 @@ class _Means:
     targets: dict[str, ProcessTarget | HttpTarget] = field(default_factory=dict)
 
 
+class _ThisTurn(dict[_Key, _Found]):
+    """What a look at the disk has found, kept for one turn of the event loop.
+
+    Whatever is asked for in that turn arrived before it began, and so before the look.
+    """
+
+    def keep(self, key: _Key, found: _Found) -> _Found:
+        if not self:
+            asyncio.get_running_loop().call_soon(self.clear)
+        self[key] = found
+        return found
+
+
 class Bus:
     """Owns the registry, the scheduler, the ledger, the plugins and their runners. One event loop, one Bus."""
 
@@ -89,6 +105,8 @@ class Bus:
         self.environment = collect_environment(settings.overlays.parent)
         self.environment_hash = environment_hash(self.environment)
         self.ledger = Ledger(settings.ledger, fsync=settings.fsync, environment=self.environment)
+        self._resolved: _ThisTurn[tuple[str, str | None], Resolved] = _ThisTurn()
+        self._sound: _ThisTurn[str, _Means] = _ThisTurn()
         self._means: dict[str, _Means] = {}
         self._served: set[str] = set()
         self._at_once = False
@@ -196,8 +214,9 @@ class Bus:
 
     def _resolve(self, call: Invocation) -> Resolved:
         """What the call goes to. An overlay that is no longer offered keeps nothing. Raises as `Registry.resolve`."""
+        target = (call.overlay, call.capability)
         try:
-            return self.registry.resolve(call.overlay, call.capability)
+            return self._resolved.get(target) or self._resolved.keep(target, self.registry.resolve(*target))
         except BusError as refusal:
             if refusal.code in _WITHDRAWN:  # the watch tells of it, too, where there is one
                 self._forget(call.overlay.partition(".")[0])
@@ -297,10 +316,13 @@ class Bus:
     def _means_of(self, resolved: Resolved) -> _Means:
         """What the calls of this edition have in common. It has a folder for its state, whoever removed that."""
         name = resolved.manifest.name
+        means = self._sound.get(name)
+        if means is not None and means.edition == resolved.edition:
+            return means
         means = self._means.get(name)
         if means is not None and means.edition == resolved.edition:
             if means.state is None or os.access(means.state, os.F_OK):
-                return means
+                return self._sound.keep(name, means)
             self.registry.renew(name)  # what keeps running has open what was removed
         fresh = _Means(resolved.edition)
         if _starts_programs(resolved.manifest):

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import orjson
 
@@ -57,8 +56,7 @@ _EVERY: Mapping[str, type] = {"seq": int, "type": str, "timestamp_ms": int, "has
 _CALL_TYPES = frozenset({"invoke", "denied", "replay"})
 
 
-@dataclass(frozen=True, slots=True)
-class Draft:
+class Draft(NamedTuple):
     """A record's canonical bytes in four pieces: hash, prev and seq go between them."""
 
     to_hash: bytes
@@ -81,7 +79,21 @@ class Draft:
 
 def draft(members: Mapping[str, Any]) -> Draft:
     """Raises `CanonicalError` (a `ValueError`) for what is not JSON."""
-    text = canonical({**members, **_HOLES})
+    return _draft(dict(members))
+
+
+def draft_call(record: Record) -> Draft:
+    """Of a call; what it leaves out is null. Raises as `draft`, and `ValueError` for an unknown member."""
+    members = {**_CALL, **record}
+    if len(members) > len(_CALL) and (unknown := record.keys() - _CALL.keys() - _STORED):
+        raise ValueError(f"a record has no member {', '.join(sorted(unknown))}")
+    return _draft(members)
+
+
+def _draft(members: dict[str, Any]) -> Draft:
+    """Adds the writer's own members to `members`."""
+    members |= _HOLES
+    text = canonical(members)
     try:
         to_hash, to_prev, to_seq, rest = text.split(b"\x00")
     except ValueError:
@@ -90,13 +102,6 @@ def draft(members: Mapping[str, Any]) -> Draft:
     if _HASH_MEMBER in to_hash:
         raise ValueError("an object before the member hash holds a key of that name")
     return Draft(to_hash, to_prev[1:], to_seq, rest, members.get("environment_hash"))
-
-
-def draft_call(record: Record) -> Draft:
-    members = {**_CALL, **record}
-    if len(members) > len(_CALL) and (unknown := record.keys() - _CALL.keys() - _STORED):
-        raise ValueError(f"a record has no member {', '.join(sorted(unknown))}")
-    return draft(members)
 
 
 def environment_hash(environment: Mapping[str, Any]) -> str:
