@@ -156,15 +156,23 @@ class Handler(BaseHTTPRequestHandler):
         with contextlib.suppress(ConnectionError):  # a caller that went away is no fault of the service
             super().handle()
 
+    def handle_one_request(self) -> None:
+        with contextlib.ExitStack() as self.in_hand:
+            super().handle_one_request()
+
+    def parse_request(self) -> bool:
+        """The first line has come: from here on the request is in hand, before its caller is told to send a body."""
+        self.in_hand.enter_context(self.server.request_in_hand())
+        return super().parse_request()
+
     def answer(self) -> None:
         """Serve one request of any method."""
-        with self.server.request_in_hand():
-            try:
-                status, reply = 200, {"ok": True, "result": self.result()}
-            except HttpError as error:
-                status, reply = error.status, {"ok": False, "error": str(error), "code": error.code, "retryable": False}
-            self.send(status, reply)
-            self.wfile.flush()
+        try:
+            status, reply = 200, {"ok": True, "result": self.result()}
+        except HttpError as error:
+            status, reply = error.status, {"ok": False, "error": str(error), "code": error.code, "retryable": False}
+        self.send(status, reply)
+        self.wfile.flush()
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = answer  # noqa: N815
 
