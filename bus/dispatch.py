@@ -104,7 +104,12 @@ class Bus:
         )
         self.environment = collect_environment(settings.overlays.parent)
         self.environment_hash = environment_hash(self.environment)
-        self.ledger = Ledger(settings.ledger, fsync=settings.fsync, environment=self.environment)
+        self.ledger = Ledger(
+            settings.ledger,
+            fsync=settings.fsync,
+            environment=self.environment,
+            more=lambda: self.scheduler.running > 0,
+        )
         self._resolved: _ThisTurn[tuple[str, str | None], Resolved] = _ThisTurn()
         self._sound: _ThisTurn[str, _Means] = _ThisTurn()
         self._means: dict[str, _Means] = {}

@@ -37,9 +37,9 @@ RETRY_S = 1
 """How often an idle writer tries again to write a ledger that could not be written; refusals say so in Retry-After."""
 
 TURNS_ALONE, TURNS_AMONG_MANY = 8, 64
-"""Turns of the loop from the first record of a group to its write. Where calls come quickly each turn brings more, so
-that one write and one sync are for many: after a group of several it is worth waiting for. A loop that has nothing else
-to do turns in a few microseconds."""
+"""Turns of the loop that a group waits for more, at most. Where calls come quickly each turn brings some, so that one
+write and one sync are for many: after a group of several it is worth waiting for. A loop that has nothing else to do
+turns in a few microseconds."""
 
 _log = logging.getLogger(__name__)
 _GROUP_LIMIT = 1024
@@ -98,11 +98,20 @@ class Ledger:
     `reason` is a sentence on why it cannot be written, None while it can; `hint` what to do, None for the catalogue's.
     """
 
-    def __init__(self, path: Path, *, fsync: Fsync, environment: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        fsync: Fsync,
+        environment: Mapping[str, Any],
+        more: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """`more` says whether records may be on their way: where none are, a group is not kept waiting for any."""
         self.path = path
         self.reason: str | None = "the ledger is not open"
         self.hint: str | None = None
         self._fsync = fsync
+        self._more = more
         self._chain = Chain(path, fsync, environment)
         self._writing = threading.Lock()
         self._gate = threading.Lock()
@@ -231,7 +240,7 @@ class Ledger:
         self._turn(loop, TURNS_AMONG_MANY if self._gathers else TURNS_ALONE)
 
     def _turn(self, loop: asyncio.AbstractEventLoop, left: int) -> None:
-        if left:
+        if left and self._more():
             loop.call_soon(self._turn, loop, left - 1)
         else:
             self._flush()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from bus.ledger import Fsync, Ledger, Receipt
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 ENVIRONMENT = {
@@ -27,8 +27,13 @@ def call(request_id: str = "r", **members: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def opened(path: Path, fsync: Fsync = "never", environment: dict[str, Any] = ENVIRONMENT) -> Iterator[Ledger]:
-    ledger = Ledger(path, fsync=fsync, environment=environment)
+def opened(
+    path: Path,
+    fsync: Fsync = "never",
+    environment: dict[str, Any] = ENVIRONMENT,
+    more: Callable[[], bool] = lambda: True,
+) -> Iterator[Ledger]:
+    ledger = Ledger(path, fsync=fsync, environment=environment, more=more)
     ledger.open()
     try:
         yield ledger

@@ -391,6 +391,19 @@ async def test_calls_of_one_turn_of_the_loop_and_the_next_share_a_group(path: Pa
         assert {receipt.tree_size for receipt in await asyncio.gather(*waiting)} == {7}
 
 
+async def test_a_group_waits_for_more_only_while_there_may_be_some(path: Path) -> None:
+    under_way = [call()]
+    with opened(path, more=lambda: bool(under_way)) as ledger:
+        await asyncio.gather(*(ledger.submit(call()) for _ in range(3)))  # so the next one is worth waiting for
+        written = ledger.submit(call())
+        for _ in range(TURNS_ALONE + 1):
+            await asyncio.sleep(0)
+        assert not written.done()
+        under_way.clear()
+        await asyncio.sleep(0)
+        assert written.done()
+
+
 async def test_a_ledger_that_is_closed_in_its_loop_has_synced_what_was_written(path: Path) -> None:
     with opened(path, "batch") as ledger:
         await appended(ledger, call())

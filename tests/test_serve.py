@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ import pytest
 
 from bus import provenance
 from tests.programs import running
-from tests.support import PATIENCE_S, add_script, eventually, settings_in, write_overlay
+from tests.support import PATIENCE_S, Server, add_overlay, add_script, eventually, settings_in, write_overlay
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -200,6 +201,27 @@ def test_a_service_that_is_still_starting_does_not_hold_up_the_end(tmp_path: Pat
         with calling(tmp_path, address) as caller:
             server.send_signal(signal.SIGTERM)
         ended_in_order(server, caller, tmp_path)
+
+
+def test_the_next_call_sees_a_change_however_many_others_come_with_it(tmp_path: Path) -> None:
+    done = threading.Event()
+
+    def call_on(server: Server) -> None:
+        while not done.is_set():
+            assert server.invoke("echo").status == 200
+
+    add_overlay(tmp_path / "overlays")
+    with Server(tmp_path) as server, ThreadPoolExecutor(8) as others:
+        under_way = [others.submit(call_on, server) for _ in range(8)]
+        try:
+            for number in range(40):
+                changed = add_overlay(tmp_path / f"changed-{number}", version=f"1.0.{number}") / "manifest.json"
+                changed.rename(tmp_path / "overlays/echo/manifest.json")
+                assert server.invoke("echo").json()["result"]["version"] == f"1.0.{number}"
+        finally:
+            done.set()
+        for one in under_way:
+            one.result()
 
 
 def is_ready(address: str) -> bool:
