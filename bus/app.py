@@ -352,7 +352,7 @@ class _ClientWatch:
 
 
 async def _send(answer: Answer, send: Send) -> None:
-    body = answer.json()
+    body = answer.json
     headers = [
         (b"content-length", b"%d" % len(body)),
         (b"content-type", b"application/json"),

@@ -27,20 +27,18 @@ _NAME_LIMIT = 129
 class Answer(NamedTuple):
     """What a caller gets; `body` has the form of `schemas/outcome.schema.json`.
 
-    `record` is the ledger's line, None where it could not be written.
+    `json` is its text. `record` is the ledger's line, None where it could not be written.
     """
 
     http_status: int
     body: dict[str, Any]
+    json: bytes
     record: Record | None
     retry_after_s: int | None = None
 
     @property
     def ok(self) -> bool:
         return bool(self.body["ok"])
-
-    def json(self) -> bytes:
-        return orjson.dumps(self.body)
 
 
 @dataclass(slots=True)
@@ -191,7 +189,9 @@ class Course:
             if self.refusal.faults:
                 body["faults"] = self.refusal.body()["faults"]
         http_status = 200 if outcome.ok or outcome.replied else known.http_status
-        return Answer(http_status, body, record, self.refusal.retry_after_s if self.refusal else None)
+        return Answer(
+            http_status, body, orjson.dumps(body), record, self.refusal.retry_after_s if self.refusal else None
+        )
 
     def _type(self) -> str:
         if self.call and self.call.replay_of:

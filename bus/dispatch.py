@@ -7,6 +7,7 @@ ledger line and an `Answer`, and the answer leaves only after its line is in the
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import os
@@ -82,6 +83,21 @@ class _ThisTurn(dict[_Key, _Found]):
             asyncio.get_running_loop().call_soon(self.clear)
         self[key] = found
         return found
+
+
+@dataclass(slots=True)
+class _Line:
+    """A record on its way into the ledger, and its answer, made while the disk is waited for."""
+
+    course: Course
+    outcome: Outcome
+    record: Record
+    answer: Answer | None = None
+    written: asyncio.Future[Receipt] = field(init=False)
+
+    def prepare(self, receipt: Receipt) -> None:
+        with contextlib.suppress(Exception):  # who makes it then is told what is wrong
+            self.answer = self.course.answer(self.outcome, self.record, receipt)
 
 
 class Bus:
@@ -359,23 +375,25 @@ class Bus:
         """Write the line, tell the plugins, and only then answer."""
         try:
             try:
-                record, written = self._submit(course, outcome)
+                line = self._submit(course, outcome)
             except ValueError as error:
                 log.exception("the outcome of call %s cannot be written", course.request_id)
                 outcome = course.refuse(BusError("ERR_INTERNAL", f"what came of the call is no JSON: {error}"))
-                record, written = self._submit(course, outcome)
-            receipt = await written
+                line = self._submit(course, outcome)
+            receipt = await line.written
         except LedgerError as error:
             return course.unrecorded_answer(outcome, error)
-        return course.answer(outcome, record, receipt)
+        return line.answer or course.answer(outcome, line.record, receipt)
 
-    def _submit(self, course: Course, outcome: Outcome) -> tuple[Record, asyncio.Future[Receipt]]:
+    def _submit(self, course: Course, outcome: Outcome) -> _Line:
         """The record on its way into the ledger. Once it is there the plugins are told, whoever still waits for it.
 
         Raises `LedgerError`, and `ValueError` for what no line can hold, as a plugin's runner may give it.
         """
         record = course.record(outcome, self.environment_hash, with_payload=stores_payload(self.settings))
-        return record, self.ledger.submit(record, partial(self._tell_plugins, record))
+        line = _Line(course, outcome, record)
+        line.written = self.ledger.submit(record, placed=line.prepare, written=partial(self._tell_plugins, record))
+        return line
 
     def _tell_plugins(self, record: Record, receipt: Receipt) -> None:
         record |= {"seq": receipt.seq, "hash": receipt.hash}

@@ -61,6 +61,7 @@ class _Waiting(NamedTuple):
 
     draft: Draft
     future: asyncio.Future[Receipt]
+    placed: Callable[[Receipt], object] | None
     written: Callable[[Receipt], object] | None
 
 
@@ -165,17 +166,25 @@ class Ledger:
                 self._kernel = None
             self.reason, self.hint = "the ledger is closed", None
 
-    def submit(self, record: Record, written: Callable[[Receipt], object] | None = None) -> asyncio.Future[Receipt]:
+    def submit(
+        self,
+        record: Record,
+        *,
+        placed: Callable[[Receipt], object] | None = None,
+        written: Callable[[Receipt], object] | None = None,
+    ) -> asyncio.Future[Receipt]:
         """Have one record written; the future is done once it is in the file. Needs a running event loop.
 
         `record` has the members of a call in `schemas/record.schema.json`; those it leaves out are null; `v`, `seq`,
         `prev` and `hash` are the ledger's. A caller that is cancelled while it waits does not lose the line: `written`
-        is called all the same once it stands, in the loop and before the future is done; it raises nothing. Raises
-        `LedgerError` where it cannot be written, `ValueError` for an unknown member or a value that is not JSON.
+        is called all the same once it stands, in the loop and before the future is done. `placed` may be called before
+        that, while the disk is waited for: what can be prepared is best prepared then, but the line may come to
+        nothing. Neither raises anything. Raises `LedgerError` where it cannot be written, `ValueError` for an unknown
+        member or a value that is not JSON.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Receipt] = loop.create_future()
-        if self._enqueue(_Waiting(draft_call(record), future, written)):
+        if self._enqueue(_Waiting(draft_call(record), future, placed, written)):
             self._plan(loop)
         return future
 
@@ -256,11 +265,12 @@ class Ledger:
             if written is None:
                 self._steps.put(partial(self._write, group))
                 return
-            if self._fsync != "never":
-                if not self._sync_by_kernel(group, written):
-                    self._steps.put(partial(self._settle_after, partial(self._chain.sync, written), group, written))
-                return
-        self._conclude(group, written)
+            if self._fsync != "never" and not self._sync_by_kernel(group, written):
+                self._steps.put(partial(self._settle_after, partial(self._chain.sync, written), group, written))
+        if self._fsync == "never":
+            self._conclude(group, written)
+        else:
+            _tell_places(group, written)
 
     def _take(self) -> list[_Waiting]:
         group, self._waiting = self._waiting[:_GROUP_LIMIT], self._waiting[_GROUP_LIMIT:]
@@ -435,6 +445,14 @@ class Ledger:
             expected = isinstance(error, OSError | BrokenLineError)
             _log.error(reason, exc_info=None if expected else error)
         self.reason, self.hint = reason, hint
+
+
+def _tell_places(group: Sequence[_Waiting], written: Group) -> None:
+    """Let the callers of this loop use the time in which their group is synced."""
+    here = _running_loop()
+    for one, receipt in zip(group, written.receipts(), strict=True):
+        if one.placed and one.future.get_loop() is here and not one.future.done():
+            one.placed(receipt)
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:

@@ -70,7 +70,7 @@ class Gate:
 def assert_told_alike(answer: Answer, settings: Settings) -> None:
     """Answer and ledger line have their forms, and say the same."""
     line = next(line for line in calls(settings) if line["request_id"] == answer.body["request_id"])
-    assert misfits("outcome", answer.json()) == []
+    assert misfits("outcome", answer.json) == []
     assert misfits("record", line) == []
     for name in ("ok", "code", "phase", "run_id", "payload_hash", "result_hash", "timestamp_ms", "duration_ms"):
         assert answer.body[name] == line[name], name
@@ -321,7 +321,7 @@ async def test_what_cannot_be_written_down_does_not_start_and_starts_again_when_
         assert (answer.http_status, answer.body["code"], answer.record) == (503, "ERR_LEDGER", None)
         assert answer.body["provenance"] is None
         assert answer.retry_after_s
-        assert misfits("outcome", answer.json()) == []
+        assert misfits("outcome", answer.json) == []
         assert runner.jobs == []
         assert await bus.not_ready()
 
@@ -350,7 +350,7 @@ async def test_a_call_whose_line_cannot_be_written_answers_500_with_its_outcome(
         assert answer.body["result"] == "precious"
         assert "ended with OK" in answer.body["error"]
         assert answer.body["retryable"] is False
-        assert misfits("outcome", answer.json()) == []
+        assert misfits("outcome", answer.json) == []
 
         settings.logs.unlink()
         shutil.move(tmp_path / "away", settings.logs)
@@ -499,7 +499,7 @@ async def test_words_of_an_overlay_that_are_no_text_are_made_text(settings: Sett
     runner = InProcessRunner(lambda _: Outcome(code="ERR_OVERLAY_CRASH", error="bad \udcff", log="worse \udcfe"))
     async with running_bus(settings, runner) as bus:
         answer = await bus.invoke(a_call("echo"))
-    assert json.loads(answer.json())["error"] == calls(settings)[0]["error"] == "bad \\udcff"
+    assert json.loads(answer.json)["error"] == calls(settings)[0]["error"] == "bad \\udcff"
 
 
 async def test_a_state_folder_that_was_removed_is_made_again(settings: Settings) -> None:
@@ -523,11 +523,9 @@ async def test_a_call_cancelled_while_its_line_is_written_is_told_to_the_plugins
     async with running_bus(settings, runner, Listener()) as bus:
         submit = bus.ledger.submit
 
-        def submit_and_cancel(
-            record: Record, written: Callable[[Receipt], object] | None = None
-        ) -> asyncio.Future[Receipt]:
+        def submit_and_cancel(record: Record, **told: Callable[[Receipt], object] | None) -> asyncio.Future[Receipt]:
             task.cancel()
-            return submit(record, written)
+            return submit(record, **told)
 
         bus.ledger.submit = submit_and_cancel  # type: ignore[method-assign]
         task = asyncio.create_task(bus.invoke(a_call("echo")))

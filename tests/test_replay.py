@@ -61,7 +61,7 @@ async def test_the_same_result_is_a_match_and_leaves_a_line_of_its_own(settings:
     assert replayed["request_id"] != recorded["request_id"]
     assert replayed["result_hash"] == recorded["result_hash"]
     assert misfits("record", replayed) == []
-    assert misfits("outcome", again.answer.json()) == []
+    assert misfits("outcome", again.answer.json) == []
     assert orjson.loads(orjson.dumps(again.body()))["verdict"] == "MATCH"
 
 
