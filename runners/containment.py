@@ -18,6 +18,7 @@ import marshal
 import os
 import select
 import sys
+import warnings  # noqa: F401  # `os.execvpe` looks for it, when nothing of this interpreter can be read any more
 
 import _signal as signal  # type: ignore[import-not-found]  # `signal` would bring `enum` with it
 
@@ -25,13 +26,22 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, NoReturn
 
-    from runners import launcher
+    from runners import launcher, sandbox, scratch
+    from runners.channel import MESSAGE_BYTES, open_channel, tell
     from runners.descendants import Family, send_signal
+    from runners.execution import STREAMS
+    from runners.sandbox import check
 else:
     import launcher
+    import sandbox
+    import scratch
+    from channel import MESSAGE_BYTES, open_channel, tell
     from descendants import Family, send_signal
+    from execution import STREAMS
+    from sandbox import check
 
-CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWPID = 0x00020000, 0x10000000, 0x20000000
+CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID = 0x00020000, 0x08000000, 0x10000000, 0x20000000
+NEW = CLONE_NEWPID | CLONE_NEWNS | CLONE_NEWIPC
 MS_REC, MS_SLAVE = 0x4000, 0x80000
 """Of <linux/sched.h> and <linux/mount.h>."""
 
@@ -46,16 +56,22 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 def contain() -> None:
     """Go on as the process inside: in mode fork as the overlay's interpreter, else as this one."""
-    channel = launcher.open_channel()
-    _, config = marshal.loads(channel.recv(launcher.MESSAGE_BYTES, _socket.MSG_PEEK))  # noqa: S302  # from the bus
+    channel = open_channel()
+    _, config = marshal.loads(channel.recv(MESSAGE_BYTES, _socket.MSG_PEEK))  # noqa: S302  # from the bus
     _as_started_fresh()
-    in_namespace = config["namespace"]
+    in_namespace, plan = config["namespace"], config["plan"]
     if in_namespace:
         _unshare(channel)
-    _go_inside(channel, config["bus"], in_namespace)
-    # The place to take the rights and limits of the phase: nothing of the overlay is loaded, and all children inherit.
+    places = [] if plan is None else _make_places(channel, plan["scratch"], in_namespace)
+    _go_inside(channel, config["bus"], in_namespace, [] if in_namespace else places)
+    if in_namespace:
+        _furnish(channel, places, 0 if plan is None else plan["scratch"]["mb"])
     pidfd = os.pidfd_open(os.getpid())
-    launcher.tell(channel, "contained", {"namespace": in_namespace}, pidfd)
+    # Nothing of the overlay is loaded yet, and all children inherit what is taken here.
+    taken, failed = ([], {}) if plan is None else sandbox.take(plan, places, in_namespace)
+    if failed and plan["strict"]:
+        _give_up(channel, "unheld", failed)
+    tell(channel, "contained", {"namespace": in_namespace, "taken": taken, "failed": failed}, pidfd)
     os.close(pidfd)
     if config["interpreter"] is None:
         channel.detach()
@@ -74,16 +90,16 @@ def _as_started_fresh() -> None:
 
 
 def _unshare(channel: Any) -> None:
-    """Have the next child be process 1 of a new pid namespace.
+    """Have the next child be process 1 of a new pid namespace, with mounts and shared memory apart from all others'.
 
     Who lacks the capability, as root too may, gets a user namespace with it.
     """
     uid, gid = os.geteuid(), os.getegid()
     try:
         try:
-            _check(_libc.unshare(CLONE_NEWPID | CLONE_NEWNS))
+            check(_libc.unshare(NEW))
         except PermissionError:
-            _check(_libc.unshare(CLONE_NEWPID | CLONE_NEWNS | CLONE_NEWUSER))
+            check(_libc.unshare(NEW | CLONE_NEWUSER))
             _map_ids(uid, gid)
     except OSError as error:
         _give_up(channel, "no_namespace", (error.errno, error.strerror))
@@ -96,11 +112,22 @@ def _map_ids(uid: int, gid: int) -> None:
             file.write(text)
 
 
-def _go_inside(channel: Any, bus: int, in_namespace: bool) -> None:
+def _make_places(channel: Any, place: Any, private: bool) -> list[str]:
+    """The folders that are the helper's own: to be mounted in memory where they are private, else one on the disk."""
+    folder = scratch.folder_of(place["root"], sys.argv[2], private)
+    try:
+        os.makedirs(folder, scratch.OWNER, exist_ok=True)
+    except OSError as error:
+        _give_up(channel, "not_started", (error.errno, "%s: %s" % (folder, error.strerror)))
+    return [folder, scratch.SHARED_MEMORY] if private and os.path.isdir(scratch.SHARED_MEMORY) else [folder]
+
+
+def _go_inside(channel: Any, bus: int, in_namespace: bool, leftover: list[str]) -> None:
     """Returns in the process inside only.
 
     Signals are blocked until then, as a program may try some at its parent. The parent's death is asked for by both,
     and may have come before: a bus that is gone is no parent any more, and of the process outside the pipe has ended.
+    `leftover` are folders to remove at the end.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     launcher.prctl(launcher.PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
@@ -114,22 +141,23 @@ def _go_inside(channel: Any, bus: int, in_namespace: bool) -> None:
     except OSError as error:
         _give_up(channel, "not_started", (error.errno, error.strerror))
     if inside:
-        _watch_over(inside, in_namespace, [channel.fileno(), alive])
+        _watch_over(inside, in_namespace, [channel.fileno(), alive], leftover)
     os.close(lives)
     launcher.prctl(launcher.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if _has_ended(alive):
         os._exit(1)
     os.close(alive)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    if in_namespace:
-        _mount_proc(channel)
-    else:
+    if not in_namespace:
         launcher.prctl(launcher.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def _watch_over(inside: int, in_namespace: bool, held: list[int]) -> NoReturn:
-    """Wait until the process inside has ended, or for TERM from the bus or by its death; then end all that is left."""
-    for fd in held + list(range(launcher.STREAMS)):
+def _watch_over(inside: int, in_namespace: bool, held: list[int], leftover: list[str]) -> NoReturn:
+    """Wait until the process inside has ended, or for TERM from the bus or by its death; then end all that is left.
+
+    This one is under no rights of an overlay, so it removes what the others may not.
+    """
+    for fd in held + list(range(STREAMS)):
         os.close(fd)
     while signal.sigwait(WATCHED) == signal.SIGCHLD:
         if os.waitid(os.P_PID, inside, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
@@ -138,7 +166,16 @@ def _watch_over(inside: int, in_namespace: bool, held: list[int]) -> NoReturn:
     _, status = os.waitpid(inside, 0)
     if not in_namespace:
         Family().end()
+    for folder in leftover:
+        _remove(folder)
     os._exit(128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status))
+
+
+def _remove(folder: str) -> None:
+    try:
+        scratch.remove_tree(folder)
+    except OSError:  # the bus will try again
+        pass
 
 
 def _has_ended(pipe: int) -> bool:
@@ -148,18 +185,25 @@ def _has_ended(pipe: int) -> bool:
     return bool(poll.poll(0))
 
 
-def _mount_proc(channel: Any) -> None:
-    """The namespace's own, so that what is in it sees itself."""
+def _furnish(channel: Any, places: list[str], mb: int) -> None:
+    """The namespace's own /proc, so that what is in it sees itself, and memory for the places."""
     try:
-        _check(_libc.mount(b"none", b"/", None, MS_REC | MS_SLAVE, None))
-        _check(_libc.mount(b"proc", b"/proc", b"proc", 0, None))
+        check(_libc.mount(b"none", b"/", None, MS_REC | MS_SLAVE, None))
+        check(_libc.mount(b"proc", b"/proc", b"proc", 0, None))
+        for place in places:
+            sandbox.mount_in_memory(place, mb)
     except OSError as error:
         _give_up(channel, "no_namespace", (error.errno, error.strerror))
+    _end_shared_memory_with_its_users()
 
 
-def _check(result: int) -> None:
-    if result != 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+def _end_shared_memory_with_its_users() -> None:
+    """Segments of System V would last as long as the namespace (proc_sys_kernel(5)). Not every kernel lets everyone."""
+    try:
+        with open("/proc/sys/kernel/shm_rmid_forced", "w") as file:
+            file.write("1")
+    except OSError:
+        pass
 
 
 def _become(interpreter: tuple[str, ...], channel: Any) -> NoReturn:
@@ -176,5 +220,7 @@ def _become(interpreter: tuple[str, ...], channel: Any) -> NoReturn:
 
 
 def _give_up(channel: Any, verb: str, about: Any) -> NoReturn:
-    launcher.tell(channel, verb, about)
+    """A socket that is closed with something unread is reset, and what was said by it may be lost: "begin" is read."""
+    channel.recv(MESSAGE_BYTES)
+    tell(channel, verb, about)
     os._exit(1)

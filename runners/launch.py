@@ -9,12 +9,12 @@ import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:] = [HERE] + [path for path in sys.path if os.path.realpath(path or ".") != os.path.realpath(HERE)]
-import launcher  # type: ignore[import-not-found]  # noqa: E402
+import inside  # type: ignore[import-not-found]  # noqa: E402
 
 if sys.argv[3:] != ["inside"]:
     import containment  # type: ignore[import-not-found]
 
     containment.contain()
 sys.path.remove(HERE)
-run, argv, env = launcher.main()
+run, argv, env = inside.main()
 run(argv, env)

@@ -11,20 +11,26 @@ it is about. To the helper they are written by `marshal`, in a version that all 
 them, and a reader of JSON is not. From the helper, which may have loaded an overlay's libraries, they are JSON: marshal
 is not for what nobody can trust.
 
-    to the helper     "begin"    {"bus", "namespace", "interpreter", "arguments", "preload", "skip", "ahead"}, once: the
-                                 process id of the bus; whether to try for a pid namespace; of mode fork the interpreter
-                                 with its options, the script and what follows it (both None in mode spawn), modules to
-                                 load before the calls and not to load, calls after which to fork ahead of the next
-                      "run"      (call, argv, env), with stdin, stdout and stderr as SCM_RIGHTS
+    to the helper     "begin"    {"bus", "namespace", "plan", "interpreter", "arguments", "preload", "skip", "ahead"},
+                                 once: the process id of the bus; whether to try for a pid namespace; what to take on
+                                 (`sandbox.py`) or None; of mode fork the interpreter with its options, the script and
+                                 what follows it (both None in mode spawn), modules to load before the calls and not to
+                                 load, calls after which to fork ahead of the next
+                      "run"      (call, argv, env, bytes of data that it may have (RLIMIT_DATA) or 0 for any number),
+                                 with stdin, stdout and stderr as SCM_RIGHTS
                       "kill"     (call, signal), to the group of the call
                       "measure"  call
-    from containment  "contained" {"namespace": bool}, with a pidfd of the process inside; or it ends with
-                      "no_namespace" (errno, words), or before or after "contained" with
+    from containment  "contained" {"namespace": bool, "taken": [mechanism], "failed": {mechanism: why}}, with a pidfd of
+                      the process inside; or it ends with
+                      "no_namespace" (errno, words), or
+                      "unheld" {mechanism: why}, where the plan is strict; or before or after "contained" with
                       "not_started" (errno, words): the process inside, or the overlay's interpreter
-    from the helper   "ready"    {"floor_kib": of a peak, "loaded": [module], "left": {module: why}}; or it ends with
-                                 "unfit" why or "unclean" {module: why}
+    from the helper   "ready"    {"floor_kib": of a peak, "loaded": [module], "left": {module: why}, "failed":
+                                 {mechanism: why} of what is taken late}; or it ends with
+                                 "unfit" why, "unclean" {module: why} or "unheld" {mechanism: why}
                       "failed"   (call, errno, words): it did not start
-                      "ended"    [(call, wait status, cpu ms, peak KiB, lost), ...]
+                      "ended"    [(call, wait status, cpu ms, peak KiB, why), ...]: None, `LOST`, or that it
+                                 had "too many processes"
                       "memory"   (call, KiB or None)
 
 Nothing outlives its call. It has ended once its process was reaped and every orphan is gone that no running call can
@@ -40,6 +46,7 @@ import marshal
 import os
 import select
 import sys
+from time import monotonic
 
 import _signal as signal  # type: ignore[import-not-found]  # `signal` would bring `enum` with it
 
@@ -47,37 +54,21 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, NoReturn
 
-    from runners.descendants import Family, resident_kib, send_signal, share_kib, signal_group, signal_group_of
+    from runners.channel import MARSHAL, MESSAGE_BYTES, descriptors, tell
+    from runners.descendants import Family, resident_kib, send_signal, share_kib, signal_group, signal_group_of, tasks
+    from runners.execution import STREAMS, fork_and_execute, limit_data, spawn
+    from runners.scratch import NAMES, Scratch
 else:
-    from descendants import Family, resident_kib, send_signal, share_kib, signal_group, signal_group_of
-
-_HERE = os.path.dirname(os.path.abspath(__file__))
+    from channel import MARSHAL, MESSAGE_BYTES, descriptors, tell
+    from descendants import Family, resident_kib, send_signal, share_kib, signal_group, signal_group_of, tasks
+    from execution import STREAMS, fork_and_execute, limit_data, spawn
+    from scratch import NAMES, Scratch
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 """Of <linux/prctl.h>."""
 
-MARSHAL = 2
-"""The version of the format. Every CPython reads it."""
-
-MESSAGE_BYTES = 128 * 1024
-"""The longest message to the helper. A command with its environment is hardly a hundredth of it."""
-
-TOLD_AT_ONCE, TOLD_BYTES, TOLD_WORDS = 200, 24 * 1024, 120
-"""Ends in one message, bytes of a list of modules, and characters of a reason: a message is far below 64 KiB."""
-
-STREAMS = 3
-"""stdin, stdout and stderr: the descriptors that a program gets."""
-
-RESET_SIGNALS = (
-    signal.SIGINT,
-    signal.SIGQUIT,
-    signal.SIGHUP,
-    signal.SIGTERM,
-    signal.SIGPIPE,
-    signal.SIGXFSZ,
-    signal.SIGCHLD,
-)
-"""What the bus or this process may ignore or handle, and a program finds as the system has it."""
+TOLD_AT_ONCE = 200
+"""Ends in one message, which is far below 64 KiB."""
 
 SWEEPS_ALONE, SWEEPS = 10, 100
 """How often orphans are looked for and killed, alone and then with their groups, before the whole namespace is."""
@@ -85,40 +76,18 @@ SWEEPS_ALONE, SWEEPS = 10, 100
 MARK = "OVERLAY_CALL"
 """The environment variable that tells whose a process is that has left its group and lost its parent."""
 
+COUNT_S = 0.25
+"""How often, in seconds, the processes of the calls are counted."""
+
+NOBODY = 0
+"""Instead of the number of a call, which begin with 1: what no running call can account for."""
+
 LOST = "a program of the same overlay left processes behind that could only be ended together with this call"
+TOO_MANY = "too many processes: it had %d, with their threads, where %d are allowed"
+"""Why a call was ended from here."""
 
 prctl = ctypes.CDLL(None).prctl
 """Called in each fork, without the errno that nobody asks for: that alone would touch fifty pages."""
-
-
-def open_channel() -> Any:
-    """Our end of the socket to the bus, for no program to inherit."""
-    fd = int(sys.argv[1])
-    os.set_inheritable(fd, False)
-    return _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, fd)
-
-
-def tell(channel: Any, verb: str, about: Any, fd: int | None = None) -> None:
-    rights = [] if fd is None else [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, fd.to_bytes(4, sys.byteorder))]
-    try:
-        channel.sendmsg([text_of((verb, about)).encode("utf-8", "replace")], rights)
-    except OSError as error:
-        if error.errno not in (errno.EPIPE, errno.ECONNRESET):
-            raise
-        # The bus is gone; the next look at the socket says so.
-
-
-def text_of(value: Any) -> str:
-    """The JSON text of numbers, strings, lists and objects (RFC 8259)."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, str):
-        return '"%s"' % "".join("\\u%04x" % ord(sign) if sign < " " or sign in '"\\' else sign for sign in value)
-    if isinstance(value, dict):
-        return "{%s}" % ",".join("%s:%s" % (text_of(name), text_of(member)) for name, member in value.items())
-    if isinstance(value, (list, tuple)):
-        return "[%s]" % ",".join(map(text_of, value))
-    return repr(value)
 
 
 class Launcher:
@@ -126,12 +95,28 @@ class Launcher:
 
     After `ahead` calls a process is forked before its call comes, whenever none runs: a lone call then waits for no
     fork. It is the first to get a call, so that it never waits beside a program.
+
+    Each call has a folder of `scratch`, where that is given, and is ended where it has more than `most` processes and
+    threads; 0 is any number. Those that hide whose they are may be as many, all together: else they are ended.
     """
 
-    def __init__(self, channel: Any, program: Any, mark: str, ahead: int) -> None:
+    def __init__(
+        self,
+        channel: Any,
+        program: Any,
+        mark: str,
+        *,
+        ahead: int = sys.maxsize,
+        scratch: Scratch | None = None,
+        most: int = 0,
+    ) -> None:
         self._channel = channel
         self._program = program
         self._mark = mark
+        self._scratch = scratch
+        self._most = most
+        self._count_at = 0.0
+        self._crowded = {}  # type: dict[int, str]  # calls that had too many processes, and why that is so
         self._pid = os.getpid()
         self.in_namespace = self._pid == 1
         self._buffer = bytearray(MESSAGE_BYTES)
@@ -141,6 +126,7 @@ class Launcher:
         self._calls_alone = ahead  # that still come before a process is forked ahead
         self._spare = None  # type: tuple[int, Any] | None  # such a process, and where it waits for its call
         self._sweeps = 0
+        self._orphans_crowd = False
         self._killed = set()  # type: set[int]  # orphans that have yet to end
         self._environment = given_environment()
         self._family = Family()
@@ -158,7 +144,7 @@ class Launcher:
             child = self._fork_ahead()
             if child is not None:
                 return child
-            for fd, _ in self._poll.poll():
+            for fd, _ in self._poll.poll(COUNT_S * 1000 if self._most and self._calls else None):
                 if fd == self._wakeup:
                     os.read(fd, 4096)
                 else:
@@ -166,6 +152,7 @@ class Launcher:
                     if child is not None:
                         return child
             self._reap()
+            self._end_crowds()
 
     def _receive(self) -> Any:
         try:
@@ -178,19 +165,21 @@ class Launcher:
             self._end_all()
         verb, given = marshal.loads(self._buffer[:size])  # noqa: S302  # only the bus has the other end
         if verb == "run":
-            return self._run(_descriptors(ancillary), *given)
+            return self._run(descriptors(ancillary), *given)
         if verb == "kill":
             self._kill(*given)
         elif verb == "measure":
             tell(self._channel, "memory", (given, self._memory_kib(given)))
         return None
 
-    def _run(self, fds: list[int], number: int, argv: list[str], env: dict[str, str]) -> Any:
+    def _run(self, fds: list[int], number: int, argv: list[str], env: dict[str, str], data_bytes: int) -> Any:
         """Start a program. Returns None, but in a forked child what it is to run."""
         env[MARK] = "%s-%d" % (self._mark, number)
         pid = failed = None
         try:
-            pid = self._start(fds, argv, env)
+            if self._scratch is not None:
+                env.update(dict.fromkeys(NAMES, self._scratch.make(number)))
+            pid = self._start(fds, argv, env, data_bytes)
         except (OSError, ValueError) as error:
             failed = (number, getattr(error, "errno", None), getattr(error, "strerror", None) or str(error))
         if pid == 0:
@@ -201,6 +190,7 @@ class Launcher:
         for fd in fds:
             os.close(fd)
         if pid is None:
+            self._clear(number)
             tell(self._channel, "failed", failed)
         else:
             self._calls[pid] = number
@@ -208,13 +198,16 @@ class Launcher:
             self._calls_alone -= 1
         return None
 
-    def _start(self, fds: list[int], argv: list[str], env: dict[str, str]) -> int:
+    def _start(self, fds: list[int], argv: list[str], env: dict[str, str], data_bytes: int) -> int:
         """The process id; in a forked child 0. Raises OSError, or ValueError for a NUL in a string."""
         if len(fds) < STREAMS:  # the kernel passes as many as this process may have open (unix(7), MSG_CTRUNC)
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         if self._program is None:
-            return self._spawn(fds, argv, env)
-        return self._hand_over(fds, argv, env) or os.fork()
+            return self._start_program(fds, argv, dict(self._environment, **env), data_bytes)
+        pid = self._hand_over(fds, argv, env, data_bytes) or os.fork()
+        if pid == 0:
+            limit_data(pid, data_bytes)
+        return pid
 
     def _fork_ahead(self) -> Any:
         """Have the next process there before its call, where nothing else is to do. In that one: what it is to run."""
@@ -246,34 +239,33 @@ class Launcher:
         size, ancillary, _, _ = theirs.recvmsg_into([self._buffer], _socket.CMSG_SPACE(12), _socket.MSG_CMSG_CLOEXEC)
         if not size:
             os._exit(0)
-        argv, env = marshal.loads(self._buffer[:size])  # noqa: S302  # from our own process
-        self._take_streams(_descriptors(ancillary) + [theirs.detach()])
+        argv, env, data_bytes = marshal.loads(self._buffer[:size])  # noqa: S302  # from our own process
+        limit_data(0, data_bytes)
+        self._take_streams(descriptors(ancillary) + [theirs.detach()])
         return list(argv), env
 
-    def _hand_over(self, fds: list[int], argv: list[str], env: dict[str, str]) -> int | None:
+    def _hand_over(self, fds: list[int], argv: list[str], env: dict[str, str], data_bytes: int) -> int | None:
         """Give the call to the process that was forked ahead: its id, or None where there is none."""
         if self._spare is None:
             return None
         (pid, channel), self._spare = self._spare, None
         rights = b"".join(fd.to_bytes(4, sys.byteorder) for fd in fds)
         try:
-            channel.sendmsg([marshal.dumps((argv, env), MARSHAL)], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)])
+            call = marshal.dumps((argv, env, data_bytes), MARSHAL)
+            channel.sendmsg([call], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)])
         except OSError:  # it has ended, or will, as nobody can send it anything
             return None
         finally:
             channel.close()
         return pid
 
-    def _spawn(self, fds: list[int], argv: list[str], env: dict[str, str]) -> int:
-        return os.posix_spawnp(
-            argv[0],
-            argv,
-            dict(self._environment, **env),
-            file_actions=[(os.POSIX_SPAWN_DUP2, fd, to) for to, fd in enumerate(fds)],
-            setsid=True,
-            setsigmask=(),
-            setsigdef=RESET_SIGNALS,
-        )
+    def _start_program(self, fds: list[int], argv: list[str], env: dict[str, str], data_bytes: int) -> int:
+        """Where processes share their numbers with others' they may not set the limits of any but themselves."""
+        if data_bytes and not self.in_namespace:
+            return fork_and_execute(fds, argv, env, data_bytes)
+        pid = spawn(fds, argv, env)
+        limit_data(pid, data_bytes)
+        return pid
 
     def _become_child(self) -> None:
         """As a new process is: a session of its own, signals as they come."""
@@ -303,12 +295,47 @@ class Launcher:
 
     def _memory_kib(self, number: int) -> int | None:
         """What a call has of memory now, with all that it started; None where it has ended."""
-        pid = self._pids.get(number)
-        if pid is None:
+        roots = self._roots().get(number)
+        if roots is None:
             return None
-        orphans = [orphan for orphan in self._family.children() if orphan not in self._calls]
-        pids = self._family.descendants([pid] + [orphan for orphan in orphans if self._call_of(orphan) == number])
-        return resident_kib(pid) if len(pids) == 1 else sum(map(share_kib, pids))
+        pids = self._family.descendants(roots)
+        return resident_kib(pids[0]) if len(pids) == 1 else sum(map(share_kib, pids))
+
+    def _roots(self) -> dict[int, list[int]]:
+        """Of each running call its process, and those that have come to this one when they lost their parent.
+
+        The others that have come are `NOBODY`'s.
+        """
+        roots = {number: [pid] for number, pid in self._pids.items()}
+        roots[NOBODY] = []
+        for child in self._family.children():
+            if child not in self._calls and not self._is_spare(child):
+                roots[self._call_of(child) or NOBODY].append(child)
+        return roots
+
+    def _end_crowds(self) -> None:
+        """Kill each call that has too many processes, as a whole, and again if some of it got away.
+
+        Of orphans that are too many all are killed, until none is left, as at the end of a call.
+        """
+        now = monotonic()
+        if not self._most or not self._calls or now < self._count_at:
+            return
+        self._count_at = now + COUNT_S
+        for number, roots in self._roots().items():
+            count = sum(map(tasks, self._family.descendants(roots)))
+            if count > self._most and number == NOBODY:
+                self._orphans_crowd = self._orphans_left()
+            elif count > self._most:
+                self._crowded.setdefault(number, TOO_MANY % (count, self._most))
+                self._end_roots(roots)
+
+    @staticmethod
+    def _end_roots(pids: list[int]) -> None:
+        """Only children, since any other number may be another process's by now. What is below them comes to us."""
+        for pid in pids:
+            signal_group_of(pid, signal.SIGKILL)
+            send_signal(pid, signal.SIGKILL)
 
     def _reap(self) -> None:
         """Take every ended process off the kernel's table, then tell the bus of the calls of which nothing is left."""
@@ -320,12 +347,22 @@ class Launcher:
             if seen is None:
                 break
             self._bury(seen.si_pid)
-        if self._ended and not self._orphans_left():
+        if (self._ended or self._orphans_crowd) and not self._orphans_left():
+            for number, *_ in self._ended:
+                self._clear(number)
             while self._ended:
                 tell(self._channel, "ended", self._ended[:TOLD_AT_ONCE])
                 del self._ended[:TOLD_AT_ONCE]
             self._sweeps = 0
+            self._orphans_crowd = False
             self._killed.clear()
+
+    def _clear(self, number: int) -> None:
+        """Let nothing be left of what a call has written to the places that are made for calls."""
+        if self._scratch is not None:
+            self._scratch.remove(number)
+            if not self._calls:
+                self._scratch.empty_shared_memory()
 
     def _bury(self, pid: int) -> None:
         """Reap one. Its group is killed before, while nobody else can have its number."""
@@ -339,9 +376,13 @@ class Launcher:
         if number is not None:
             del self._pids[number]
             cpu_ms = round((usage.ru_utime + usage.ru_stime) * 1000, 3)
-            self._ended.append((number, status, cpu_ms, usage.ru_maxrss, self._lost(status)))
+            self._ended.append((number, status, cpu_ms, usage.ru_maxrss, self._why(number, status)))
 
-    def _lost(self, status: int) -> str | None:
+    def _why(self, number: int, status: int) -> str | None:
+        """What ended it from here."""
+        crowded = self._crowded.pop(number, None)
+        if crowded is not None:
+            return crowded
         by_us = self.in_namespace and self._sweeps > SWEEPS and os.WIFSIGNALED(status)
         return LOST if by_us and os.WTERMSIG(status) == signal.SIGKILL else None
 
@@ -376,14 +417,19 @@ class Launcher:
             self._spare = None
 
     def _call_of(self, orphan: int) -> int | None:
-        """The running call that it belongs to. In mode fork each call keeps its orphans itself, as a subreaper."""
-        if self._program is not None:
-            return None
+        """The running call that it belongs to.
+
+        In mode fork each call keeps its orphans itself, as a subreaper, if it does not undo that; and the kernel shows
+        the environment that the interpreter was started with, which names none.
+        """
         try:
             session = os.getsid(orphan)
         except OSError:  # it is gone
             return None
-        return self._calls.get(session) or self._call_named_by(orphan) or self._call_named_by(session)
+        number = self._calls.get(session)
+        if number is not None or self._program is not None:
+            return number
+        return self._call_named_by(orphan) or self._call_named_by(session)
 
     def _call_named_by(self, pid: int) -> int | None:
         """The running call that the environment of a process names. (Numbers begin with 1.)"""
@@ -407,66 +453,3 @@ def given_environment() -> dict[str, str]:
     with open("/proc/self/environ", "rb") as file:
         pairs = [line.partition(b"=") for line in file.read().split(b"\0") if line]
     return {os.fsdecode(name): os.fsdecode(value) for name, _, value in pairs}
-
-
-def floor_kib(forks: bool) -> int:
-    """What the kernel says at least of a child's peak (`ru_maxrss`), in KiB, however small the child is.
-
-    What is spawned shared this process's memory until its exec, and counts this one's peak; what is forked has its
-    private pages from the beginning.
-    """
-    field = b"RssAnon:" if forks else b"VmHWM:"
-    with open("/proc/self/status", "rb") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(field))
-
-
-def _descriptors(ancillary: list[Any]) -> list[int]:
-    """Those of an SCM_RIGHTS message."""
-    rights = b"".join(data for _, _, data in ancillary)
-    return [int.from_bytes(rights[at : at + 4], sys.byteorder) for at in range(0, len(rights), 4)]
-
-
-def load_program(channel: Any, config: Any) -> Any:
-    """The script of mode fork, with its imports loaded. Ends this process where it cannot be run so."""
-    sys.path.insert(0, _HERE)
-    import zygote  # type: ignore[import-not-found]
-
-    sys.path.remove(_HERE)
-    try:
-        program = zygote.prepare(list(config["arguments"]), list(config["preload"]), config["skip"])
-    except zygote.UnfitError as error:
-        tell(channel, "unfit", str(error)[:TOLD_WORDS])
-        os._exit(1)
-    if program.unclean:
-        tell(channel, "unclean", _in_short(program.unclean))
-        os._exit(1)
-    return program
-
-
-def _in_short(reasons: dict[str, str]) -> dict[str, str]:
-    return dict(_that_fit([(name, why[:TOLD_WORDS]) for name, why in reasons.items()]))
-
-
-def _that_fit(items: list[Any]) -> list[Any]:
-    """The first of them, as far as their JSON text is no longer than TOLD_BYTES."""
-    left = TOLD_BYTES
-    for number, item in enumerate(items):
-        left -= len(text_of(item).encode("utf-8", "replace")) + 1
-        if left < 0:
-            return items[:number]
-    return items
-
-
-def main() -> Any:
-    """Returns only in a forked child: what runs the program, and the call that it is to run."""
-    channel, mark = open_channel(), sys.argv[2]
-    _, config = marshal.loads(channel.recv(MESSAGE_BYTES))  # noqa: S302  # only the bus has the other end
-    program = None if config["arguments"] is None else load_program(channel, config)  # type: Any
-    launcher = Launcher(channel, program, mark, config["ahead"])
-    if not launcher.in_namespace:
-        prctl(PR_SET_PDEATHSIG, 0, 0, 0, 0)  # from now on the bus closes the socket, and all is ended in order
-    loaded, left = ([], {}) if program is None else (program.loaded, program.left)
-    floor = floor_kib(program is not None)
-    tell(channel, "ready", {"floor_kib": floor, "loaded": _that_fit(loaded), "left": _in_short(left)})
-    argv, env = launcher.serve()
-    return program.run, argv, env

@@ -41,21 +41,22 @@ else:
     from zygote_script import MAIN, Main, Own, UnfitError, new_main
 
 
-def prepare(arguments: list[str], preload: list[str], skip: list[str]) -> Program:
+def prepare(arguments: list[str], preload: list[str], skip: list[str], room: str) -> Program:
     """Compile a script, and load what it imports before anything else, then `preload`; nothing of `skip`.
 
-    `arguments` is what stands after the interpreter's options: `["run.py"]` or `["-m", "package.module"]`. Where the
+    `arguments` is what stands after the interpreter's options: `["run.py"]` or `["-m", "package.module"]`, `room` a
+    folder that may be written to. Where the
     program that comes back has something `unclean`, this process is not to be used: start another with that in `skip`.
     Raises `UnfitError`.
     """
     _check_interpreter()
     forget_what_is_not_fresh()
-    script = Main(arguments)
+    script = Main(arguments, room)
     own = Own([os.getcwd(), script.folder])
     program = Program(script)
     with_script = Stage(script)
     requests, left = read_apart(script, own)
-    loader = Loader(own, skip, left)
+    loader = Loader(own, skip, left, room)
     loader.load(requests, preload)
     program.loaded, program.left, program.unclean = loader.loaded, loader.left, loader.unclean
     with_script.leave()

@@ -31,14 +31,15 @@ class Loader:
     """Imports modules, and watches what they do.
 
     `loaded`: what was imported. `left`: what was not, and why; `left` is what is known of that before. `unclean`: what
-    did more than define things, and what that was.
+    did more than define things, and what that was. `room` is as for `Capture`.
     """
 
-    def __init__(self, own: Own, skip: Iterable[str], left: dict[str, str]) -> None:
+    def __init__(self, own: Own, skip: Iterable[str], left: dict[str, str], room: str) -> None:
         self.loaded = []  # type: list[str]
         self.left = left
         self.unclean = {}  # type: dict[str, str]
         self._skip = tuple(skip)
+        self._room = room
         self._guard = Guard(own)
 
     def load(self, requests: Iterable[tuple[str, list[str]]], preload: Iterable[str]) -> None:
@@ -46,7 +47,7 @@ class Loader:
 
         A request that is left alone may change how the next ones go, so these are left alone, too.
         """
-        with Capture() as said:
+        with Capture(self._room) as said:
             blocker = None  # type: str | None
             with self._guard:
                 for name, names in requests:

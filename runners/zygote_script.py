@@ -27,13 +27,15 @@ class Main:
     """What is to run: a file, or with `module` set a module by its name.
 
     `code` is None where compiling it says something (a SyntaxWarning): then each child compiles it, and says it.
+    `room` is as for `Capture`.
     """
 
-    def __init__(self, arguments: Sequence[str]) -> None:
+    def __init__(self, arguments: Sequence[str], room: str) -> None:
         self.module = arguments[1] if arguments[0] == "-m" else None
         self.argv = list(arguments)
         self.file = arguments[0]
         self.folder = os.getcwd()
+        self._room = room
         self.source = b""
         self.code = None  # type: CodeType | None
         if self.module is None:
@@ -49,7 +51,7 @@ class Main:
         try:
             with open(self.file, "rb") as file:
                 self.source = file.read()
-            with Capture() as said:
+            with Capture(self._room) as said:
                 code = self.compile()
                 self.code = None if said.size else code
         except OSError as error:
@@ -88,12 +90,18 @@ class Own:
 
 
 class Capture:
-    """Takes what is written to stdout and stderr, by their descriptors. `size` is how many bytes that were so far."""
+    """Takes what is written to stdout and stderr, by their descriptors. `size` is how many bytes that were so far.
+
+    It goes to a file without a name in the folder `room`: a file in memory could be executed, so it may be refused.
+    """
+
+    def __init__(self, room: str) -> None:
+        self._room = room
 
     def __enter__(self) -> Capture:
         flush_quietly()
         self._kept = [os.dup(1), os.dup(2)]
-        self._file = os.memfd_create("said", os.MFD_CLOEXEC)
+        self._file = _nameless_file(self._room)
         os.dup2(self._file, 1)
         os.dup2(self._file, 2)
         return self
@@ -110,6 +118,14 @@ class Capture:
     def size(self) -> int:
         flush_quietly()
         return os.fstat(self._file).st_size
+
+
+def _nameless_file(folder: str) -> int:
+    """Not every file system has O_TMPFILE."""
+    path = os.path.join(folder, "said-%d" % os.getpid())
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    os.unlink(path)
+    return fd
 
 
 STREAMS = ("stderr", "stdout")

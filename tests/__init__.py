@@ -2,6 +2,7 @@
 
 import sys
 
-from runners import descendants
+from runners import channel, descendants, execution, scratch
 
-sys.modules["descendants"] = descendants  # the files of a helper find each other by their bare names
+for module in (channel, descendants, execution, scratch):  # the files of a helper find each other by their bare names
+    sys.modules[module.__name__.rpartition(".")[2]] = module

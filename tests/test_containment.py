@@ -19,7 +19,7 @@ import pytest
 
 from runners import helper as module
 from runners import helpers as pools
-from runners import strays
+from runners import strays, wire
 from runners.base import Code, ProcessTarget
 from runners.helpers import Helpers, has_namespace
 from runners.process import ProcessRunner
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 FAKE = Path(programs.FOLDER / "fake_python.py")
 HELD = [f"token-{os.getpid()}-{number}-fake" for number in range(2)]
-READY = '["ready",{"floor_kib":1,"loaded":[],"left":{}}]'
+READY = '["ready",{"floor_kib":1,"loaded":[],"left":{},"failed":{}}]'
 
 
 @pytest.fixture(scope="module")
@@ -178,8 +178,11 @@ LIES = [
     '["failed",[1,2,"words"]]',
     '["unheard",null]',
     json.dumps(["unfit", "x" * 100_000]),
-    *['["ready",{}]', '["ready",7]', '["ready",{"floor_kib":1e999,"loaded":[],"left":{}}]'],
-    *['["ready",{"floor_kib":1,"loaded":[7],"left":{}}]', '["ready",{"floor_kib":1,"loaded":[],"left":[7]}]'],
+    *['["ready",{}]', '["ready",7]', '["ready",{"floor_kib":1e999,"loaded":[],"left":{},"failed":{}}]'],
+    *[
+        '["ready",{"floor_kib":1,"loaded":[7],"left":{},"failed":{}}]',
+        '["ready",{"floor_kib":1,"loaded":[],"left":[7],"failed":{}}]',
+    ],
     *['["unfit",["no"]]', '["unclean","no"]', '["unclean",{}]', '["not_started",["x","y"]]', '["not_started",7]'],
 ]
 
@@ -199,7 +202,7 @@ async def test_the_calls_of_a_helper_that_lies_at_its_start_are_spawned(
     assert await honest(shared) == before
     (helper,) = shared.state(tmp_path.name)["helpers"]
     assert helper["mode"] == "spawn"
-    assert len(helper["not_forked"]) <= module.WORDS
+    assert len(helper["not_forked"]) <= wire.WORDS
     await gone(shared, tmp_path.name)
 
 

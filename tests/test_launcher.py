@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from runners import channel
 from runners import helper as module
-from runners import launcher
 from runners.helper import Script
 from runners.helpers import Helpers
 from tests.programs import family
@@ -104,9 +104,9 @@ async def test_it_knows_and_ends(check: str) -> None:
 
 async def test_what_it_says_of_many_modules_fits_into_a_message() -> None:
     reasons = {f"module{number}": "\u20ac\n" * 100 for number in range(1000)}
-    said = launcher._in_short(reasons)
+    said = channel.in_short(reasons)
     assert list(said) == list(reasons)[: len(said)]
-    assert launcher.TOLD_BYTES / 2 < len(launcher.text_of(said).encode()) <= launcher.TOLD_BYTES + len("{}")
+    assert channel.TOLD_BYTES / 2 < len(channel.text_of(said).encode()) <= channel.TOLD_BYTES + len("{}")
 
 
 async def test_it_hands_on_the_environment_byte_by_byte() -> None:

@@ -62,7 +62,7 @@ def ask(folder: Path, arguments: Sequence[str], preload: Sequence[str], skip: Se
     driver.write_text(DRIVER.format(runners=str(RUNNERS)))
     process = subprocess.run(
         [sys.executable, str(driver)],
-        input=json.dumps([arguments, preload, skip]),
+        input=json.dumps([arguments, preload, skip, str(folder.parent)]),
         cwd=folder,
         env={"PYTHONPATH": str(folder.parent / "installed"), "LANG": "C.UTF-8"},
         capture_output=True,
@@ -236,6 +236,7 @@ UNCLEAN = {
     "socket": ("import socket\nkept = socket.socketpair()\n", "leaves something open"),
     "file": ("kept = open(__file__)\n", "leaves something open"),
     "stdout": ("print('hello')\n", "writes to stdout or stderr"),
+    "much on stdout": ("print('hello' * 2**20)\n", "writes to stdout or stderr"),
     "log": ("import warnings\nwarnings.warn('old')\n", "writes to stdout or stderr"),
     "child": ("import subprocess\nsubprocess.run(['true'])\n", "starts a process"),
     "variable": ("import os\nos.environ['X'] = '1'\n", "changes the environment"),

@@ -27,7 +27,7 @@ else:
     from hostile import comet, daemon, deaf, linger
 
 PR_SET_PDEATHSIG = 1
-READY = b'["ready",{"floor_kib":1,"loaded":[],"left":{}}]'
+READY = b'["ready",{"floor_kib":1,"loaded":[],"left":{},"failed":{}}]'
 STARTED = "started"
 """A FIFO in the folder of the overlay, to which it writes once it has done its worst."""
 
