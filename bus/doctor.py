@@ -8,17 +8,22 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from bus import provenance, records, stress
+from bus.policy import PHASES
+from runners import trial
+from runners.base import Rights
+from runners.confinement import RIGHTS
 from runners.helpers import has_namespace
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from bus.overlays import Entry, Registry
     from bus.provenance import VerifyReport
     from bus.settings import Settings
+    from runners.trial import Findings, Found
 
 MIN_PYTHON = (3, 11)
 VERIFY_BYTES = 64 * 2**20
@@ -37,13 +42,14 @@ class Finding:
     hint: str = ""
 
 
-def examine(settings: Settings, registry: Registry) -> Iterator[Finding]:
-    """Every finding, in the order in which a person would look."""
+def examine(settings: Settings, registry: Registry, tried: Mapping[str, Findings] | None = None) -> Iterator[Finding]:
+    """Every finding, in the order in which a person would look. `tried` is what `try_rights` gave, if it was asked."""
     yield python()
     yield kernel()
     yield pressure()
     yield memory()
     yield containment()
+    yield from rights(tried)
     for name, folder in (("logs", settings.logs), ("state", settings.state)):
         yield writable(name, folder)
     yield ledger(settings.ledger)
@@ -93,6 +99,52 @@ def containment() -> Finding:
         "Allow user namespaces (sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone), or serve as root."
     )
     return Finding("containment", "warn", "no pid namespace: orphans are found by their parent and environment", hint)
+
+
+def try_rights() -> dict[str, Findings]:
+    """What this machine holds programs to, by phase and right. Raises OSError where none can be run to try it."""
+    phases = {str(phase): Rights(rule.write, rule.network, rule.exec) for phase, rule in PHASES.items()}
+    return asyncio.run(trial.find_out(phases))
+
+
+def rights(tried: Mapping[str, Findings] | None = None) -> Iterator[Finding]:
+    """Whether each phase is held to its rights."""
+    try:
+        for phase, found in (try_rights() if tried is None else tried).items():
+            yield _held(phase, found)
+    except OSError as error:
+        yield Finding("rights", "fail", f"no program can be held to its rights: {error.strerror}", _HOLD_NOTHING)
+
+
+_HOLD_NOTHING = "AAL_SANDBOX=off holds programs to nothing."
+
+
+def _held(phase: str, found: Findings) -> Finding:
+    name = f"rights {phase}"
+    open_ = [f"{right} ({one.found})" for right, one in found.items() if not one.enforced]
+    if not open_:
+        by = dict.fromkeys(mechanism for one in found.values() for mechanism in one.by)
+        return Finding(name, "ok", f"{', '.join(found)} held, by {', '.join(by)}")
+    hint = "A kernel from Linux 6.12 on holds all, with Landlock and seccomp."
+    return Finding(name, "warn", f"not held: {'; '.join(open_)}", hint)
+
+
+RIGHTS_COLUMNS = ("phase", *RIGHTS)
+
+
+def rights_rows(tried: Mapping[str, Findings]) -> Iterator[tuple[str, ...]]:
+    """A table for people, one row a phase: what it gives, and whether the kernel held all else."""
+    for phase, found in tried.items():
+        yield (phase, *(_cell(found[right]) for right in RIGHTS))
+
+
+def _cell(one: Found) -> str:
+    return ("yes" if one.allowed else "no") + ("" if one.enforced else ", NOT HELD")
+
+
+def rights_json(tried: Mapping[str, Findings]) -> dict[str, dict[str, dict[str, Any]]]:
+    """The same for programs: `{phase: {right: {"allowed", "enforced", "by", "found"}}}`."""
+    return {phase: {right: one._asdict() for right, one in found.items()} for phase, found in tried.items()}
 
 
 def writable(name: str, folder: Path) -> Finding:
