@@ -40,17 +40,44 @@ class Code(enum.StrEnum):
     HTTP_STATUS = "ERR_HTTP_STATUS"
     CIRCUIT_OPEN = "ERR_CIRCUIT_OPEN"
     MEMORY_LIMIT = "ERR_MEMORY_LIMIT"
+    PROCESS_LIMIT = "ERR_PROCESS_LIMIT"
+    SANDBOX = "ERR_SANDBOX"
+
+
+SandboxMode = Literal["enforce", "best-effort", "off"]
+"""What becomes of a call that the kernel cannot hold to all of its rights: it is refused, it runs, nothing is held."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rights:
-    """What the kernel lets one call do. `read` and `write_paths` are absolute paths beyond the built-in ones."""
+    """What the kernel lets the processes of a call do.
+
+    `network` is True for any, or the TCP ports that may be connected to. `exec` is whether other programs may be
+    executed. `read_paths` and `write_paths` are absolute paths beyond the built-in ones. `gpu` is whether the device
+    nodes of graphics processors may be used. `own_paths` are the `write_paths` of all calls of the overlay: what lies
+    there it may have laid in another call, so no link or file there says what this one may read.
+    """
 
     write: bool = False
-    network: bool = False
+    network: bool | tuple[int, ...] = False
     exec: bool = False
     read_paths: tuple[str, ...] = ()
     write_paths: tuple[str, ...] = ()
+    gpu: bool = False
+    own_paths: tuple[str, ...] = ()
+
+
+class Sandbox(NamedTuple):
+    """What the kernel held the process to that ran a call.
+
+    `scope` is how many calls it was made for: the call's own, those of a pool of workers, all of a service; `none`
+    where it is not the bus's process. `enforced` names rights (read, write, network, exec, processes, system, limits);
+    `missing` has those that were not held or not wholly, each as `right: why`.
+    """
+
+    scope: Literal["call", "pool", "service", "none"] = "none"
+    enforced: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
 
 
 Mode = Literal["auto", "spawn", "fork", "worker"]
@@ -100,6 +127,8 @@ class ServiceTarget:
     start_timeout_s: float = 30.0
     idle_s: float = 300.0
     max_mb: int | None = None
+    rights: Rights = Rights()
+    """The union of those of all the phases that the overlay serves, since one process answers in each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +193,8 @@ class Outcome(NamedTuple):
     """None where the error catalogue decides."""
     cost_cents: float | None = None
     side_effects: tuple[Any, ...] = ()
+    sandbox: Sandbox | None = None
+    """What held the process that ran it; None where none was started."""
 
     @property
     def ok(self) -> bool:

@@ -15,28 +15,31 @@ import contextlib
 import errno
 import itertools
 import logging
-import math
 import os
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 import orjson
 
 from runners import strays
-from runners.output import Log, Output, describe
-from runners.wire import Wire, message
+from runners.base import Sandbox
+from runners.contained import Contained
+from runners.exits import Exit
+from runners.helper_errors import AnotherWayError, GoneError, UnheldError, in_words
+from runners.output import Log, Output, close_all
+from runners.scratch import remove_tree
+from runners.wire import WORDS, Wire, as_error, as_figure, as_reasons, as_words, message
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Iterable, Mapping, Sequence
 
     from runners.base import Rights
+    from runners.confinement import Plan
 
 log = logging.getLogger(__name__)
 
@@ -59,23 +62,24 @@ AT_ONCE_S = 0.5
 LOG_BYTES = 8 * 1024
 """What is kept of what a helper writes: the words of an interpreter that does not start, of a module that prints."""
 
-WORDS = 500
-"""Characters that are kept of a reason that a helper gives."""
-
-BY_SIGNAL = 128
-SIGNALLED = range(BY_SIGNAL + 1, BY_SIGNAL + signal.SIGRTMAX + 1)
-"""The process outside says this + the signal that ended the one inside, as shells do."""
+LATE: Final = "late"
+"""The mechanism that mode fork takes once the overlay's interpreter has started; the others are taken before."""
 
 INTERPRETER = (sys.executable, "-I", "-S")
 """What a helper is started with: the bus's own interpreter, without site-packages."""
+
+
+Scope = Literal["call", "pool", "service"]
+"""What the rights of a process were made for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Home:
     """Where a process belongs. Processes with equal homes are started by the same helper, with the same rights.
 
-    `edition` grows with each change of the overlay (`Job.edition`). A helper stands in the folder that it was started
-    in, even if another has taken its place since.
+    `edition` grows with each change of the overlay (`Job.edition`). `program` is the first word of the commands that
+    are started there; `listen` has the TCP ports that may be listened on without any right to the network. A helper
+    stands in the folder that it was started in, even if another has taken its place since.
     """
 
     overlay: str
@@ -84,6 +88,8 @@ class Home:
     folder: Path = field(compare=False)
     env: Mapping[str, str] = field(compare=False)
     edition: int = 0
+    program: str = ""
+    listen: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,23 +100,6 @@ class Script:
     arguments: tuple[str, ...]
     preload: tuple[str, ...] = ()
     stdin: Literal["file", "pipe"] = "file"
-
-
-@dataclass(frozen=True, slots=True)
-class Exit:
-    """How a process ended.
-
-    `code` is negative for a signal, as in `subprocess`; None where nobody can tell. `failed` says why it did not start
-    at all. `lost` says what ended it from outside, where that was its helper's doing.
-    """
-
-    code: int | None
-    cpu_ms: float | None = None
-    peak_mb: float | None = None
-    peak_floor_mb: float | None = None
-    """The helper's own size, below which the kernel puts no peak."""
-    lost: str | None = None
-    failed: OSError | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +126,10 @@ class Process:
         """The process that everything of this one's overlay and phase is below, as this process sees it."""
         return self._helper.pid
 
+    def sandbox_for(self, scope: Scope) -> Sandbox:
+        """What the kernel holds it to."""
+        return self._helper.sandbox_for(scope)
+
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to its group. KILL ends also what left the group. Nothing happens once it has ended."""
         if not self.ended.done():
@@ -148,28 +141,6 @@ class Process:
         Of one process that is its resident memory, of several the sum of their shares (Pss of proc(5)).
         """
         return None if self.ended.done() else await self._helper.measure(self._number)
-
-
-class AnotherWayError(Exception):
-    """Instead of being ready a helper told that it has to be started another way.
-
-    `no_namespace`: without a pid namespace. `unfit`: its script cannot be forked. `unclean`: without these modules.
-    `given` says why: of a namespace by the kernel's error, of modules by their names.
-    """
-
-    def __init__(
-        self, verb: Literal["no_namespace", "unfit", "unclean"], given: OSError | str | dict[str, str]
-    ) -> None:
-        super().__init__(f"{verb}: {given}")
-        self.verb = verb
-        self.given = given
-
-
-class GoneError(OSError):
-    """The helper ended before it could be given a program. Nothing was started: ask its pool for another helper."""
-
-    def __init__(self) -> None:
-        super().__init__(errno.ESRCH, "the helper has ended")
 
 
 class Keeper(Protocol):
@@ -185,12 +156,20 @@ class Keeper(Protocol):
 class Helper:
     """One helper, from its start until nothing of it is left; then `gone` is done.
 
-    `ready` fails with `AnotherWayError`, or OSError where it cannot be had. `namespace` says whether it is contained by
-    a pid namespace; None until it said so.
+    `ready` fails with `AnotherWayError`, `UnheldError`, or another OSError where it cannot be had. `namespace` says
+    whether it is contained by a pid namespace; None until it said so.
     """
 
     def __init__(
-        self, home: Home, script: Script | None, keeper: Keeper, *, mark: str, namespace: bool, skip: Iterable[str] = ()
+        self,
+        home: Home,
+        script: Script | None,
+        keeper: Keeper,
+        *,
+        mark: str,
+        namespace: bool,
+        skip: Iterable[str] = (),
+        plan: Plan | None = None,
     ) -> None:
         loop = self._loop = asyncio.get_running_loop()
         self.home = home
@@ -203,26 +182,29 @@ class Helper:
         self.log = Log(LOG_BYTES)
         self._keeper = keeper
         self._mark = mark
+        self._plan = plan
+        self._wired = None if plan is None else plan.wire
+        self._taken: tuple[str, ...] = ()
+        self._sandboxes: dict[Scope, Sandbox] = {}
         self._floor_mb = 0.0
         self._fault: str | None = None
         self._numbers = itertools.count(1)
         self._measured: dict[int, asyncio.Future[float | None]] = {}
-        self._pidfds: set[int] = set()
         self._wire = Wire(loop, self._receive, self._cut_off)
         try:
             with self._wire.theirs as theirs:
-                self._wire.send(message("begin", _config(script, namespace, skip)))
-                self._popen, self._outside, said = self._begin(theirs)
+                self._wire.send(message("begin", _config(script, namespace, skip, self._wired)))
+                self._contained = self._begin(theirs)
         except BaseException:
             self._wire.close()
             raise
-        self._said = Output(loop, said, self.log.add)
+        self._said = Output(loop, self._contained.said, self.log.add)
         late = loop.call_later(START_S, self._give_up)
         self.ready.add_done_callback(lambda _: late.cancel())
 
     @property
     def pid(self) -> int:
-        return self._popen.pid
+        return self._contained.pid
 
     @property
     def is_idle(self) -> bool:
@@ -233,59 +215,38 @@ class Helper:
         """Whether programs can be given to it, as far as is known."""
         return self._wire.is_open
 
-    def _begin(self, theirs: socket.socket) -> tuple[subprocess.Popen[bytes], int, int]:
-        """The process, its pidfd, which is watched, and our end of the pipe for what it says.
+    def _begin(self, theirs: socket.socket) -> Contained:
+        return Contained(
+            self._loop,
+            [*INTERPRETER, str(LAUNCH), str(theirs.fileno()), self._mark],
+            self._exited,
+            folder=self.home.folder,
+            env={**self.home.env, strays.MARK: f"{self._mark}-0"},  # of no call, as they begin with 1
+            channel=theirs.fileno(),
+            pipe_stdin=self.script is not None and self.script.stdin == "pipe",
+        )
 
-        Its stdin is of the kind that a call gets, since Python looks at that once, at its start.
-        """
-        said, says = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        os.set_blocking(says, True)
-        stdin = -1
-        try:
-            stdin = self._empty_stdin()
-            popen = subprocess.Popen(
-                [*INTERPRETER, str(LAUNCH), str(theirs.fileno()), self._mark],
-                stdin=stdin,
-                stdout=says,
-                stderr=says,
-                cwd=self.home.folder,
-                env={**self.home.env, strays.MARK: f"{self._mark}-0"},  # of no call, as they begin with 1
-                pass_fds=(theirs.fileno(),),
-                start_new_session=True,
-            )
-            try:
-                pidfd = os.pidfd_open(popen.pid)
-            except OSError:
-                popen.kill()
-                popen.wait()
-                raise
-        except BaseException:
-            os.close(said)
-            raise
-        finally:
-            os.close(says)
-            if stdin >= 0:
-                os.close(stdin)
-        self._watch(pidfd)
-        return popen, pidfd, said
-
-    def _empty_stdin(self) -> int:
-        if self.script is None or self.script.stdin == "file":
-            return os.memfd_create("nothing", os.MFD_CLOEXEC)
-        reader, writer = os.pipe2(os.O_CLOEXEC)
-        os.close(writer)
-        return reader
+    def sandbox_for(self, scope: Scope) -> Sandbox:
+        """What the kernel holds its programs to, whose rights were made for this scope. Known once it is ready."""
+        held = self._sandboxes.get(scope)
+        if held is None:
+            plan = self._plan
+            held = Sandbox(scope) if plan is None else plan.sandbox(scope, bool(self.namespace), self._taken)
+            self._sandboxes[scope] = held
+        return held
 
     # Programs
 
-    def launch(self, argv: Sequence[str], fds: tuple[int, int, int], env: Mapping[str, str]) -> Process:
-        """Have a program started: `Process.ended` tells if it could not be.
+    def launch(
+        self, argv: Sequence[str], fds: tuple[int, int, int], env: Mapping[str, str], data_bytes: int = 0
+    ) -> Process:
+        """Have a program started: `Process.ended` tells if it could not be. `data_bytes` is its RLIMIT_DATA; 0 none.
 
         Raises OSError where the command is too long, `GoneError` where the helper has ended.
         """
         number = next(self._numbers)
         given = argv if self.script is None else argv[len(self.script.interpreter) :]  # which the helper is itself
-        run = message("run", (number, list(given), dict(env)))
+        run = message("run", (number, list(given), dict(env), 0 if self._wired is None else data_bytes))
         if not self.is_open:
             raise GoneError
         try:
@@ -345,15 +306,7 @@ class Helper:
         TERM to the process outside, which KILLs the one inside; after `within_s` (`GONE_S`) KILL to both.
         """
         if not self.gone.done():
-            self._popen.send_signal(signal.SIGTERM)
-            self._popen.send_signal(signal.SIGCONT)
-            self._loop.call_later(GONE_S if within_s is None else within_s, self._signal_both, signal.SIGKILL)
-
-    def _signal_both(self, signal_number: int) -> None:
-        """To the process that the bus started, and to the one that does its work."""
-        for pidfd in self._pidfds:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(pidfd, signal_number)
+            self._contained.terminate(GONE_S if within_s is None else within_s)
 
     def _give_up(self) -> None:
         self._refuse(OSError(errno.EBUSY, f"its helper was not ready within {START_S:g} s"))
@@ -365,51 +318,39 @@ class Helper:
         self.close()
         self.kill()
 
-    def _watch(self, pidfd: int) -> None:
-        self._pidfds.add(pidfd)
-        self._loop.add_reader(pidfd, partial(self._exited, pidfd))
+    def _exited(self, outside: bool) -> None:
+        """One of its processes, as far as they are known. With the last, everything is gone.
 
-    def _exited(self, pidfd: int) -> None:
-        """Of the process outside, or of the one inside. With the last, everything is gone."""
-        self._loop.remove_reader(pidfd)
-        os.close(pidfd)
-        self._pidfds.discard(pidfd)
+        The process inside may have renounced the signal of its parent's death. Without a namespace it is left a while
+        to end what it started, as nobody else knows that.
+        """
         self._receive_last()
         self.close()
-        if not self._pidfds:
+        if not self._contained.is_left:
             self._settle()
-        elif pidfd == self._outside:
-            self._end_inside()
-
-    def _end_inside(self) -> None:
-        """The process inside may have renounced the signal of its parent's death.
-
-        Without a namespace it is left a while to end what it started, as nobody else knows that.
-        """
-        if self.namespace:
-            self._signal_both(signal.SIGKILL)
-        else:
-            self._loop.call_later(GONE_S, self._signal_both, signal.SIGKILL)
+        elif outside and self.namespace:
+            self._contained.kill()
+        elif outside:
+            self._loop.call_later(GONE_S, self._contained.kill)
 
     def _settle(self) -> None:
-        """Where no namespace held them and the process outside was killed, programs may have lost all their parents.
-
-        A bus that ignores SIGCHLD is told no status: to `Popen` all of them are 0.
-        """
-        in_order = self._popen.wait() >= 0 and signal.getsignal(signal.SIGCHLD) != signal.SIG_IGN
-        if in_order or self.namespace is not False:
-            self._finish()
+        """Where no namespace held them, there may be more to end: what only the bus can clear away."""
+        orphans = not self._contained.ended_in_order() and self.namespace is False
+        scratch = None if self.namespace or self._wired is None else f"{self._wired['scratch']['root']}/{self._mark}"
+        if orphans or (scratch is not None and os.path.lexists(scratch)):
+            clearing = self._loop.run_in_executor(None, _clear, self._mark, orphans, scratch)
+            clearing.add_done_callback(self._cleared)
         else:
-            self._loop.run_in_executor(None, strays.end, self._mark).add_done_callback(self._swept)
+            self._finish()
 
-    def _swept(self, sweep: asyncio.Future[None]) -> None:
-        if not sweep.cancelled() and (error := sweep.exception()) is not None:
-            log.error("programs of %s may be left: %s", self.home.overlay, error)
+    def _cleared(self, clearing: asyncio.Future[None]) -> None:
+        if not clearing.cancelled() and (error := clearing.exception()) is not None:
+            log.error("programs of %s, or what they wrote to scratch, may be left: %s", self.home.overlay, error)
         self._finish()
 
     def _finish(self) -> None:
         self._said.drain()
-        lost = f"the helper that ran it {self._fault or _end_of(self._popen.returncode)}"
+        lost = f"the helper that ran it {self._fault or self._contained.how_it_ended()}"
         if not self.ready.done():
             said = self.log.kept().decode("utf-8", "replace").strip()
             self.ready.set_exception(OSError(errno.ECHILD, f"{lost} before it was ready: {said}"))
@@ -429,10 +370,10 @@ class Helper:
             words, fds = self._wire.receive(with_fd=self.namespace is None)
         except BlockingIOError:
             return False
-        if not words:
-            self.close()
-            return False
         try:
+            if not words:
+                self.close()
+                return False
             verb, given = orjson.loads(words)
             if self.namespace is None:
                 self._take_first(verb, given, fds)
@@ -442,6 +383,8 @@ class Helper:
             log.warning("the helper of %s said what cannot be: %.*s", self.home.overlay, WORDS, error)
             self._fault = "said what cannot be, and was ended"
             self._refuse(OSError(errno.EPROTO, f"its helper {self._fault}"))
+        finally:
+            close_all(fds)
         return True
 
     def _receive_last(self) -> None:
@@ -450,20 +393,31 @@ class Helper:
             if not (self.is_open and self._receive()):
                 break
 
-    def _take_first(self, verb: str, given: Any, fds: Sequence[int]) -> None:  # noqa: ANN401
+    def _take_first(self, verb: str, given: Any, fds: list[int]) -> None:  # noqa: ANN401
         """The only message that can be relied on, and the only one with a descriptor: a pidfd of the process inside."""
         if verb == "contained":
             self.namespace = given["namespace"]
-            for pidfd in fds:
-                self._watch(pidfd)
-            if not fds:  # the kernel passes as many as this process may have open (unix(7), MSG_CTRUNC)
+            self._hold(map(as_words, given["taken"]), as_reasons(given["failed"]))
+            if fds:
+                self._contained.watch(fds.pop())
+            else:  # the kernel passes as many as this process may have open (unix(7), MSG_CTRUNC)
                 self._refuse(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
+            if self._plan is not None and (why := self._plan.unheld(bool(self.namespace), self._taken)):
+                self._refuse(UnheldError(why))
         elif verb == "no_namespace":
-            self._refuse(AnotherWayError("no_namespace", _os_error(*given)))
+            self._refuse(AnotherWayError("no_namespace", as_error(*given)))
         elif verb == "not_started":
-            self._refuse(_os_error(*given))
+            self._refuse(as_error(*given))
+        elif verb == "unheld":
+            self._refuse(UnheldError.of(as_reasons(given)))
         else:
             raise ValueError(verb)
+
+    def _hold(self, taken: Iterable[str], failed: Mapping[str, str]) -> None:
+        """What it was told to hold its programs by: what of that the kernel has taken, and what not."""
+        self._taken += tuple(taken)
+        if failed:
+            log.warning("the programs of %s are not held by %s", self.home.overlay, in_words(failed))
 
     def _take(self, verb: str, given: Any) -> None:  # noqa: ANN401
         """Raises ValueError, TypeError or LookupError for what no helper says."""
@@ -472,10 +426,10 @@ class Helper:
                 self._end(number, self._exit(*figures))
         elif verb == "failed":
             number, *why = given
-            self._end(number, Exit(None, failed=_os_error(*why)))
+            self._end(number, Exit(None, failed=as_error(*why)))
         elif verb == "memory":
             number, kib = given
-            mb = None if kib is None else _figure(kib) / 1024
+            mb = None if kib is None else as_figure(kib) / 1024
             self._measured.pop(number).set_result(mb)
         elif self.ready.done():
             raise ValueError(verb)
@@ -484,26 +438,30 @@ class Helper:
 
     def _take_start(self, verb: str, given: Any) -> None:  # noqa: ANN401
         if verb == "ready":
-            ready = Ready(tuple(map(_words, given["loaded"])), _reasons(given["left"]))
-            self._floor_mb = round(_figure(given["floor_kib"]) / 1024, 3)
+            ready = Ready(tuple(map(as_words, given["loaded"])), as_reasons(given["left"]))
+            self._floor_mb = round(as_figure(given["floor_kib"]) / 1024, 3)
+            late, failed = self._wired is not None and self._wired["late"], as_reasons(given["failed"])
+            self._hold((LATE,) if late and not failed else (), failed)
             self.idle_since = time.monotonic()
             self.ready.set_result(ready)
+        elif verb == "unheld":
+            self._refuse(UnheldError.of(as_reasons(given)))
         elif self.script is None:
             raise ValueError(verb)
         elif verb == "unfit":
-            self._refuse(AnotherWayError("unfit", _words(given)))
+            self._refuse(AnotherWayError("unfit", as_words(given)))
         elif verb == "unclean":
-            self._refuse(AnotherWayError("unclean", _reasons(given)))
+            self._refuse(AnotherWayError("unclean", as_reasons(given)))
         elif verb == "not_started":
-            self._refuse(_os_error(*given))
+            self._refuse(as_error(*given))
         else:
             raise ValueError(verb)
 
     def _exit(self, status: int, cpu_ms: float, peak_kib: int, lost: str | None) -> Exit:
-        peak_mb = round(_figure(peak_kib) / 1024, 3)
+        peak_mb = round(as_figure(peak_kib) / 1024, 3)
         floor_mb = min(peak_mb, self._floor_mb)
-        why = None if lost is None else _words(lost)
-        return Exit(os.waitstatus_to_exitcode(status), _figure(cpu_ms), peak_mb, floor_mb, why)
+        why = None if lost is None else as_words(lost)
+        return Exit(os.waitstatus_to_exitcode(status), as_figure(cpu_ms), peak_mb, floor_mb, why)
 
     def _end(self, number: int, exit_: Exit) -> None:
         """Raises KeyError where there is no such process."""
@@ -513,7 +471,9 @@ class Helper:
             self._keeper.rests(self)
 
 
-def _config(script: Script | None, namespace: bool, skip: Iterable[str]) -> dict[str, Any]:
+def _config(
+    script: Script | None, namespace: bool, skip: Iterable[str], plan: Mapping[str, Any] | None
+) -> dict[str, Any]:
     """What a helper is told first, as `launcher.py` explains it."""
     return {
         "bus": os.getpid(),
@@ -523,37 +483,13 @@ def _config(script: Script | None, namespace: bool, skip: Iterable[str]) -> dict
         "preload": () if script is None else script.preload,
         "skip": list(skip),
         "ahead": AHEAD_AFTER,
+        "plan": plan,
     }
 
 
-def _figure(value: Any) -> float:  # noqa: ANN401
-    """A number of something. Raises TypeError or ValueError where it is none."""
-    if not math.isfinite(value) or value < 0:
-        raise ValueError(value)
-    return float(value)
-
-
-def _words(value: Any) -> str:  # noqa: ANN401
-    """The beginning of a text. Raises TypeError where it is none."""
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no text")
-    return value[:WORDS]
-
-
-def _reasons(value: Any) -> dict[str, str]:  # noqa: ANN401
-    """Why, by the names of modules. Raises TypeError where it is not that."""
-    if not isinstance(value, dict):
-        raise TypeError(f"{value!r} is no object")
-    return {_words(name): _words(why) for name, why in value.items()}
-
-
-def _os_error(number: Any, words: Any) -> OSError:  # noqa: ANN401
-    """Raises TypeError for what is no error."""
-    if not isinstance(number, int | None):
-        raise TypeError(f"{number!r} is no number of an error")
-    return OSError(number or errno.EINVAL, _words(words))
-
-
-def _end_of(code: int) -> str:
-    """Of `Popen.returncode`."""
-    return describe(BY_SIGNAL - code if code in SIGNALLED else code)
+def _clear(mark: str, orphans: bool, scratch: str | None) -> None:
+    """Kill the programs that carry the mark, and remove their scratch folders. It blocks. Raises OSError."""
+    if orphans:
+        strays.end(mark)
+    if scratch is not None:
+        remove_tree(scratch)

@@ -19,15 +19,18 @@ import secrets
 import signal
 import time
 from operator import attrgetter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runners.base import Rights
-from runners.helper import AnotherWayError, GoneError, Helper, Home
+from runners.helper import Helper, Home
+from runners.helper_errors import AnotherWayError, GoneError, UnheldError
+from runners.scratch_root import ScratchRoot
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
-    from pathlib import Path
 
+    from runners.confinement import Confinement, Plan
     from runners.helper import Process, Script
 
 log = logging.getLogger(__name__)
@@ -100,7 +103,7 @@ class Pool:
     async def ready(self) -> Helper:
         """Wait for a helper that is ready. One that is starting goes on if the caller is cancelled.
 
-        Raises `UnfitError`, or OSError where no helper can be had.
+        Raises `UnfitError`, `UnheldError`, or another OSError where no helper can be had.
         """
         helper = self.free()
         if helper is not None:
@@ -163,6 +166,8 @@ class Pool:
                 await helper.ready
             except AnotherWayError as told:
                 self._learn(told)
+            except UnheldError:  # another way would hold no more
+                raise
             except OSError as error:
                 if error.errno == errno.ECHILD and not self._house.closed and next(tries) < TRIES:
                     continue
@@ -209,7 +214,15 @@ def _load(helper: Helper) -> int:
 class Helpers:
     """Every helper of a bus. Used in one event loop only."""
 
-    def __init__(self, *, idle_s: float = IDLE_S, most: int | None = None, namespace: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        idle_s: float = IDLE_S,
+        most: int | None = None,
+        namespace: bool = True,
+        confinement: Confinement | None = None,
+    ) -> None:
+        """Without `confinement` the kernel holds programs to no rights."""
         self.most = most or min(2, len(os.sched_getaffinity(0)))
         """Helpers of one pool."""
         self.closed = False
@@ -217,7 +230,10 @@ class Helpers:
         """Whether the kernel has given one to a helper."""
         self._idle_s = idle_s
         self._namespace = namespace
+        self._confinement = confinement
         self._mark = f"aal-{secrets.token_hex(8)}"
+        self._scratch: ScratchRoot | None = None
+        self._sweep: asyncio.Future[None] | None = None
         self._numbers = itertools.count(1)
         self._pools: dict[tuple[Home, Script | None], Pool] = {}
         self._draining: set[Pool] = set()
@@ -234,19 +250,24 @@ class Helpers:
         return pool if pool.unfit is None else self.pool(home)
 
     async def start(
-        self, home: Home, argv: Sequence[str], fds: tuple[int, int, int], env: Mapping[str, str] | None = None
+        self,
+        home: Home,
+        argv: Sequence[str],
+        fds: tuple[int, int, int],
+        env: Mapping[str, str] | None = None,
+        data_bytes: int = 0,
     ) -> Process:
         """Start a program that keeps running, in the folder and environment of its home, with `env` added.
 
-        `fds` become its stdin, stdout and stderr; they stay the caller's to close. Raises OSError, with the errno and
-        the words of the program's failure to start.
+        `fds` become its stdin, stdout and stderr; they stay the caller's to close. `data_bytes` is its RLIMIT_DATA, 0
+        none. Raises OSError, with the errno and the words of the program's failure to start; `UnheldError`.
         """
         process = None
         while process is None:
             pool = self.pool(home)
             helper = pool.any() or await pool.ready()
             with contextlib.suppress(GoneError):
-                process = helper.launch(argv, fds, env or {})
+                process = helper.launch(argv, fds, env or {}, data_bytes)
         try:
             await process.memory_mb()  # it answers after it has started the program, or told that it could not
         except asyncio.CancelledError:
@@ -267,6 +288,10 @@ class Helpers:
         self._editions.pop(overlay, None)
         self._retire(pool for pool in self._pools.values() if pool.home.overlay == overlay)
 
+    def let_go(self, home: Home) -> None:
+        """Nothing more is to be started there: its helpers end as soon as their processes have."""
+        self._retire(pool for pool in self._pools.values() if pool.home == home)
+
     async def close(self, *, at_once: bool = False) -> None:
         """End every helper and with them everything that was started; `at_once` also what is stopped or stuck."""
         self.closed = True
@@ -277,6 +302,11 @@ class Helpers:
             helper.close(at_once=at_once)
         if self._alive:
             await asyncio.wait([helper.gone for helper in self._alive])
+        if self._sweep is not None:
+            await asyncio.wait([self._sweep])
+        if self._scratch is not None:
+            self._scratch.close()
+            self._scratch = None
 
     # For pools
 
@@ -286,12 +316,32 @@ class Helpers:
             raise OSError(errno.ESHUTDOWN, "the bus is shutting down")
         self._make_room(1)
         mark = f"{self._mark}-{next(self._numbers)}"
-        helper = Helper(pool.home, pool.script, pool, mark=mark, namespace=self._namespace, skip=pool.skip)
+        plan = self._plan(pool)
+        helper = Helper(pool.home, pool.script, pool, mark=mark, namespace=self._namespace, skip=pool.skip, plan=plan)
         self._alive.add(helper)
         helper.gone.add_done_callback(lambda _: self._alive.discard(helper))
         if self._looking is None:
             self._look()
         return helper
+
+    def _plan(self, pool: Pool) -> Plan | None:
+        """How the kernel is to hold a helper of the pool; there is a scratch root then. Raises OSError."""
+        if self._confinement is None:
+            return None
+        plan = self._confinement.plan(pool.home, forks=pool.script is not None)
+        if plan.wire is not None:
+            self._provide_scratch(Path(plan.wire["scratch"]["root"]))
+        return plan
+
+    def _provide_scratch(self, root: Path) -> None:
+        try:
+            if self._scratch is not None:
+                self._scratch.provide()
+                return
+            self._scratch = ScratchRoot(root, self._mark)
+        except OSError as error:
+            raise OSError(error.errno, f"the scratch root {root} cannot be made: {error.strerror}") from error
+        self._sweep = asyncio.get_running_loop().run_in_executor(None, self._scratch.sweep)
 
     def do_without_namespace(self, error: OSError) -> None:
         """It was tried, by what can be believed. Raises OSError where the kernel may have one a moment later.
@@ -351,6 +401,7 @@ class Helpers:
 
 def _as_json(pool: Pool, helper: Helper, unfit: str | None) -> dict[str, Any]:
     ready = helper.ready.result()
+    held = helper.sandbox_for("call")
     why = {} if pool.script is not None or unfit is None else {"not_forked": unfit}
     return {
         "pid": helper.pid,
@@ -360,6 +411,7 @@ def _as_json(pool: Pool, helper: Helper, unfit: str | None) -> dict[str, Any]:
         "running": len(helper.processes),
         "uptime_s": round(time.monotonic() - helper.began, 3),
         "pid_namespace": helper.namespace,
+        "sandbox": {"enforced": list(held.enforced), "missing": list(held.missing)},
         "preloaded": list(ready.loaded),
         "not_preloaded": {**ready.left, **pool.skip},
     }

@@ -17,8 +17,10 @@ import time
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from urllib.parse import urljoin, urlsplit
 
-from runners.base import LARGE_BYTES, Code, HttpTarget, JsonError, Outcome, parse_json
+from runners.base import LARGE_BYTES, Code, HttpTarget, JsonError, Outcome, Sandbox, parse_json
 from runners.breaker import Breaker
+from runners.confinement import RIGHTS
+from runners.faults import ServiceError
 from runners.http_client import (
     BrokenOffError,
     ClosedError,
@@ -31,7 +33,6 @@ from runners.http_client import (
     UnreadableError,
 )
 from runners.output import preview
-from runners.service import ServiceError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,8 +40,8 @@ if TYPE_CHECKING:
 
     from runners.base import Job, ServiceTarget
     from runners.breaker import Admission
+    from runners.faults import End
     from runners.http_client import Answer
-    from runners.service import End
 
 RETRY_WAITS_S = (0.05, 0.2)
 """Seconds before the second and the third try."""
@@ -59,6 +60,9 @@ SAME_METHOD_REDIRECTS = frozenset({307, 308})
 
 MAX_REDIRECTS = 3
 
+EXTERNAL = Sandbox("none", (), tuple(f"{right}: not our process" for right in RIGHTS))
+"""What is known of a service that the bus has not started."""
+
 
 class RunningService(Protocol):
     """A service that the bus has started, as long as a call uses it."""
@@ -66,6 +70,10 @@ class RunningService(Protocol):
     @property
     def url(self) -> str:
         """Its base URL."""
+
+    @property
+    def sandbox(self) -> Sandbox | None:
+        """What the kernel holds it to."""
 
     def end(self) -> End | None:
         """For a call that got no answer: how the service has ended meanwhile, None where no more is known."""
@@ -96,9 +104,19 @@ class HttpRunner:
 
     name = "http"
 
-    def __init__(self, services: ServiceStarter | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
-        """`services` starts what targets name; without it they are refused. `clock` is that of the breakers."""
+    def __init__(
+        self,
+        services: ServiceStarter | None = None,
+        *,
+        targets: frozenset[str] = frozenset(),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`services` starts what jobs name; without it they are refused. `clock` is that of the breakers.
+
+        `targets` are the hosts, or hosts with ports, that all other services may be on; any where there are none.
+        """
         self._services = services
+        self._targets = targets
         self._clock = clock
         self._breakers: dict[str, tuple[int, Breaker]] = {}
         self._client: HttpClient | None = None
@@ -167,7 +185,7 @@ class HttpRunner:
     async def _attempt(self, job: Job, target: HttpTarget) -> _Tried:
         """One try, at the service that is there now. That it cannot be had is not the breaker's business."""
         if target.service is None:
-            return await self._exchange(_Call(job, target, target.url))
+            return (await self._exchange(_Call(job, target, target.url))).held_to(EXTERNAL)
         if self._services is None:
             return _Tried(Outcome(Code.START, error="this bus starts no services", retryable=False))
         try:
@@ -175,9 +193,10 @@ class HttpRunner:
                 tried = await self._exchange(_Call(job, target, service.url + target.url))
                 broke_off = tried.fault is not None and not tried.answered
                 ended = await _end_of(service, job.deadline) if broke_off else None
+                sandbox = service.sandbox
         except ServiceError as error:
             return _Tried(error.outcome)
-        return tried if ended is None else _of_end(ended, tried)
+        return (tried if ended is None else _of_end(ended, tried)).held_to(sandbox)
 
     async def _exchange(self, call: _Call) -> _Tried:
         """Send it, and judge what came of it."""
@@ -197,7 +216,8 @@ class HttpRunner:
         """Send it, and follow redirects. One that may not be followed is the answer. Raises `ExchangeError`."""
         job, target = call.job, call.target
         body = None if target.method == "GET" else job.envelope
-        request = Request(target.method, call.url, target.query, job.request_id, body)
+        own = target.service is not None
+        request = Request(target.method, call.url, target.query, job.request_id, body, own=own)
         client = self._open_client()
         for _ in range(MAX_REDIRECTS):
             answer = await client.fetch(request, deadline=job.deadline, limit=job.max_output_bytes)
@@ -211,7 +231,7 @@ class HttpRunner:
         if self._client is None:
             if self._closed:
                 raise ClosedError
-            self._client = HttpClient()
+            self._client = HttpClient(self._targets)
         return self._client
 
 
@@ -243,6 +263,10 @@ class _Tried(NamedTuple):
     fault: str | None = None
     answered: bool = False
     took_s: float = 0.0
+
+    def held_to(self, sandbox: Sandbox | None) -> _Tried:
+        """Of a service that the kernel holds to this."""
+        return self._replace(outcome=self.outcome._replace(sandbox=sandbox))
 
 
 def _tell(admission: Admission, tried: _Tried) -> None:

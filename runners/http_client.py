@@ -8,26 +8,34 @@ breaks, and cannot be told not to; here a request is sent once. It also costs mo
 So that an idle connection which the service has closed meanwhile fails no request, idle connections are kept for less
 time than servers keep them, and each is looked at before it is used again. What ends a request early (its deadline, a
 cancellation, the end of the client) aborts its connection: what was not sent by then is not sent any more.
+
+Where a request may go is judged twice: the address as it is written, against the list of targets, and each IP address
+that its name stands for, when it is connected to. Addresses at which clouds keep the keys of their machines are never
+connected to; a manifest has no business there, and a name that changes its address cannot lead there.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
+import ipaddress
 import math
 import select
+import socket
 import time
 import weakref
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote
 
 import aiohttp
+from aiohttp.abc import AbstractResolver
 from aiohttp.http_exceptions import ContentEncodingError, HttpProcessingError
 from yarl import URL
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from aiohttp.abc import ResolveResult
     from aiohttp.client_proto import ResponseHandler
     from aiohttp.client_reqrep import ConnectionKey
     from aiohttp.connector import Connection
@@ -49,15 +57,38 @@ SEPARATE_BYTES = 64 * 1024
 
 SWITCHING_PROTOCOLS = 101
 
+FORBIDDEN = tuple(
+    map(
+        ipaddress.ip_network,
+        (
+            "169.254.0.0/16",  # link-local (RFC 3927): the metadata of nearly every cloud
+            "fe80::/10",  # link-local (RFC 4291)
+            "fd00:ec2::254/128",  # AWS
+            "fd20:ce::254/128",  # Google Cloud
+            "100.100.100.200/32",  # Alibaba Cloud
+            "168.63.129.16/32",  # Azure
+            "192.0.0.192/32",  # Oracle Cloud
+        ),
+    )
+)
+"""Where no request goes: link-local addresses, and those at which a cloud tells a machine its keys."""
+
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+"""IPv6 addresses whose last 32 bits are the IPv4 address that a translator connects to (RFC 6052)."""
+
 
 class Request(NamedTuple):
-    """What is sent. `query` is added to that of the address; `body` is JSON text, None where the method has no body."""
+    """What is sent. `query` is added to that of the address; `body` is JSON text, None where the method has no body.
+
+    `own` is whether it goes to a service that the bus has started: the list of targets does not apply to it.
+    """
 
     method: str
     url: str
     query: Mapping[str, str]
     request_id: str
     body: bytes | None
+    own: bool = False
 
 
 class Answer(NamedTuple):
@@ -87,6 +118,10 @@ class AddressError(ExchangeError):
     """The address is none: nothing was sent."""
 
 
+class ForbiddenError(AddressError):
+    """The address is one that nothing is sent to."""
+
+
 class ConnectError(ExchangeError):
     """There is no connection: nothing was sent."""
 
@@ -114,9 +149,13 @@ class ClosedError(ExchangeError):
 class HttpClient:
     """Used in one event loop only, and made in it."""
 
-    def __init__(self) -> None:
+    def __init__(self, targets: frozenset[str] = frozenset()) -> None:
+        """`targets` are the hosts (`example.org`, `[::1]`), or hosts with ports (`example.org:8080`), that requests
+        may go to; where there are none, they may go to any."""
         self._loop = asyncio.get_running_loop()
-        self._connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)
+        self._targets = frozenset(target.lower() for target in targets)
+        self._resolver = _Resolver()
+        self._connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S, resolver=self._resolver)
         self._watches: weakref.WeakKeyDictionary[ResponseHandler, select.poll] = weakref.WeakKeyDictionary()
         self._exchanges: set[_Exchange] = set()
         self._address = functools.lru_cache(ADDRESSES)(_Address)
@@ -127,6 +166,8 @@ class HttpClient:
         `deadline` is in seconds on the `time.monotonic` clock. Raises `ExchangeError`.
         """
         address = self._address(request.url)
+        if not request.own:
+            address.require_in(self._targets)
         url = address.url(request.query)
         head = address.head(url, request)
         exchange = _Exchange(await self._connect(address, deadline))
@@ -145,6 +186,7 @@ class HttpClient:
         for exchange in self._exchanges:
             exchange.abort(ClosedError())
         await self._connector.close()
+        await self._resolver.close()
 
     async def _connect(self, address: _Address, deadline: float) -> Connection:
         """An idle connection that is still good, or a new one. Raises `ExchangeError`."""
@@ -192,6 +234,45 @@ class HttpClient:
         return protocol.should_close or bool(watch.poll(0))
 
 
+class _Resolver(AbstractResolver):
+    """aiohttp's own look-up of names, without the addresses that are forbidden."""
+
+    def __init__(self) -> None:
+        self._inner = aiohttp.DefaultResolver()
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        """Raises `ForbiddenError` where one address is forbidden: whoever has that in a name means no good."""
+        found = await self._inner.resolve(host, port, family)
+        for one in found:
+            _require_allowed(one["host"])
+        return found
+
+    async def close(self) -> None:
+        await self._inner.close()
+
+
+def _require_allowed(host: str) -> None:
+    """Raise `ForbiddenError` for an IP address that nothing is sent to. A name passes; its addresses come later."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return
+    for one in (address, _carried_ipv4(address)):
+        if one is not None and any(one in network for network in FORBIDDEN):
+            raise ForbiddenError(f"is at {host}: nothing is sent to link-local addresses and those of cloud metadata")
+
+
+def _carried_ipv4(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+    """The IPv4 address that an IPv6 address stands for: mapped (RFC 4291), 6to4 (RFC 3056) or NAT64 (RFC 6052)."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return None
+    if address in _NAT64:
+        return ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF)
+    return address.ipv4_mapped or address.sixtofour
+
+
 class _Peer(aiohttp.ClientRequest):
     """Whom to connect to. Its key is that of the pool, which asks for it twice a request."""
 
@@ -203,7 +284,7 @@ class _Peer(aiohttp.ClientRequest):
 class _Address:
     """An address, read once for all requests that go there: whom to connect to, and what of their heads is alike."""
 
-    __slots__ = ("_fields", "_url", "peer")
+    __slots__ = ("_fields", "_names", "_url", "peer")
 
     def __init__(self, url: str) -> None:
         """Raises `AddressError`."""
@@ -213,9 +294,18 @@ class _Address:
             raise AddressError(f"is not an address: {error}") from error
         if self._url.scheme not in {"http", "https"} or not self._url.raw_host:
             raise AddressError("is not an address of http or https")
+        host = self._url.raw_host
+        _require_allowed(host)
+        host = f"[{host}]" if ":" in host else host.lower().rstrip(".")
+        self._names = frozenset((host, f"{host}:{self._url.port}"))
         # For the connector, which looks at the address alone, and for the fields that aiohttp makes of it.
         self.peer = _Peer("GET", self._url, headers=HEADERS)
         self._fields = "".join(f"{name}: {value}\r\n" for name, value in self.peer.headers.items())
+
+    def require_in(self, targets: frozenset[str]) -> None:
+        """Raise `ForbiddenError` where there are targets, and this is none of them."""
+        if targets and not targets & self._names:
+            raise ForbiddenError(f"is none of the targets that requests may go to: {', '.join(sorted(targets))}")
 
     def url(self, query: Mapping[str, str]) -> URL:
         """With the query of a request beside its own."""

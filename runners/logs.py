@@ -69,8 +69,16 @@ class OverlayLogs:
     it can be written again. No file is kept open.
     """
 
-    def __init__(self, folder: Path, max_bytes: int = MAX_BYTES, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        max_bytes: int = MAX_BYTES,
+        *,
+        redact: Callable[[bytes], bytes] = bytes,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self._folder = folder
+        self._redact = redact
         self._max_bytes = max_bytes
         self._clock = clock
         self._said: dict[str, _Said] = {}
@@ -125,7 +133,7 @@ class OverlayLogs:
         """Take lines that are parted by newlines, the last one without its own."""
         stamp = _stamp(self._clock())
         # One pass in C: a program may well write a hundred thousand empty lines at once.
-        text = _newest(stamp + lines.replace(b"\n", b"\n" + stamp) + b"\n", self._max_bytes)
+        text = _newest(stamp + self._redact(lines).replace(b"\n", b"\n" + stamp) + b"\n", self._max_bytes)
         said.waiting.append(text)
         said.size += len(text)
         while said.size - len(said.waiting[0]) >= self._max_bytes:

@@ -129,7 +129,7 @@ class Log:
         self._head = bytearray()
         self._tail = bytearray()
 
-    def add(self, data: bytes) -> None:
+    def add(self, data: bytes | bytearray) -> None:
         self._size += len(data)
         room = self.limit // 2 - len(self._head)
         if room > 0:
@@ -144,6 +144,15 @@ class Log:
         dropped = self._size - len(self._head) - len(self._tail)
         gap = b"\n[... %d bytes left out ...]\n" % dropped if dropped else b""
         return bytes(self._head) + gap + bytes(self._tail)
+
+    def after(self, data: bytes) -> Log:
+        """What it would be had `data` come before all that it was given."""
+        joined = Log(self.limit)
+        joined.add(data)
+        joined.add(self._head)
+        joined._size = len(data) + self._size - len(self._tail)
+        joined.add(self._tail)
+        return joined
 
     @property
     def _tail_limit(self) -> int:
@@ -224,12 +233,15 @@ def excess(memory_mb: float, may_mb: int) -> str:
     return f"used {memory_mb:.1f} MiB of memory, more than the {may_mb} that it may"
 
 
+def data_limit(mb: int | None) -> int:
+    """RLIMIT_DATA, in bytes, of what may hold so many MiB: twice that, as a backstop behind who looks at its memory."""
+    return 0 if mb is None else 2 * mb * 2**20
+
+
 def join_log(noise: bytes, log: Log) -> str:
-    if noise:
-        joined = Log(log.limit)
-        joined.add(noise + b"\n" + log.kept())
-        log = joined
-    return log.kept().decode("utf-8", "replace")
+    """The log of a program, after the `noise` that it wrote to stdout."""
+    whole = log.after(noise + b"\n") if noise else log
+    return whole.kept().decode("utf-8", "replace")
 
 
 def close_all(fds: Iterable[int]) -> None:

@@ -21,15 +21,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from runners import python_command
 from runners.base import LARGE_BYTES, Code, Outcome, ProcessTarget
-from runners.helper import GoneError, Home, Script
+from runners.helper import Home, Script
+from runners.helper_errors import GoneError
 from runners.helpers import IDLE_S, Helpers, UnfitError
-from runners.output import Input, Log, Output, Reply, close_all, join_log, judge, read_reply
+from runners.output import Input, Log, Output, Reply, close_all, data_limit, join_log, judge, read_reply
+from runners.sealed_file import sealed_file
 from runners.unstarted import unstarted
 from runners.workers import WorkerPools
 
 if TYPE_CHECKING:
-    from runners.base import Job
-    from runners.helper import Exit, Helper, Process
+    from runners.base import Job, Sandbox
+    from runners.exits import Exit
+    from runners.helper import Helper, Process
     from runners.logs import OverlayLogs
 
 QUICK_S = 0.02
@@ -114,7 +117,7 @@ class ProcessRunner:
         """Raises OSError (no such folder, too many files, ...) or TimeoutError, and then leaves nothing behind."""
         if job.deadline <= time.monotonic():
             raise TimeoutError
-        home = Home(job.overlay, job.phase, job.rights, job.folder, target.env, job.edition)
+        home = Home(job.overlay, job.phase, job.rights, job.folder, target.env, job.edition, target.argv[0])
         script = _script(target.argv, target.preload, target.stdin) if target.mode in ("auto", "fork") else None
         while True:
             with contextlib.suppress(GoneError, UnfitError):  # then its pool has, or is, another
@@ -152,9 +155,9 @@ def _start(helper: Helper, job: Job, target: ProcessTarget, kill_grace_s: float)
             theirs.append(reader)
             _own(stdin, ours)
         else:
-            _envelope_file(job.envelope, theirs)
+            theirs.append(sealed_file(job.envelope))
         stdout, stderr = _output_pipe(ours, theirs), _output_pipe(ours, theirs)
-        process = helper.launch(target.argv, (theirs[0], theirs[1], theirs[2]), {})
+        process = helper.launch(target.argv, (theirs[0], theirs[1], theirs[2]), {}, data_limit(job.hard_mb))
         return _Run(process, _Pipes(stdin, stdout, stderr), job, kill_grace_s)
     except BaseException:
         close_all(ours)
@@ -173,15 +176,6 @@ def _output_pipe(ours: list[int], theirs: list[int]) -> int:
 def _own(fd: int, ours: list[int]) -> None:
     ours.append(fd)
     os.set_blocking(fd, False)
-
-
-def _envelope_file(envelope: bytes, theirs: list[int]) -> None:
-    """A file in memory; `pwrite` leaves its position at the start."""
-    fd = os.memfd_create("envelope", os.MFD_CLOEXEC)
-    theirs.append(fd)
-    written = 0
-    while written < len(envelope):
-        written += os.pwrite(fd, memoryview(envelope)[written:], written)
 
 
 class _Pipes(NamedTuple):
@@ -217,6 +211,10 @@ class _Run:
         self._stdin = None if pipes.stdin is None else Input(loop, pipes.stdin, job.envelope)
         self._timer = loop.call_later(min(QUICK_S, self.allowed_s), self._attend)
         process.ended.add_done_callback(self._end)
+
+    @property
+    def sandbox(self) -> Sandbox:
+        return self._process.sandbox_for("call")
 
     @property
     def stdout(self) -> bytes:
@@ -280,6 +278,8 @@ class _Run:
 async def _outcome(run: _Run, exit_: Exit) -> Outcome:
     if run.reason is not None:
         return _outcome_of(run, exit_, run.reason, _ended_early(run, run.reason))
+    if exit_.had_too_many:
+        return _outcome_of(run, exit_, Code.PROCESS_LIMIT, exit_.lost)
     if exit_.lost is not None:
         return _outcome_of(run, exit_, Code.CRASH, exit_.lost)._replace(retryable=True)
     stdout = run.stdout
@@ -300,6 +300,7 @@ def _outcome_of(run: _Run, exit_: Exit, code: Code, error: str | None, reply: Re
         peak_floor_mb=exit_.peak_floor_mb,
         log=join_log(reply.noise, run.log),
         output_bytes=run.size,
+        sandbox=run.sandbox,
     )
 
 

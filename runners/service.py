@@ -18,14 +18,15 @@ import logging
 import os
 import re
 import signal
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from runners.base import Code, Outcome
+from runners.faults import End, FaultError, PortTakenError, cut_off, death
 from runners.helper import Home
 from runners.helpers import SHORTAGES
 from runners.logs import Voice
-from runners.output import MEMORY_EVERY_S, Output, describe, excess
+from runners.output import MEMORY_EVERY_S, Output, data_limit, excess
 from runners.ports import HOST, free_port, holder_of, is_taken
 from runners.probe import SILENT, Probe, ProbeClient
 from runners.unstarted import unstarted
@@ -33,8 +34,8 @@ from runners.unstarted import unstarted
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
 
-    from runners.base import Job, ServiceTarget
-    from runners.helper import Exit, Process
+    from runners.base import Job, Sandbox, ServiceTarget
+    from runners.helper import Process
     from runners.helpers import Helpers
     from runners.logs import OverlayLogs
 
@@ -76,41 +77,6 @@ class Pace:
     """That a call waits for a start that backs off. One that waited longer would hold a slot of the bus for nothing."""
 
 
-class ServiceError(Exception):
-    """The service cannot be had in time. `outcome` is that of the call, of which nothing was sent."""
-
-    def __init__(self, outcome: Outcome) -> None:
-        super().__init__(outcome.error)
-        self.outcome = outcome
-
-
-class FaultError(Exception):
-    """Why a service must end though nobody asked for that. The words go on from "the service".
-
-    `code` is that of the calls which it cuts off, `retryable` whether another start may go better, `from_outside` that
-    the service itself had no part in it.
-    """
-
-    def __init__(
-        self, words: str, *, code: Code = Code.CRASH, retryable: bool = True, from_outside: bool = False
-    ) -> None:
-        super().__init__(words)
-        self.code = code
-        self.retryable = retryable
-        self.from_outside = from_outside
-
-
-class End(NamedTuple):
-    """How a service has ended, for the calls that it had. `by_bus`: it would run on, had the bus not ended it."""
-
-    outcome: Outcome
-    by_bus: bool
-
-
-class _PortTakenError(FaultError):
-    """Another program has the port."""
-
-
 @dataclass(slots=True)
 class House:
     """What all services share, and those that live."""
@@ -146,8 +112,12 @@ class House:
 
 @dataclass(frozen=True, slots=True)
 class _Program:
-    """The process of a service, our end of the pipe that it writes to, the port that it was given, and who asks it."""
+    """The process of a service, our end of the pipe that it writes to, the port that it was given, and who asks it.
 
+    `home` is where it was started.
+    """
+
+    home: Home
     process: Process
     output: Output
     port: int
@@ -157,7 +127,9 @@ class _Program:
 class Service:
     """One service. `up` tells whether it came up, `gone` that nothing of it is left.
 
-    Its rights should be the union of those of the overlay's phases; they are those of the job that it was started for.
+    Its rights are those of its target, whatever call it is started for. Without a right to the network it may listen on
+    its port, and so has a home of its own with each port.
+
     `on_fault` is told of the fault, for how many seconds it had been ready, and its last words.
     """
 
@@ -169,7 +141,7 @@ class Service:
         self.url = ""
         self.up: asyncio.Future[bool] = loop.create_future()
         self.gone: asyncio.Future[None] = loop.create_future()
-        self._home = Home(job.overlay, "", job.rights, job.folder, target.env, job.edition)
+        self._home = Home(job.overlay, "", target.rights, job.folder, target.env, job.edition, target.argv[0])
         self._target = target
         self._house = house
         self._on_fault = on_fault
@@ -193,6 +165,11 @@ class Service:
         """Whether it did not come up, though nobody had retired it."""
         return self.up.done() and not self.up.result() and not self._retired.done()
 
+    @property
+    def sandbox(self) -> Sandbox | None:
+        """What the kernel holds it to; None before it was started."""
+        return None if self._program is None else self._program.process.sandbox_for("service")
+
     def enter(self, hard_mb: int) -> None:
         """A call begins. Without a cap of its own, the service may hold what the largest of its calls may."""
         self._calls += 1
@@ -211,7 +188,7 @@ class Service:
         """
         ended = None if self._program is None else self._program.process.ended
         if ended is not None and ended.done() and not self._signalled:
-            return End(_cut_off(_death(ended.result()), self._last_words()), by_bus=False)
+            return End(cut_off(death(ended.result()), self._last_words()), by_bus=False)
         return End(self._ending, by_bus=True) if self._signalled and self._ending is not None else None
 
     def retire(self, why: str, code: Code = Code.CRASH) -> None:
@@ -238,6 +215,8 @@ class Service:
         if self._program is not None:
             told |= {"pid": self._program.process.helper_pid, "port": self._program.port}
             told["uptime_s"] = round(self._house.clock() - self._began, 3)
+        if (held := self.sandbox) is not None:
+            told["sandbox"] = {"enforced": list(held.enforced), "missing": list(held.missing)}
         if self._memory_mb is not None:
             told["memory_mb"] = round(self._memory_mb, 1)
         return told
@@ -269,7 +248,7 @@ class Service:
     def _take_fault(self, fault: FaultError) -> None:
         self._voice.note(str(fault))
         log.warning("overlay %s: the service %s", self._home.overlay, fault)
-        self._ending = _cut_off(fault, self._last_words())
+        self._ending = cut_off(fault, self._last_words())
         ready_s = self._house.clock() - self._ready_at if self.up.done() else 0.0
         self._on_fault(fault, ready_s, self._last_words())
 
@@ -283,7 +262,7 @@ class Service:
         give_up = self._house.clock() + self._target.start_timeout_s
         try:
             await self._try_a_port(give_up)
-        except _PortTakenError as fault:
+        except PortTakenError as fault:
             self._voice.note(f"{fault}; it gets another one")
             if self._program is not None:
                 await self._stop(self._program)
@@ -300,31 +279,47 @@ class Service:
         """Raises `FaultError`. None where it was retired first."""
         if self._retired.done():
             return None
-        port = 0  # none yet
         try:
             port = self._house.take_port()
-            process, output = await self._start_process(port)
+        except OSError as error:
+            raise self._unstarted(error) from error
+        home = self._home_at(port)
+        try:
+            process, output = await self._start_process(home, port)
         except asyncio.CancelledError:
-            self._house.ports.discard(port)
+            self._leave_port(home, port)
             if self._retired.done():
                 return None
             raise
         except (OSError, ValueError) as error:
-            self._house.ports.discard(port)
-            words, retryable = unstarted(self._target.argv, self._target.env, self._home.folder, error)
-            raise FaultError(words, retryable=retryable) from error
+            self._leave_port(home, port)
+            raise self._unstarted(error) from error
         self._began = self._house.clock()
-        self._voice.note(f"starts on port {port} (edition {self._home.edition})")
-        return _Program(process, output, port, Probe(self._house.client, port, self._target.ready_path))
+        self._voice.note(f"starts on port {port} (edition {home.edition})")
+        return _Program(home, process, output, port, Probe(self._house.client, port, self._target.ready_path))
 
-    async def _start_process(self, port: int) -> tuple[Process, Output]:
+    def _unstarted(self, error: OSError | ValueError) -> FaultError:
+        words, retryable, code = unstarted(self._target.argv, self._target.env, self._home.folder, error)
+        return FaultError(words, code=code, retryable=retryable)
+
+    def _home_at(self, port: int) -> Home:
+        return self._home if self._home.rights.network is True else replace(self._home, listen=(port,))
+
+    def _leave_port(self, home: Home, port: int) -> None:
+        """Another may have it. What was made for it alone is let go."""
+        self._house.ports.discard(port)
+        if home.listen:
+            self._house.helpers.let_go(home)
+
+    async def _start_process(self, home: Home, port: int) -> tuple[Process, Output]:
         ports = {"OVERLAY_PORT": str(port), "PORT": str(port)}
         argv = [part.replace("{port}", str(port)) for part in self._target.argv]
+        data_bytes = data_limit(self._target.max_mb)
         self._tail = b""
         with _descriptors() as (nothing, reader, writer):
             output = Output(asyncio.get_running_loop(), os.dup(reader), self._hear, self._voice.end)
-            fds = nothing, writer, writer
-            starting = self._starting = asyncio.ensure_future(self._house.helpers.start(self._home, argv, fds, ports))
+            start = self._house.helpers.start(home, argv, (nothing, writer, writer), ports, data_bytes)
+            starting = self._starting = asyncio.ensure_future(start)
             try:
                 return await starting, output
             except BaseException:
@@ -357,7 +352,7 @@ class Service:
                 strangers = strangers + 1 if holder == "others" else 0
                 lack = "belongs to another program" if strangers else "does not listen"
                 if strangers == STRANGERS:
-                    raise _PortTakenError(f"was not ready: port {program.port} {lack}")
+                    raise PortTakenError(f"was not ready: port {program.port} {lack}")
             if left_s <= wait_s:
                 words = f"was not ready within {self._target.start_timeout_s:g} s"
                 raise FaultError(f"{words}: {program.probe} {lack}")
@@ -431,14 +426,14 @@ class Service:
     def _fault_of_death(self, program: _Program) -> FaultError:
         """Its end as a fault, after its last words were read."""
         program.output.drain()
-        fault = _death(program.process.ended.result())
+        fault = death(program.process.ended.result())
         if self.up.done():
             return fault
         words = f"{fault} before it was ready"
         if is_taken(program.port):
-            return _PortTakenError(f"{words}: port {program.port} was taken")
+            return PortTakenError(f"{words}: port {program.port} was taken")
         if _IN_USE.search(self._tail):
-            return _PortTakenError(f"{words}: it found an address in use, though OVERLAY_PORT={program.port} is free")
+            return PortTakenError(f"{words}: it found an address in use, though OVERLAY_PORT={program.port} is free")
         return FaultError(words, retryable=fault.retryable)
 
     async def _drain(self, program: _Program, drain_s: float) -> None:
@@ -450,7 +445,7 @@ class Service:
         await asyncio.wait({weighing})
         if not weighing.cancelled() and isinstance(fault := weighing.exception(), FaultError):
             self._voice.note(str(fault))
-            self._ending = _cut_off(fault, self._last_words())
+            self._ending = cut_off(fault, self._last_words())
 
     async def _stop(self, program: _Program) -> None:
         """TERM to its group, KILL after the grace. Then nothing of it is left."""
@@ -466,20 +461,8 @@ class Service:
         program.output.drain()
         self._voice.end()
         if not by_itself:
-            self._voice.note(str(_death(process.ended.result())))
-        self._house.ports.discard(program.port)
-
-
-def _cut_off(fault: FaultError, last_words: str) -> Outcome:
-    """What a call gets that a fault has cut off."""
-    retryable = True if fault.from_outside else None
-    return Outcome(fault.code, error=f"the service {fault}", log=last_words, retryable=retryable)
-
-
-def _death(exit_: Exit) -> FaultError:
-    if exit_.lost is not None:
-        return FaultError(f"was ended from outside ({exit_.lost})", from_outside=True)
-    return FaultError("ended" if exit_.code is None else describe(exit_.code))
+            self._voice.note(str(death(process.ended.result())))
+        self._leave_port(program.home, program.port)
 
 
 @contextlib.contextmanager

@@ -15,15 +15,16 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from runners.base import Code, Outcome
-from runners.service import House, Pace, Service, ServiceError
+from runners.faults import ServiceError
+from runners.service import House, Pace, Service
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from runners.base import Job, ServiceTarget
+    from runners.faults import FaultError
     from runners.helpers import Helpers
     from runners.logs import OverlayLogs
-    from runners.service import FaultError
 
 
 class Services:
@@ -48,7 +49,7 @@ class Services:
         """The service, once it is ready: its `url` is where to send the call, its `end` why that failed.
 
         Until the exit the call counts as running. Raises `ServiceError`: START where it does not come up or backs off,
-        or the overlay has changed since the job was made, TIMEOUT, or CANCELLED after `close`.
+        or the overlay has changed since the job was made, SANDBOX, TIMEOUT, or CANCELLED after `close`.
         """
         service = await self._ready(job, target)
         service.enter(job.hard_mb)
@@ -60,8 +61,8 @@ class Services:
     def state(self, overlay: str) -> dict[str, Any]:
         """`{}`, or `{"service": {"state", "starts", "failures", "last_error", ...}}` once there was a call.
 
-        Of one that lives also `calls`, `pid`, `port`, `uptime_s`, and `memory_mb` (MiB) once it was looked at; of one
-        that backs off `retry_in_s`.
+        Of one that lives also `calls`, `pid`, `port`, `uptime_s`, `sandbox`, and `memory_mb` (MiB) once it was looked
+        at; of one that backs off `retry_in_s`.
         """
         place = self._places.get(overlay)
         return {} if place is None else {"service": place.state()}
@@ -170,7 +171,8 @@ class _Place:
         if wait_s := self.backoff_s():
             error += f"; it may start again in {wait_s:.1f} s"
         retryable = self._fault is None or self._fault.retryable
-        return Outcome(Code.START, error=error, log=self._log, retryable=retryable)
+        unheld = self._fault is not None and self._fault.code is Code.SANDBOX
+        return Outcome(Code.SANDBOX if unheld else Code.START, error=error, log=self._log, retryable=retryable)
 
     def state(self) -> dict[str, Any]:
         """What has become of it, as JSON for people."""

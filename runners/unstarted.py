@@ -8,6 +8,7 @@ import shutil
 from typing import TYPE_CHECKING, NamedTuple
 
 from runners.base import Code, Outcome
+from runners.helper_errors import UnheldError
 from runners.helpers import SHORTAGES
 
 if TYPE_CHECKING:
@@ -20,19 +21,22 @@ class Unstarted(NamedTuple):
 
     words: str
     retryable: bool
+    code: Code = Code.START
 
     @property
     def outcome(self) -> Outcome:
         """What the call gets."""
-        return Outcome(Code.START, error=self.words, retryable=self.retryable)
+        return Outcome(self.code, error=self.words, retryable=self.retryable)
 
 
 def unstarted(argv: Sequence[str], env: Mapping[str, str], folder: Path, error: BaseException) -> Unstarted:
     """What the error means that came of starting `argv` in the folder, with the PATH of `env`."""
-    reason, short = str(error), False
-    if isinstance(error, OSError):
+    reason, short, code = str(error), False, Code.START
+    if isinstance(error, UnheldError):
+        reason, code = error.words, Code.SANDBOX
+    elif isinstance(error, OSError):
         reason, short = _why(argv[0], env, folder, error), error.errno in SHORTAGES
-    return Unstarted(f"could not start {argv[0]!r}: {reason}", short)
+    return Unstarted(f"could not start {argv[0]!r}: {reason}", short, code)
 
 
 def _why(name: str, env: Mapping[str, str], folder: Path, error: OSError) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import marshal
+import math
 import os
 import socket
 import struct
@@ -24,6 +25,9 @@ MARSHAL = 2
 
 REPLY_BYTES = 64 * 1024
 """The longest message from it."""
+
+WORDS = 500
+"""Characters that are kept of a reason that a helper gives."""
 
 
 class Wire:
@@ -57,14 +61,20 @@ class Wire:
             self._outbox.append((message, _copies(fds)))
             self._loop.add_writer(self._socket.fileno(), self._flush)
 
-    def receive(self, *, with_fd: bool) -> tuple[bytes, Sequence[int]]:
-        """One message; an empty one where the helper has gone. Raises BlockingIOError where there is none."""
+    def receive(self, *, with_fd: bool) -> tuple[bytes, list[int]]:
+        """One message; an empty one where the helper has gone. Raises BlockingIOError where there is none.
+
+        Of a helper that has gone with a message unread the kernel says so first, once, and then gives what it had said.
+        """
         try:
-            if not with_fd:
-                return self._socket.recv(REPLY_BYTES), ()
-            message, fds, _, _ = socket.recv_fds(self._socket, REPLY_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+            return self._receive(with_fd)
         except ConnectionResetError:
-            return b"", ()
+            return self._receive(with_fd)
+
+    def _receive(self, with_fd: bool) -> tuple[bytes, list[int]]:
+        if not with_fd:
+            return self._socket.recv(REPLY_BYTES), []
+        message, fds, _, _ = socket.recv_fds(self._socket, REPLY_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
         return message, fds
 
     def close(self) -> None:
@@ -115,3 +125,34 @@ def _copies(fds: Sequence[int]) -> list[int]:
         close_all(copies)
         raise
     return copies
+
+
+# What a helper says, which may be anything.
+
+
+def as_figure(value: Any) -> float:  # noqa: ANN401
+    """A number of something. Raises TypeError or ValueError where it is none."""
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(value)
+    return float(value)
+
+
+def as_words(value: Any) -> str:  # noqa: ANN401
+    """The beginning of a text. Raises TypeError where it is none."""
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value[:WORDS]
+
+
+def as_reasons(value: Any) -> dict[str, str]:  # noqa: ANN401
+    """Why, by the names of what it is about. Raises TypeError where it is not that."""
+    if not isinstance(value, dict):
+        raise TypeError(f"{value!r} is no object")
+    return {as_words(name): as_words(why) for name, why in value.items()}
+
+
+def as_error(number: Any, why: Any) -> OSError:  # noqa: ANN401
+    """Raises TypeError for what is no error."""
+    if not isinstance(number, int | None):
+        raise TypeError(f"{number!r} is no number of an error")
+    return OSError(number or errno.EINVAL, as_words(why))

@@ -38,8 +38,9 @@ from runners.unstarted import unstarted
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from runners.base import Job
-    from runners.helper import Exit, Home, Process
+    from runners.base import Job, Sandbox
+    from runners.exits import Exit
+    from runners.helper import Home, Process
     from runners.worker_pool import Means
 
 log = logging.getLogger(__name__)
@@ -107,6 +108,7 @@ class Owner(Protocol):
     argv: tuple[str, ...]
     log_limit: int
     start_timeout_s: float
+    data_bytes: int
 
     def ready(self, worker: Worker) -> None:
         """It has started: give it a call, or let it rest."""
@@ -133,8 +135,8 @@ class Owner(Protocol):
 class Worker:
     """One process that loops, from before its start until nothing of it is left; then `ended` is done.
 
-    `calls` counts its replies, `memory_mb` is what it had when it was last looked at. `number` is how
-    the overlay's log calls it.
+    `calls` counts its replies, `memory_mb` is what it had when it was last looked at, `sandbox` what the kernel
+    holds it to once it has started. `number` is how the overlay's log calls it.
     """
 
     def __init__(self, number: int, owner: Owner, means: Means) -> None:
@@ -143,6 +145,7 @@ class Worker:
         self.call: WorkerCall | None = None
         self.calls = 0
         self.memory_mb: float | None = None
+        self.sandbox: Sandbox | None = None
         self._loop = asyncio.get_running_loop()
         self.ended: asyncio.Future[None] = self._loop.create_future()
         self._owner = owner
@@ -205,7 +208,8 @@ class Worker:
             self._open(theirs)
             stdin, stdout, stderr = theirs
             fds = stdin, stdout, stderr
-            return await self._means.helpers.start(self._owner.home, self._owner.argv, fds)
+            owner = self._owner
+            return await self._means.helpers.start(owner.home, owner.argv, fds, data_bytes=owner.data_bytes)
         finally:
             close_all(theirs)
 
@@ -240,6 +244,7 @@ class Worker:
 
     def _started(self, process: Process) -> None:
         self.process = process
+        self.sandbox = process.sandbox_for("pool")
         self._began = time.monotonic()
         home = self._owner.home
         self._voice.note(f"starts (phase {home.phase}, edition {home.edition})")
@@ -363,7 +368,7 @@ class Worker:
             if self._timer is not None:
                 self._set_timer(None)
             self._owner.free(self)
-        call.finish(Outcome(result=reply, log=log, output_bytes=size))
+        call.finish(Outcome(result=reply, log=log, output_bytes=size, sandbox=self.sandbox))
 
     def _patience_s(self) -> float:
         """Seconds for which its reply is worth waiting for, though its caller may not: 0 where it has had its time."""
@@ -500,14 +505,15 @@ class Worker:
 
     def _finish(self, exit_: Exit) -> None:
         how = self._say(exit_)
-        code, what = self._fault or (Code.CRASH, how)
+        code, what = self._fault or (Code.PROCESS_LIMIT if exit_.had_too_many else Code.CRASH, how)
         failure = Outcome(
             code,
             error=f"the worker {what}",
             exit_code=exit_.code,
             log=self._kept_log(),
             output_bytes=self._size,
-            retryable=True if self._fault is None and exit_.lost is not None else None,
+            retryable=True if code is Code.CRASH and exit_.lost is not None else None,
+            sandbox=self.sandbox,
         )
         self._voice.end()
         self._voice.note(how)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from runners.base import Code, Outcome
 from runners.helper import Home
-from runners.output import MEMORY_EVERY_S, excess
+from runners.output import MEMORY_EVERY_S, data_limit, excess
 from runners.worker import TICK_S, Worker
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_STARTLESS = frozenset({Code.START, Code.CRASH, Code.PROTOCOL, Code.MEMORY_LIMIT})
+_STARTLESS = frozenset({Code.START, Code.CRASH, Code.PROTOCOL, Code.MEMORY_LIMIT, Code.PROCESS_LIMIT, Code.SANDBOX})
 """What a worker ends of that is not likely to do better at its next start."""
 
 _IS = {"late": "late with a call that was given up"}
@@ -87,10 +87,11 @@ class WorkerPool:
         *,
         draining: str | None = None,
     ) -> None:
-        self.home = Home(job.overlay, job.phase, job.rights, job.folder, target.env, job.edition)
+        self.home = Home(job.overlay, job.phase, job.rights, job.folder, target.env, job.edition, target.argv[0])
         self.argv = target.argv
         self.log_limit = job.max_log_bytes
         self.start_timeout_s = target.workers.start_timeout_s
+        self.data_bytes = data_limit(target.workers.max_mb)
         self.loop = asyncio.get_running_loop()
         self._means = means
         self._limits = target.workers
@@ -178,7 +179,7 @@ class WorkerPool:
             error += "and was ended"
         if not worker.calls:
             error += "; it has never answered yet, and a reply is to be one line, and flushed"
-        call.finish(Outcome(Code.TIMEOUT, error=error, log=spoken))
+        call.finish(Outcome(Code.TIMEOUT, error=error, log=spoken, sandbox=worker.sandbox))
 
     def _none_was_free(self, call: WorkerCall) -> str:
         count = self._limits.count

@@ -19,10 +19,10 @@ import pytest
 from aiohttp import ThreadedResolver, web
 
 from runners import breaker, http
-from runners.base import Code, HttpTarget, Outcome, ServiceTarget
+from runners.base import Code, HttpTarget, Outcome, Sandbox, ServiceTarget
 from runners.breaker import FAILURES, FIRST_WAIT_S
+from runners.faults import End, ServiceError
 from runners.http import HttpRunner
-from runners.service import End, ServiceError
 from tests import programs
 from tests.runner_fixtures import PATIENCE, anyio_backend, clock, nothing_left
 
@@ -982,6 +982,7 @@ class FakeService:
 
     url: str
     ends: tuple[End | None, ...] = (None,)
+    sandbox: Sandbox | None = None
 
     def end(self) -> End | None:
         known, *later = self.ends
@@ -1050,6 +1051,23 @@ async def test_a_redirect_out_of_a_started_service_is_refused(nothing_left: None
         await runner.close()
     assert outcome.code is Code.HTTP_STATUS
     assert f"POST {url}/0 answered" in error_of(outcome)
+
+
+async def test_where_targets_are_listed_only_they_are_called_and_services_of_the_bus(nothing_left: None) -> None:
+    async def handle(_: web.Request) -> web.Response:
+        return web.json_response("here")
+
+    async with service(handle) as url:
+        listed, other = frozenset({url.removeprefix("http://")}), frozenset({"other.example"})
+        own = HttpTarget("/", service=SERVICE)
+        found = []
+        for targets, target in ((listed, HttpTarget(url)), (other, own), (other, HttpTarget(url))):
+            runner = HttpRunner(FakeServices(FakeService(url)), targets=targets)
+            found.append(await runner.run(programs.make_job(target)))
+            await runner.close()
+    assert [outcome.result for outcome in found] == ["here", "here", None]
+    assert (found[2].code, found[2].retryable) == (Code.UNREACHABLE, False)
+    assert "is none of the targets that requests may go to: other.example" in error_of(found[2])
 
 
 async def test_a_service_that_does_not_start_is_no_failure_of_its_circuit(nothing_left: None) -> None:

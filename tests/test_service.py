@@ -20,11 +20,12 @@ import pytest
 
 from runners import ports, service
 from runners.base import Code, HttpTarget, Job, ServiceTarget
+from runners.faults import ServiceError
 from runners.helpers import Helpers
 from runners.logs import OverlayLogs
 from runners.ports import free_port, holder_of
 from runners.probe import Probe, ProbeClient
-from runners.service import Pace, ServiceError
+from runners.service import Pace
 from runners.services import Services
 from tests import programs
 from tests.runner_fixtures import nothing_left
@@ -614,6 +615,9 @@ class NoHelpers:
 
     async def start(self, *_: object) -> None:
         await asyncio.get_running_loop().create_future()
+
+    def let_go(self, home: object) -> None:
+        pass
 
     async def close(self, *, at_once: bool) -> None:
         pass

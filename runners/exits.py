@@ -1,0 +1,30 @@
+"""How the programs end that helpers start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+TOO_MANY = "too many processes"
+"""How `Exit.lost` begins of what had more processes than it may."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How a process ended.
+
+    `code` is negative for a signal, as in `subprocess`; None where nobody can tell. `failed` says why it did not start
+    at all. `lost` says what ended it from outside, where that was its helper's doing.
+    """
+
+    code: int | None
+    cpu_ms: float | None = None
+    peak_mb: float | None = None
+    peak_floor_mb: float | None = None
+    """The helper's own size, below which the kernel puts no peak."""
+    lost: str | None = None
+    failed: OSError | None = None
+
+    @property
+    def had_too_many(self) -> bool:
+        """Whether it was ended since it had more processes than it may."""
+        return self.lost is not None and self.lost.startswith(TOO_MANY)
