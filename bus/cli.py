@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bus import cli_ledger, cli_overlays, resources, templates
+from bus import cli_callers, cli_ledger, cli_overlays, resources, templates
 from bus.console import (
     AsJson,
     Exit,
@@ -62,6 +62,8 @@ Exit codes: 0 ok, 1 the call or check failed, 2 usage, 3 not replayable, 4 the l
 app = make_app(_ABOUT)
 app.add_typer(cli_overlays.app, name="overlays")
 app.add_typer(cli_ledger.app, name="provenance")
+app.add_typer(cli_callers.tokens, name="token")
+app.add_typer(cli_callers.secrets, name="secret")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -373,6 +375,8 @@ def _plain(value: object) -> object:
 def doctor(ctx: typer.Context, as_json: AsJson = False) -> None:
     """What this machine and this folder offer, by trying. Exit 1 where something keeps calls from working.
 
+    The second table has, for each phase, what this kernel holds a call to.
+
     Example: aal doctor
     """
     from dataclasses import asdict
@@ -380,13 +384,19 @@ def doctor(ctx: typer.Context, as_json: AsJson = False) -> None:
     from bus import doctor as surgery
 
     settings = workplace(ctx).settings()
-    findings = list(surgery.examine(settings, cli_overlays.open_registry(settings)))
+    try:
+        tried = surgery.try_rights()
+    except OSError:  # of which `examine` makes a finding
+        tried = None
+    findings = list(surgery.examine(settings, cli_overlays.open_registry(settings), tried))
     is_well = all(finding.mark != "fail" for finding in findings)
     if as_json:
-        print_json({"ok": is_well, "findings": [asdict(finding) for finding in findings]})
+        rights = surgery.rights_json(tried or {})
+        print_json({"ok": is_well, "findings": [asdict(finding) for finding in findings], "phases": rights})
     else:
         rows = ((mark(f.mark), f.name, f"{f.found}; {f.hint}" if f.hint else f.found) for f in findings)
         print_table(("", "", ""), rows)
+        print_table(surgery.RIGHTS_COLUMNS, surgery.rights_rows(tried or {}))
     if not is_well:
         raise typer.Exit(Exit.FAILED)
 

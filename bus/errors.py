@@ -3,7 +3,8 @@
     BusError
       RequestError       the request's form: JSON, keys, phase, size
       NotFoundError      overlay, capability, record, address
-      DeniedError        phase, permission, disabled, veto
+      DeniedError        phase, permission, disabled, veto, secret, what the kernel cannot hold
+      CallerError        who calls: not known, not allowed, too often; carries Retry-After
       InputError         the payload against the capability's schema, a bad rune
       OverloadError      queue, stress, shutdown, ledger; carries Retry-After
       DeadlineError      the deadline passed in the queue
@@ -122,6 +123,10 @@ class NotFoundError(BusError):
 
 class DeniedError(BusError):
     """The call may not be made."""
+
+
+class CallerError(BusError):
+    """Who calls is not known, or may not do this, or does it too often."""
 
 
 class InputError(BusError):
