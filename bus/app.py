@@ -1,7 +1,7 @@
 """The HTTP side: `create_app(settings)`, the routes, and the one error handler. Everything else is the Bus.
 
-Reading order: `Api.routes` is the table of contents. The Bus starts at lifespan, or at the first request where the
-server has none.
+Reading order: `Api.routes` is the table of contents. Every request passes the guard before anything else, in
+`_Application`. The Bus starts at lifespan, or at the first request where the server has none.
 """
 
 from __future__ import annotations
@@ -10,18 +10,21 @@ import asyncio
 import logging
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import orjson
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
 
-from bus import envelopes, provenance, resources
+from bus import envelopes, guard, openapi, provenance, resources
 from bus import settings as bus_settings
 from bus.dispatch import Bus
-from bus.errors import BusError, NotFoundError, RequestError
+from bus.errors import BusError, CallerError, NotFoundError, RequestError
+from bus.guard import Guard
+from bus.model import new_request_id
 from bus.schemas import show
 from runners.base import LARGE_BYTES
 
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from starlette.routing import BaseRoute
     from starlette.types import Receive, Scope, Send
 
+    from bus.callers import Caller
     from bus.course import Answer
     from bus.overlay_entry import Entry
     from bus.settings import Settings
@@ -41,11 +45,20 @@ WATCH_AFTER_S = 0.02
 """How long a call runs before the bus listens for its client's leaving, in seconds."""
 
 _PARTS = ("name", "capability")
+_FIELDS = "aal.fields"
+"""Where a scope has its headers as a mapping, once the guard has seen them."""
+
 _CLIENT_GONE = 499
 """The status of an answer that nobody will read; nginx's number for it."""
 
+_UNAUTHORIZED = 401
+_CHALLENGE = (b"www-authenticate", b"Bearer")
+_POLICY_VIOLATION = 1008
+"""Why a web socket is closed (RFC 6455 section 7.4.1)."""
+
 _LIMIT_DEFAULT, _LIMIT_MOST = 100, 10_000
 _DIGITS_MOST = 16
+_PATH_SHOWN = 200
 
 
 class JsonResponse(Response):
@@ -60,7 +73,8 @@ class JsonResponse(Response):
 def create_app(settings: Settings | None = None, bus: Bus | None = None) -> Starlette:
     """The ASGI application of one Bus, made from `settings` (default: those of the current folder) or given."""
     bus = bus or Bus(settings or bus_settings.load())
-    api = Api(bus)
+    door = Guard(bus.settings, bus.callers, bus.refused_before_auth)
+    api = Api(bus, door)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -69,6 +83,7 @@ def create_app(settings: Settings | None = None, bus: Bus | None = None) -> Star
 
     return _Application(
         api,
+        door,
         routes=[*api.routes(), *bus.plugins.routes(bus)],
         lifespan=lifespan,
         exception_handlers={BusError: api.bus_error, HTTPException: api.http_error, Exception: api.unexpected_error},
@@ -76,44 +91,87 @@ def create_app(settings: Settings | None = None, bus: Bus | None = None) -> Star
 
 
 class _Application(Starlette):
-    """Starlette, but for plain calls of a bus that has started: they go to their endpoint past middleware and routes.
+    """Starlette behind the guard. Calls go from there to their endpoint, past middleware and routes.
 
     These take a tenth of the time of a call, and do nothing for it.
     """
 
-    def __init__(self, api: Api, **options: Any) -> None:  # noqa: ANN401  # Starlette's own
+    def __init__(self, api: Api, door: Guard, **options: Any) -> None:  # noqa: ANN401  # Starlette's own
         super().__init__(**options)
         self._api = api
+        self._guard = door
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        called = _called(scope) if self._api.invoke.is_ready else None
-        if called is None:
+        if scope["type"] == "lifespan":
             await super().__call__(scope, receive, send)
             return
-        scope["path_params"] = called
+        fields = scope[_FIELDS] = dict(scope["headers"])
         try:
+            place = self._guard.place(scope, fields)
+            if place.origin is not None:
+                send = guard.adding(send, place.headers)
+            called = _called(scope)
+            if called is None:
+                await self._other(place, scope, receive, send)
+                return
+            scope["user"] = self._guard.identify(scope, fields)
+            scope["path_params"] = called
             await self._api.invoke(scope, receive, send)
+        except BusError as refusal:
+            await _refuse(refusal, scope, receive, send)
         except Exception as error:  # noqa: BLE001  # the outer edge, as Starlette's
             response = await self._api.unexpected_error(Request(scope), error)
             await response(scope, receive, send)
 
+    async def _other(self, place: guard.Place, scope: Scope, receive: Receive, send: Send) -> None:
+        """Anything but a call. Raises `BusError` for a caller who may not ask it."""
+        fields = scope[_FIELDS]
+        send = guard.adding(send, [(b"x-request-id", _request_id(fields))])
+        if place.allows_preflight(scope, fields):
+            await Response(status_code=204)(scope, receive, guard.adding(send, guard.PREFLIGHT_HEADERS))
+            return
+        try:
+            self._admit(scope, fields)
+        except BusError as refusal:
+            await _refuse(refusal, scope, receive, send)
+            return
+        await super().__call__(scope, receive, send)
+
+    def _admit(self, scope: Scope, fields: guard.Fields) -> None:
+        """Raises `BusError`."""
+        if guard.needs_nobody(scope):
+            return
+        caller = scope["user"] = self._guard.identify(scope, fields)
+        self._guard.allow(caller, guard.right_for(scope))
+        if scope["type"] == "http" and scope["method"] not in guard.BODILESS and self._has_route(scope):
+            guard.require_json(fields)
+
+    def _has_route(self, scope: Scope) -> bool:
+        return any(route.matches(scope)[0] is Match.FULL for route in self.routes)
+
 
 def _called(scope: Scope) -> dict[str, str] | None:
-    """What the routes of calls find in the path of one; None for anything else."""
-    if scope["type"] != "http" or scope["method"] != "POST" or scope["root_path"]:
+    """The overlay and the capability in the path of a call; None for anything else."""
+    if scope["type"] != "http" or scope["method"] != "POST":
         return None
-    empty, invoke, *parts = scope["path"].split("/")
+    path: str = scope["path"]
+    empty, invoke, *parts = path.removeprefix(scope.get("root_path", "")).split("/")
     if empty or invoke != "invoke" or len(parts) > len(_PARTS) or not all(parts):
         return None
     return dict(zip(_PARTS, parts, strict=False)) or None
 
 
+def _request_id(fields: guard.Fields) -> bytes:
+    """What the answer names its request by: the client's own word for it, else one of ours."""
+    return guard.own_request_id(fields) or new_request_id().encode()
+
+
 class Api:
     """The endpoints of one Bus."""
 
-    def __init__(self, bus: Bus) -> None:
+    def __init__(self, bus: Bus, door: Guard) -> None:
         self._bus = bus
-        self.invoke = _Invoke(bus)
+        self.invoke = _Invoke(bus, door)
 
     def routes(self) -> list[BaseRoute]:
         """In the order in which a path is held against them: calls first."""
@@ -128,6 +186,7 @@ class Api:
             Route("/provenance", self.provenance),
             Route("/provenance/{seq}", self.record),
             Route("/stress", self.stress),
+            Route("/openapi.json", self.openapi),
         ]
 
     async def root(self, request: Request) -> Response:
@@ -148,21 +207,34 @@ class Api:
             return JsonResponse({"ready": True})
         return JsonResponse({"ready": False, "reason": reason}, status_code=503)
 
-    async def overlays(self, _: Request) -> Response:
+    async def overlays(self, request: Request) -> Response:
         await self._bus.start()
-        entries = self._bus.registry.entries()
+        entries = self._entries_of(request.user)
         return JsonResponse({"overlays": [entry.summary() | {"running": self._running(entry)} for entry in entries]})
 
     async def overlay(self, request: Request) -> Response:
         await self._bus.start()
-        entry = self._bus.registry.entry(request.path_params["name"])
+        caller: Caller = request.user
+        name = request.path_params["name"]
+        if not caller.has_overlay(name):
+            among = ", ".join(caller.overlays)
+            raise NotFoundError("ERR_UNKNOWN_OVERLAY", f"no overlay {show(name)} among those of the token: {among}")
+        entry = self._bus.registry.entry(name)
         return JsonResponse(entry.detail() | {"running": self._running(entry)})
 
+    def _entries_of(self, caller: Caller) -> list[Entry]:
+        """What there is of the overlays that the caller may call."""
+        return [entry for entry in self._bus.registry.entries() if caller.has_overlay(entry.name)]
+
     def _running(self, entry: Entry) -> dict[str, Any]:
-        """What the runners keep for an overlay from call to call: helpers, workers, service, circuit breaker."""
-        return {
-            name: state for runner in self._bus.runners.values() for name, state in runner.state(entry.name).items()
-        }
+        """What the runners keep for an overlay from call to call: helpers, workers, service, circuit breaker.
+
+        Without secrets: the last words of a process, or of a service, may have one.
+        """
+        runners = self._bus.runners.values()
+        kept = {name: state for runner in runners for name, state in runner.state(entry.name).items()}
+        told: dict[str, Any] = self._bus.secrets.redactor.json(kept)
+        return told
 
     async def provenance(self, request: Request) -> Response:
         """The last records, oldest first: `?limit=&overlay=&ok=&since=` (milliseconds since the epoch)."""
@@ -184,6 +256,14 @@ class Api:
         await self._bus.start()
         return JsonResponse(self._bus.stress.report() | {"scheduler": self._bus.scheduler.report()})
 
+    async def openapi(self, request: Request) -> Response:
+        """What can be asked and what is answered, for programs; with a path for each capability of the caller's."""
+        await self._bus.start()
+        routes = [route for route in request.app.routes if isinstance(route, Route)]
+        caller: Caller = request.user
+        manifests = [entry.manifest for entry in self._entries_of(caller) if entry.enabled and entry.manifest]
+        return JsonResponse(openapi.document(routes, manifests, needs_token=caller.name is not None))
+
     async def bus_error(self, _: Request, error: Exception) -> Response:
         if not isinstance(error, BusError):
             raise error
@@ -194,14 +274,17 @@ class Api:
         if not isinstance(error, HTTPException):
             raise error
         code = "ERR_METHOD" if error.status_code == 405 else "ERR_NOT_FOUND"  # noqa: PLR2004
-        response = _error_response(NotFoundError(code, f"{request.method} {request.url.path}"))
+        response = _error_response(NotFoundError(code, _asked(request)))
         response.headers.update(error.headers or {})
         return response
 
     async def unexpected_error(self, request: Request, error: Exception) -> Response:
-        """The outer edge: the caller learns a code, the log gets the traceback."""
-        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return _error_response(BusError("ERR_INTERNAL", f"{request.method} {request.url.path}"))
+        """The outer edge: the caller learns a code and the number under which the log has the traceback."""
+        number = new_request_id()
+        log.error("%s failed, request %s", _asked(request), number, exc_info=error)
+        response = _error_response(BusError("ERR_INTERNAL", f"{_asked(request)}, request {number}"))
+        response.headers["x-request-id"] = number
+        return response
 
 
 class _Invoke:
@@ -210,42 +293,46 @@ class _Invoke:
     A bare ASGI application: the request and response objects of a function's route cost as much as all checks together.
     """
 
-    def __init__(self, bus: Bus) -> None:
+    def __init__(self, bus: Bus, door: Guard) -> None:
         self._bus = bus
-
-    @property
-    def is_ready(self) -> bool:
-        return self._bus.is_started
+        self._guard = door
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._bus.start()
         name, capability = scope["path_params"]["name"], scope["path_params"].get("capability")
+        fields = scope[_FIELDS]
         try:
-            answer = await self._answer(name, capability, dict(scope["headers"]), receive)
+            answer = await self._answer(name, capability, scope["user"], fields, receive)
         except ClientDisconnect:
             await Response(status_code=_CLIENT_GONE)(scope, receive, send)
         else:
-            await _send(answer, send)
+            await _send(answer, guard.own_request_id(fields), send)
 
     async def _answer(
-        self, name: str, capability: str | None, headers: Mapping[bytes, bytes], receive: Receive
+        self, name: str, capability: str | None, caller: Caller, fields: guard.Fields, receive: Receive
     ) -> Answer:
-        """Raises `ClientDisconnect` where nobody waits for an answer any more."""
+        """Raises `ClientDisconnect` once nobody waits for an answer, `CallerError` for what is only counted."""
         try:
-            body = await self._body(headers, receive)
+            self._guard.allow(caller, "invoke")  # before the body, which then need not be read
+            body = await self._body(fields, receive)
             read = envelopes.read_invocation
             if len(body) > LARGE_BYTES:
-                call = await asyncio.to_thread(read, body, name, capability)
+                call = await asyncio.to_thread(read, body, name, capability, caller=caller.name)
             else:
-                call = read(body, name, capability)
-        except RequestError as error:
-            return await self._bus.refuse(error, name, capability)
-        return await _unless_disconnected(receive, self._bus.invoke(call))
+                call = read(body, name, capability, caller=caller.name)
+        except (RequestError, CallerError) as error:
+            if self._guard.is_only_counted(error, caller):
+                raise
+            return await self._bus.refuse(error, name, capability, caller.name)
+        return await _unless_disconnected(receive, self._bus.invoke(call, caller))
 
-    async def _body(self, headers: Mapping[bytes, bytes], receive: Receive) -> bytes:
+    async def _body(self, fields: guard.Fields, receive: Receive) -> bytes:
         """The body, read no further than it may be long. Raises `RequestError` for its type or its size."""
         limit = self._bus.settings.max_body_bytes
-        _check_headers(headers, limit)
+        guard.require_json(fields)
+        declared = fields.get(b"content-length", b"").decode("latin-1")
+        if declared.isdecimal() and int(declared) > limit:
+            raise _too_large(declared, limit)
         chunks, size, more = [], 0, True
         while more:
             message = await receive()
@@ -257,19 +344,6 @@ class _Invoke:
                 raise _too_large(f"more than {limit}", limit)
             more = message.get("more_body", False)
         return b"".join(chunks)
-
-
-def _check_headers(headers: Mapping[bytes, bytes], limit: int) -> None:
-    """Raise `RequestError` for what is not plain JSON, or is longer than `limit` bytes by its own account."""
-    media_type = headers.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
-    if media_type != "application/json" and not media_type.endswith("+json"):
-        raise RequestError("ERR_CONTENT_TYPE", f"content type {media_type or 'none'!r}, allowed: application/json")
-    encoding = headers.get(b"content-encoding", b"identity").decode("latin-1").strip().lower()
-    if encoding != "identity":
-        raise RequestError("ERR_CONTENT_TYPE", f"content encoding {show(encoding)}, allowed: identity")
-    declared = headers.get(b"content-length", b"").decode("latin-1")
-    if declared.isdecimal() and int(declared) > limit:
-        raise _too_large(declared, limit)
 
 
 class _Query:
@@ -351,21 +425,43 @@ class _ClientWatch:
         self.caller.cancel()
 
 
-async def _send(answer: Answer, send: Send) -> None:
+async def _send(answer: Answer, request_id: bytes | None, send: Send) -> None:
+    """`request_id` is the client's own; the body always has ours."""
     body = answer.json
     headers = [
         (b"content-length", b"%d" % len(body)),
         (b"content-type", b"application/json"),
-        (b"x-request-id", answer.body["request_id"].encode()),
+        (b"x-request-id", request_id or answer.body["request_id"].encode()),
     ]
     if answer.retry_after_s is not None:
         headers.append((b"retry-after", b"%d" % answer.retry_after_s))
+    if answer.http_status == _UNAUTHORIZED:
+        headers.append(_CHALLENGE)
     await send({"type": "http.response.start", "status": answer.http_status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
 
+async def _refuse(refusal: BusError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer what is not let in. Of a web socket nothing was accepted yet, so it is closed."""
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": _POLICY_VIOLATION})
+        return
+    response = _error_response(refusal)
+    await response(scope, receive, guard.adding(send, [(b"x-request-id", _request_id(scope[_FIELDS]))]))
+
+
 def _error_response(error: BusError) -> Response:
-    return JsonResponse(error.body(), status_code=error.entry.http_status)
+    response = JsonResponse(error.body(), status_code=error.entry.http_status)
+    if error.retry_after_s is not None:
+        response.headers["retry-after"] = str(error.retry_after_s)
+    if error.entry.http_status == _UNAUTHORIZED:
+        response.raw_headers.append(_CHALLENGE)
+    return response
+
+
+def _asked(request: Request) -> str:
+    """Method and path for people, and for a log whose lines nobody else may write."""
+    return f"{request.method} {quote(request.scope['path'])[:_PATH_SHOWN]}"
 
 
 def _too_large(found: str, limit: int) -> RequestError:

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, TextIO
 
 import uvicorn
 
+from bus import protocol
 from bus.app import create_app
+from bus.callers import Callers
 from bus.dispatch import Bus
 from bus.errors import BusError, OperatorError, SettingError
 
@@ -35,6 +37,10 @@ BACKLOG = 2048
 CONNECTIONS_CLOSE_S = 5
 """Seconds that connections get to close once every call was answered: for requests that are still on their way in."""
 
+CONNECTIONS_LEAST = 64
+CONNECTIONS_SHARE = 2
+"""One part in so many of the descriptors that the process may have is for connections; the rest is for calls."""
+
 LAST_WORDS_S = 0.5
 """Seconds for the same where it is to end at once."""
 
@@ -49,15 +55,15 @@ _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 def serve(settings: Settings, ready: Callable[[str, Bus], None]) -> None:
     """Serve until SIGINT or SIGTERM, then drain. `ready` is called once with the address and the Bus.
 
-    Raises `SettingError` for an address that is not loopback, `OperatorError` for a folder or a port in use, and
-    `BusError` (ERR_INTERNAL) where the application did not start.
+    Raises `SettingError` for an address that is not loopback as long as there is no token, `OperatorError` for a folder
+    or a port in use, and `BusError` (ERR_INTERNAL) where the application did not start.
     """
-    _require_loopback(settings)
+    _require_tokens(settings)
     with folder_lock(settings.state), _listen(settings.host, settings.port) as listener:
         _log_to_stderr(settings.log_level)
-        _allow_many_files()
+        files = _allow_many_files()
         bus = Bus(settings)
-        server = _Server(_config(settings, bus), bus, lambda: ready(_address(listener), bus))
+        server = _Server(_config(settings, bus, files), bus, lambda: ready(_address(listener), bus))
         with contextlib.suppress(SystemExit):  # uvicorn's word for a lifespan that failed; its log says why
             server.run(sockets=[listener])
         if not server.started:
@@ -93,12 +99,13 @@ def _take(file: TextIO, state: Path) -> None:
     file.flush()
 
 
-def _require_loopback(settings: Settings) -> None:
-    if not settings.is_loopback:
+def _require_tokens(settings: Settings) -> None:
+    """Beyond loopback callers have to be known. A bus whose last token is revoked later refuses everybody there."""
+    if not settings.is_loopback and not Callers(settings.state).has_tokens():
         raise SettingError(
             "ERR_SETTING",
-            f"host: {settings.host!r} is not a loopback address, and callers have no tokens yet",
-            hint="Serve on 127.0.0.1, and put a proxy that knows its callers in front.",
+            f"host: {settings.host!r} is not a loopback address, and there is no token that a caller could have",
+            hint="Make one first, with aal token create --name NAME, or serve on 127.0.0.1.",
         )
 
 
@@ -135,18 +142,26 @@ def _log_to_stderr(level: str) -> None:
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
 
 
-def _allow_many_files() -> None:
-    """Every running call holds a handful of descriptors; the usual soft limit of 1,024 ends at about 200 calls."""
+def _allow_many_files() -> int:
+    """Every running call holds a handful of descriptors; the usual soft limit of 1,024 ends at about 200 calls.
+
+    Gives how many there may be now.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = FILES_WANTED if hard == resource.RLIM_INFINITY else min(hard, FILES_WANTED)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+    allowed = max(soft, wanted)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    return allowed
 
 
-def _config(settings: Settings, bus: Bus) -> uvicorn.Config:
-    return uvicorn.Config(
+def _config(settings: Settings, bus: Bus, files: int) -> uvicorn.Config:
+    """`files` is how many descriptors the process may have."""
+    return protocol.Config(
         create_app(bus=bus),
+        client_timeout_s=settings.client_timeout_s,
+        connections=max(files // CONNECTIONS_SHARE, CONNECTIONS_LEAST),
+        refused=bus.refused_before_auth,
         loop="uvloop",
-        http="httptools",
         ws="none",
         lifespan="on",
         log_config=None,

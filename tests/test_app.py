@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -11,11 +12,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from starlette.responses import Response
+from starlette.routing import Route, WebSocketRoute
 from starlette.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect
 
 from bus import envelopes, provenance, resources
 from bus.app import create_app
 from bus.dispatch import Bus
+from bus.hookspecs import hookimpl
+from bus.model import Phase
+from bus.tokens import SCOPES, Rate, Tokens
 from tests.programs import running
 from tests.support import (
     FixedStress,
@@ -34,9 +41,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from starlette.requests import Request
+    from starlette.websockets import WebSocket
+
+    from bus.hookspecs import RegisterRoutes
     from bus.settings import Settings
 
 OPEN = {"phase": "OPEN", "data": {}}
+JSON = {"Content-Type": "application/json"}
 ERROR_BODY = {"ok", "error", "code", "category", "message", "detail", "hint", "retryable", "faults"}
 
 
@@ -46,11 +58,15 @@ def stress() -> FixedStress:
 
 
 @pytest.fixture
-def client(settings: Settings, stress: FixedStress) -> Iterator[TestClient]:
+def bus(settings: Settings, stress: FixedStress) -> Bus:
+    return Bus(replace(settings, stress_period_s=0.01), plugins=[InProcessRunner(), stress])
+
+
+@pytest.fixture
+def client(settings: Settings, bus: Bus) -> Iterator[TestClient]:
     add_overlay(settings.overlays, "echo", description="Says it again.")
     add_native(settings.overlays, "two", {"ping": {"runner": "proc"}, "pong": {"runner": "proc"}})
     write_overlay(settings.overlays, "broken", {"name": "broken"})
-    bus = Bus(replace(settings, stress_period_s=0.01), plugins=[InProcessRunner(), stress])
     with TestClient(create_app(bus=bus)) as client:
         yield client
 
@@ -295,6 +311,268 @@ def test_the_largest_body_is_a_setting(settings: Settings) -> None:
     assert "allowed: 1048" in refused.json()["detail"]
 
 
+# --- Who asks, and from where ------------------------------------------------------------------------------------
+
+FOREIGN = [{"Host": "evil.example"}, {"Origin": "https://evil.example"}, {"Sec-Fetch-Site": "cross-site"}]
+
+
+@pytest.mark.parametrize("headers", FOREIGN, ids=str)
+@pytest.mark.parametrize("path", ["/", "/health", "/overlays", "/provenance", "/nothing", "/invoke/echo"])
+def test_what_comes_from_a_foreign_place_is_refused_counted_and_not_written_down(
+    client: TestClient, settings: Settings, bus: Bus, path: str, headers: dict[str, str]
+) -> None:
+    for number, method in enumerate(("GET", "POST", "OPTIONS"), 1):
+        response = client.request(method, path, headers=headers, json=OPEN if method == "POST" else None)
+        assert (response.status_code, response.json()["code"]) == (403, "ERR_ORIGIN")
+        assert set(response.json()) == ERROR_BODY
+        assert response.headers["X-Request-Id"]
+        assert bus.refused_before_auth == {"ERR_ORIGIN": number}
+    assert calls(settings) == []
+
+
+def test_no_browser_is_told_that_it_may_read_an_answer(client: TestClient) -> None:
+    preflight = {"Origin": "http://testserver", "Access-Control-Request-Method": "POST"}
+    for response in (
+        client.get("/overlays", headers={"Origin": "http://testserver"}),
+        client.post("/invoke/echo", json=OPEN, headers={"Origin": "http://testserver"}),
+        client.options("/invoke/echo", headers=preflight),
+    ):
+        assert not [name for name in response.headers if name.startswith("access-control")]
+    assert client.options("/invoke/echo", headers=preflight).status_code == 405
+
+
+def test_pages_of_a_listed_origin_may_call_and_read(settings: Settings) -> None:
+    add_overlay(settings.overlays, "echo")
+    page = {"Origin": "https://app.example", "Sec-Fetch-Site": "cross-site"}
+    make_token(settings, scopes=("invoke",))
+    with TestClient(
+        create_app(bus=Bus(replace(settings, origins="https://app.example"), plugins=[InProcessRunner()]))
+    ) as client:
+        asked = client.options("/invoke/echo", headers=page | {"Access-Control-Request-Method": "POST"})
+        refused = client.post("/invoke/echo", json=OPEN, headers=page)
+    assert (asked.status_code, asked.content) == (204, b"")
+    assert "authorization" in asked.headers["Access-Control-Allow-Headers"]
+    assert refused.status_code == 401
+    for response in (asked, refused):
+        assert response.headers["Access-Control-Allow-Origin"] == "https://app.example"
+        assert "Access-Control-Allow-Credentials" not in response.headers
+
+
+def make_token(settings: Settings, name: str = "ci", **limits: Any) -> dict[str, str]:
+    """A token that allows everything but what `limits` say; gives the header that shows it."""
+    values: dict[str, Any] = {"overlays": ("*",), "phases": tuple(Phase), "scopes": SCOPES}
+    return {"Authorization": f"Bearer {Tokens(settings.state).create(name, **values | limits)[1]}"}
+
+
+def test_with_tokens_each_request_needs_one_but_those_that_ask_whether_it_lives(
+    client: TestClient, settings: Settings, bus: Bus
+) -> None:
+    assert client.get("/overlays").status_code == 200
+    known = make_token(settings)
+    for path in ("/", "/overlays", "/provenance", "/stress", "/metrics", "/openapi.json", "/nothing"):
+        response = client.get(path)
+        assert (response.status_code, response.json()["code"]) == (401, "ERR_UNAUTHORIZED")
+        assert response.headers["WWW-Authenticate"] == "Bearer"
+        assert client.get(path, headers=known).status_code == (404 if path == "/nothing" else 200)
+    assert client.get("/health").status_code == 200
+    assert client.get("/ready").status_code == 200
+    assert calls(settings) == []
+    assert bus.refused_before_auth == {"ERR_UNAUTHORIZED": 7}
+
+
+def test_a_call_carries_its_callers_name_into_the_ledger(client: TestClient, settings: Settings) -> None:
+    known = make_token(settings)
+    unknown = client.post("/invoke/echo", json=OPEN)
+    assert (unknown.status_code, unknown.headers["WWW-Authenticate"]) == (401, "Bearer")
+    assert client.post("/invoke/echo", json=OPEN, headers=known).status_code == 200
+    assert client.post("/invoke/echo", content=b"{", headers=known | JSON).status_code == 400
+    assert [(line["caller"], line["code"]) for line in calls(settings)] == [("ci", "OK"), ("ci", "ERR_BAD_JSON")]
+    Tokens(settings.state).revoke("ci")
+    make_token(settings, "other")
+    assert client.post("/invoke/echo", json=OPEN, headers=known).status_code == 401
+
+
+def test_a_call_that_a_token_does_not_allow_is_refused_by_name_and_written_down(
+    client: TestClient, settings: Settings
+) -> None:
+    reader = make_token(settings, "reader", scopes=("read-ledger",))
+    limited = make_token(settings, "limited", overlays=("two",), phases=(Phase.CLEAR,))
+    for headers, path, lacking in (
+        (reader, "/invoke/echo", "scope invoke"),
+        (limited, "/invoke/echo", "overlay"),
+        (limited, "/invoke/two/ping", "phase OPEN"),
+    ):
+        response = client.post(path, json=OPEN, headers=headers)
+        assert (response.status_code, response.json()["code"]) == (403, "ERR_FORBIDDEN")
+        assert lacking in response.json()["detail"]
+        assert misfits("outcome", response.json()) == []
+    told = [(line["caller"], line["overlay"], line["code"], line["type"]) for line in calls(settings)]
+    assert told == [
+        ("reader", "echo", "ERR_FORBIDDEN", "denied"),
+        ("limited", "echo", "ERR_FORBIDDEN", "denied"),
+        ("limited", "two", "ERR_FORBIDDEN", "denied"),
+    ]
+
+
+def test_a_call_that_comes_too_soon_is_told_when_to_come_again_and_written_down(
+    client: TestClient, settings: Settings
+) -> None:
+    slow = make_token(settings, "slow", rate=Rate(1, "h"))
+    assert client.post("/invoke/echo", json=OPEN, headers=slow).status_code == 200
+    for path in ("/invoke/echo", "/overlays"):
+        response = client.request("POST" if "invoke" in path else "GET", path, headers=slow)
+        assert (response.status_code, response.json()["code"]) == (429, "ERR_RATE_LIMITED")
+        assert int(response.headers["Retry-After"]) > 3000
+    assert [(line["caller"], line["code"]) for line in calls(settings)] == [
+        ("slow", "OK"),
+        ("slow", "ERR_RATE_LIMITED"),
+    ]
+
+
+@pytest.mark.parametrize("scopes", [SCOPES, ("read-ledger",)], ids=["may call", "may not call"])
+def test_who_is_refused_again_and_again_leaves_few_lines(
+    client: TestClient, settings: Settings, bus: Bus, scopes: tuple[Any, ...]
+) -> None:
+    known = make_token(settings, rate=Rate(1, "h"), scopes=scopes)
+    client.post("/invoke/echo", json=OPEN, headers=known)
+    assert client.get("/overlays", headers=known).status_code == 429  # leaves no line, and is not the one that does
+    for number in range(20):
+        response = client.post("/invoke/echo", json=OPEN, headers=known)
+        assert (response.status_code, response.json()["code"]) == (429, "ERR_RATE_LIMITED")
+        assert int(response.headers["Retry-After"]) > 3000
+        assert bus.refused_before_auth["ERR_RATE_LIMITED"] == number
+    assert [line["code"] for line in calls(settings)][1:] == ["ERR_RATE_LIMITED"]
+
+
+def test_a_token_is_shown_its_own_overlays_only(client: TestClient, settings: Settings) -> None:
+    narrow = make_token(settings, overlays=("ec*", "nobody"))
+    listed = client.get("/overlays", headers=narrow).json()["overlays"]
+    assert [entry["name"] for entry in listed] == ["echo"]
+    assert client.get("/overlays/echo", headers=narrow).status_code == 200
+    told = [client.get(f"/overlays/{name}", headers=narrow) for name in ("two", "twx", "broken")]
+    assert [(answer.status_code, answer.json()["code"]) for answer in told] == [(404, "ERR_UNKNOWN_OVERLAY")] * 3
+    assert len({re.sub('"[a-z]+"', "NAME", answer.json()["detail"]) for answer in told}) == 1
+    paths = client.get("/openapi.json", headers=narrow).json()["paths"]
+    assert "/invoke/echo" in paths
+    assert not [path for path in paths if "two" in path]
+
+
+def test_what_runs_for_an_overlay_is_told_without_secrets(
+    client: TestClient, settings: Settings, bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bus.secrets.redactor.learn([("API_KEY", "a value that nobody may see")])
+    (runner,) = (runner for runner in bus.runners.values() if isinstance(runner, InProcessRunner))
+    state = {"service": {"last_error": "refused: a value that nobody may see"}}
+    monkeypatch.setattr(runner, "state", lambda _: state)
+    one = client.get("/overlays/echo").json()["running"]
+    (listed,) = (entry for entry in client.get("/overlays").json()["overlays"] if entry["name"] == "echo")
+    assert one == listed["running"] == {"service": {"last_error": "refused: [secret API_KEY]"}}
+
+
+def test_what_is_not_a_call_is_held_to_its_scope_too(client: TestClient, settings: Settings) -> None:
+    caller = make_token(settings, scopes=("invoke",))
+    for path, scope in (("/provenance", "read-ledger"), ("/metrics", "admin"), ("/stress", "admin")):
+        response = client.get(path, headers=caller)
+        assert (response.status_code, response.json()["code"]) == (403, "ERR_FORBIDDEN")
+        assert scope in response.json()["detail"]
+    assert client.get("/overlays", headers=caller).status_code == 200
+    assert calls(settings) == []
+
+
+def test_an_overlay_that_wants_to_know_its_callers_challenges_who_has_no_token(
+    client: TestClient, settings: Settings
+) -> None:
+    add_native(settings.overlays, "shy", {"run": {"runner": "proc"}}, policy={"requires_auth": True})
+    response = client.post("/invoke/shy", json=OPEN)
+    assert (response.status_code, response.json()["code"]) == (401, "ERR_CALLER_UNKNOWN")
+    assert response.headers["WWW-Authenticate"] == "Bearer"
+    assert client.post("/invoke/shy", json=OPEN, headers=make_token(settings)).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/invoke/echo", "/overlays", "/nothing", "/invoke/nobody"])
+def test_a_clients_own_request_id_comes_back_and_the_bodys_stays_ours(client: TestClient, path: str) -> None:
+    method = "POST" if "invoke" in path else "GET"
+    known = client.request(method, path, headers={"X-Request-Id": "mine-1"}, json=OPEN)
+    assert known.headers["X-Request-Id"] == "mine-1"
+    assert known.json().get("request_id") != "mine-1"
+    for headers in ({}, {"X-Request-Id": "not <a> word"}, {"X-Request-Id": "x" * 65}):
+        answer = client.request(method, path, headers=headers, json=OPEN)
+        assert re.fullmatch(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f-]{21}", answer.headers["X-Request-Id"])
+
+
+class OwnRoutes:
+    """A plugin with a page to send to and a web socket."""
+
+    def __init__(self) -> None:
+        self.changes: list[str | None] = []
+
+    @hookimpl
+    def aal_routes(self, register: RegisterRoutes) -> None:
+        methods = ["POST", "PUT", "DELETE"]
+        paths = ("/own", "/overlays/{name}", "/overlays/{name}/disable", "/health", "/health/deep")
+        register([*(Route(path, self.change, methods=methods) for path in paths), WebSocketRoute("/talk", self.talk)])
+
+    def change(self, request: Request) -> Response:
+        self.changes.append(request.user.name)
+        return Response(status_code=204)
+
+    async def talk(self, socket: WebSocket) -> None:
+        await socket.accept()
+        await socket.close()
+
+
+def test_the_routes_of_plugins_are_guarded_too(settings: Settings) -> None:
+    plugin = OwnRoutes()
+    with TestClient(create_app(bus=Bus(settings, plugins=[plugin]))) as client:
+        for headers in FOREIGN:
+            assert client.post("/own", json={}, headers=headers).status_code == 403
+            with pytest.raises(WebSocketDisconnect) as closed, client.websocket_connect("/talk", headers=headers):
+                pass
+            assert closed.value.code == 1008
+        assert client.post("/own", data={"a": "form"}).status_code == 415
+        assert client.post("/own", content="{}", headers={"Content-Type": "text/plain"}).status_code == 415
+        assert plugin.changes == []
+        assert client.post("/own", json={}).status_code == 204
+        with client.websocket_connect("/talk"):
+            pass
+        caller, admin = make_token(settings, "caller", scopes=("invoke",)), make_token(settings, "admin")
+        assert client.post("/own", json={}, headers=caller).status_code == 403
+        assert client.post("/own", json={}, headers=admin).status_code == 204
+        with pytest.raises(WebSocketDisconnect), client.websocket_connect("/talk"):
+            pass
+    assert plugin.changes == [None, "admin"]
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE"])
+@pytest.mark.parametrize("path", ["/overlays/echo", "/overlays/echo/disable", "/health", "/health/deep"])
+def test_a_plugins_route_beside_one_of_the_bus_is_for_administrators_and_takes_no_form(
+    settings: Settings, method: str, path: str
+) -> None:
+    plugin = OwnRoutes()
+    with TestClient(create_app(bus=Bus(settings, plugins=[plugin]))) as client:
+        caller, admin = make_token(settings, "caller", scopes=("invoke",)), make_token(settings, "admin")
+        refused = [client.request(method, path, json={}, headers=headers) for headers in ({}, caller)]
+        assert [answer.status_code for answer in refused] == [401, 403]
+        assert client.request(method, path, data={"a": "form"}, headers=admin).status_code == 415
+        assert plugin.changes == []
+        assert client.request(method, path, json={}, headers=admin).status_code == 204
+    assert plugin.changes == ["admin"]
+
+
+def test_nobody_writes_lines_of_their_own_into_the_servers_log(
+    client: TestClient, bus: Bus, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_: str) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(bus.registry, "entry", fail)
+    quiet = TestClient(client.app, raise_server_exceptions=False)
+    response = quiet.get("/overlays/x%0AERROR forged")
+    assert (response.status_code, response.json()["code"]) == (500, "ERR_INTERNAL")
+    assert "GET /overlays/x%0AERROR%20forged failed" in caplog.text
+    assert response.headers["X-Request-Id"] in caplog.text
+
+
 # --- What only a real server shows -------------------------------------------------------------------------------
 
 
@@ -346,14 +624,16 @@ def say(word: str) -> str:
     return f"""echo '{{"ok":true,"result":"{word}"}}'"""
 
 
-def test_a_client_that_goes_away_takes_its_call_with_it(server: Server, tmp_path: Path) -> None:
-    pid_file = tmp_path / "pid"
-    add_script(server.settings.overlays, "slow", f"echo $$ > {pid_file}.new; mv {pid_file}.new {pid_file}; sleep 600")
-    body = json.dumps(OPEN).encode()
-    head = f"POST /invoke/slow HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+def test_a_client_that_goes_away_takes_its_call_with_it(server: Server) -> None:
+    rights = {"capabilities": ["analysis", "exec"], "phases": ["ASCEND"]}
+    add_script(server.settings.overlays, "slow", 'echo > "$OVERLAY_STATE/runs"; sleep 600', **rights)
+    runs = server.settings.state / "state/slow/runs"
+    body = b'{"phase":"ASCEND"}'
+    head = "POST /invoke/slow HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}\r\n"
     with socket.create_connection(("127.0.0.1", server.port)) as client:
         client.sendall(head.encode() + b"\r\n" + body)
-        eventually(pid_file.exists, "the program runs")
+        eventually(runs.exists, "the program runs")
         assert running(str(server.settings.state))
     eventually(lambda: not running(str(server.settings.state)), "the program is gone")
     eventually(lambda: calls(server.settings) != [], "its line is written")

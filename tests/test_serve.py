@@ -12,11 +12,16 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from bus import provenance
+from bus.errors import SettingError
+from bus.model import Phase
+from bus.serve import serve
+from bus.tokens import SCOPES, Tokens
 from tests.programs import running
 from tests.support import PATIENCE_S, Server, add_overlay, add_script, eventually, settings_in, write_overlay
 
@@ -45,9 +50,11 @@ class Caller(threading.Thread):
 
 @contextmanager
 def serving(folder: Path, **settings: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server of `folder`, and its address."""
+    """A server of `folder`, and its address. What it calls here writes beside its folder and starts programs."""
     command = [sys.executable, "-m", "bus.cli", "-C", str(folder), "serve", "--port", "0"]
-    env = {"PATH": "/usr/bin:/bin"} | {f"AAL_{name.upper()}": value for name, value in settings.items()}
+    env = {"PATH": "/usr/bin:/bin", "AAL_SANDBOX": "off"} | {
+        f"AAL_{name.upper()}": value for name, value in settings.items()
+    }
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
@@ -132,7 +139,9 @@ def test_while_it_drains_it_is_neither_healthy_nor_ready_and_refuses_calls_with_
     assert codes == ["ERR_SHUTTING_DOWN", "OK"]
 
 
-HALF_A_REQUEST = b"POST /invoke/x HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+HALF_A_REQUEST = (
+    b"POST /invoke/x HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+)
 
 WORKER = "trap '' TERM; read -r line; " + SLOW.partition("; ")[2]
 
@@ -224,6 +233,40 @@ def test_the_next_call_sees_a_change_however_many_others_come_with_it(tmp_path: 
             one.result()
 
 
+def test_a_client_that_is_too_slow_is_cut_off_and_the_next_one_served(tmp_path: Path) -> None:
+    with serving(tmp_path, client_timeout_s="0.2") as (_, address):
+        host, port = address.split(":")
+        with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as connection:
+            connection.sendall(HALF_A_REQUEST)
+            told = b""
+            while piece := connection.recv(65536):
+                told += piece
+        assert told.startswith(b"HTTP/1.1 408 ")
+        assert json.loads(told.partition(b"\r\n\r\n")[2])["code"] == "ERR_SLOW_CLIENT"
+        assert asked(address, "GET", "/ready") == (200, {"ready": True})
+
+
+def test_beyond_loopback_nobody_is_served_before_there_is_a_token(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match=r"0\.0\.0\.0") as refused:
+        serve(replace(settings_in(tmp_path), host="0.0.0.0", port=0), lambda *_: None)
+    assert "aal token create" in str(refused.value.hint)
+    assert not (tmp_path / ".aal").exists()
+
+
+def test_beyond_loopback_each_request_needs_a_token_and_without_the_last_one_nobody_is_served(tmp_path: Path) -> None:
+    tokens = Tokens(tmp_path / ".aal")
+    text = tokens.create("ci", overlays=("*",), phases=tuple(Phase), scopes=SCOPES)[1]
+    with serving(tmp_path, host="0.0.0.0") as (_, address):
+        port = address.rpartition(":")[2]
+        at = f"127.0.0.1:{port}"
+        assert asked(at, "GET", "/overlays")[0] == 401
+        assert asked(at, "GET", "/overlays", token=text) == (200, {"overlays": []})
+        tokens.revoke("ci")
+        assert asked(at, "GET", "/overlays", token=text)[0] == 401
+        assert asked(at, "GET", "/overlays")[0] == 401
+        assert asked(at, "GET", "/health")[0] == 200
+
+
 def is_ready(address: str) -> bool:
     """Whether it takes calls; not where it is no longer there."""
     try:
@@ -232,9 +275,12 @@ def is_ready(address: str) -> bool:
         return False
 
 
-def asked(address: str, method: str, path: str, body: str | None = None) -> tuple[int, Any]:
+def asked(
+    address: str, method: str, path: str, body: str | None = None, *, token: str | None = None
+) -> tuple[int, Any]:
     connection = http.client.HTTPConnection(address, timeout=PATIENCE_S)
-    connection.request(method, path, body, {"Content-Type": "application/json"} if body else {})
+    headers = {"Content-Type": "application/json"} if body else {}
+    connection.request(method, path, body, headers | ({"Authorization": f"Bearer {token}"} if token else {}))
     response = connection.getresponse()
     answer = json.loads(response.read())
     connection.close()
