@@ -529,3 +529,54 @@ def test_the_plan_with_peers_is_at_1_and_16_connections_and_has_a_crowd(
     plan = options.plan_of(options.parse(["--peers"]), tmp_path)
     assert (plan.connections, plan.crowd, plan.judged) == ((1, 16), 100, True)
     assert plan.found == {name: Path(f"/found/{name}") for name in ("lighttpd", "webhook")}
+
+
+def test_a_siege_measures_honest_clients_alone_and_beside_both_kinds_of_others(tmp_path: Path) -> None:
+    done = bench("--hostile", "--connections", "8", file=tmp_path / "found.json")
+    assert done.report["errors"] == 0, done.stdout + done.stderr
+    assert {kept["path"] for kept in done.report["kept"]} == {"/invoke/echo_worker", "/"}
+    assert all(kept[situation] > 0 for kept in done.report["kept"] for situation in ("alone", "fair", "besieged"))
+    assert all(done.report["hostile"].values()), done.report["hostile"]
+    assert "the verdict: " in done.stdout.splitlines()[-1]
+
+
+async def test_hostile_clients_count_what_they_met_by_kind(part: Callable[[str], ModuleType]) -> None:
+    hostile = part("hostile")
+    said: list[str] = []
+    met = asyncio.Event()
+    kinds = len(hostile.KINDS)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if b"Bearer aal_xxx" in await reader.read(65536):
+            writer.write(http(401, b"{}"))
+            if await reader.read(1):  # it has had its answer, and comes again
+                met.set()
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        await hostile.run(hostile.Siege(port_of(server), "/invoke/x", "aal_t", kinds), met.wait, said.append)
+    assert said[0] == "begun"
+    counts = json.loads(said[1])
+    assert counts.keys() == hostile.KINDS.keys()
+    assert counts["slow_head"] == {"held": 1}
+    assert counts["unauthenticated"]["401"] > 0
+
+
+def a_siege(part: Callable[[str], ModuleType], *, of_fair: float = 1.0, errors: int = 0, idle: str = "") -> Any:
+    siege = part("siege")
+    kept = siege.Kept("/", 100.0, 50.0, 50.0 * of_fair, of_fair, 0.5)
+    hostile = {kind: {} if kind == idle else {"closed": 1} for kind in siege.KINDS}
+    return siege.SiegeFound(siege.SiegePlan(1.0, 1, 16), (kept,), hostile, errors, None)
+
+
+def test_a_siege_holds_where_honest_clients_keep_enough_and_nothing_failed(part: Callable[[str], ModuleType]) -> None:
+    assert a_siege(part, of_fair=0.8).held
+    assert not a_siege(part, of_fair=0.79).held
+    assert not a_siege(part, errors=1).held
+
+
+def test_a_siege_without_one_of_its_kinds_does_not_hold_and_says_so(part: Callable[[str], ModuleType]) -> None:
+    found = a_siege(part, idle="slow_body")
+    assert (found.idle, found.held) == (["slow_body"], False)
+    assert "hostile clients that did nothing: slow_body" in list(part("siege_report").tell_siege(found))

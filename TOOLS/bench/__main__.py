@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING
 from crowd import measure_crowd
 from layout import BenchError, lay_out
 from measure import measure
-from options import parse, plan_of
+from options import CONNECTIONS_OF_A_SIEGE, parse, plan_of
 from report import Report, markdown, show, summarise
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from servers import Servers, free_port
+from siege import SiegePlan, run_siege
+from siege_report import tell_siege
 from soak import SoakPlan, run_soak
 from soak_report import rows, tell
 
@@ -98,6 +100,16 @@ def soak(given: argparse.Namespace, folder: Path) -> int:
     return 0 if found.held else 1
 
 
+def hostile(given: argparse.Namespace, folder: Path) -> int:
+    connections = (given.connections or (CONNECTIONS_OF_A_SIEGE,))[0]
+    found = run_siege(SiegePlan(given.seconds, given.runs, connections), folder, print_now)
+    for line in tell_siege(found):
+        print(line)
+    if given.json:
+        given.json.write_text(json.dumps(asdict(found), indent=2) + "\n")
+    return 0 if found.held else 1
+
+
 def print_now(line: str) -> None:
     print(line, flush=True)
 
@@ -112,7 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(number, _end)
     try:
         with tempfile.TemporaryDirectory(prefix="aal-bench-") as name:
-            return (soak if given.soak else bench)(given, Path(name))
+            way = soak if given.soak else hostile if given.hostile else bench
+            return way(given, Path(name))
     except (BenchError, subprocess.TimeoutExpired) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2

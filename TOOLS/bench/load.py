@@ -36,7 +36,7 @@ _SHOWN = 200
 class Job:
     """What to send and what must come back: this status, and a body in which `must` stands.
 
-    The calls take the `paths` in turn. `rate` is in calls a second; None is a closed loop.
+    The calls take the `paths` in turn. `rate` is in calls a second; None is a closed loop. `token` is the caller's.
     """
 
     port: int
@@ -50,14 +50,16 @@ class Job:
     method: str = "POST"
     rate: float | None = None
     every_s: float | None = None
+    token: str | None = None
 
     def requests(self) -> list[bytes]:
         return [self._request(path) for path in self.paths]
 
     def _request(self, path: str) -> bytes:
         body = self.body.encode()
+        known = "" if self.token is None else f"Authorization: Bearer {self.token}\r\n"
         head = (
-            f"{self.method} {path} HTTP/1.1\r\nHost: 127.0.0.1:{self.port}\r\n"
+            f"{self.method} {path} HTTP/1.1\r\nHost: 127.0.0.1:{self.port}\r\n{known}"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         )
         return head.encode() + body

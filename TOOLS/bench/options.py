@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 CONNECTIONS = (1, 16, 64)
 CONNECTIONS_OF_PEERS = (1, 16)
+CONNECTIONS_OF_A_SIEGE = 16
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -36,6 +37,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--crowd", type=_at_least_zero, metavar="N", help="the overlays of the bus whose memory is measured (100)"
+    )
+    parser.add_argument(
+        "--hostile", action="store_true", help="what honest clients keep beside as many hostile ones instead"
     )
     parser.add_argument("--soak", type=_above_zero(float), metavar="MINUTES", help="a steady rate for so long instead")
     parser.add_argument("--rate", type=_above_zero(float), help="of --soak: calls a second, not the highest that holds")

@@ -106,13 +106,13 @@ def run_soak(plan: SoakPlan, folder: Path, say: Callable[[str], None]) -> Soak:
 
 def find_rate(mix: tuple[str, ...], try_s: float, servers: Servers, say: Callable[[str], None]) -> float:
     """The highest rate that holds, in calls a second. Raises `BenchError` where not even the lowest share does."""
-    [most] = _tallies(job_of(mix, servers, try_s), servers.folder)
+    [most] = tallies(job_of(mix, servers, try_s), servers.folder)
     highest: float = most["calls"] / most["seconds"]
     figures = f"{highest:,.0f} calls a second, {most['errors']} errors, p50 {most['p50_ms']} ms"
     say(f"closed loop, {CONNECTIONS} connections: {figures}")
     for share in SHARES if highest else ():
         rate = highest * share
-        [tried] = _tallies(job_of(mix, servers, try_s, rate=rate), servers.folder)
+        [tried] = tallies(job_of(mix, servers, try_s, rate=rate), servers.folder)
         answered: float = tried["calls"] / tried["seconds"]
         say(f"at {rate:,.0f}: {answered:,.0f} answered, {tried['errors']} errors, p50 {tried['p50_ms']} ms")
         if not tried["errors"] and answered >= KEEPS_UP * rate and tried["p50_ms"] <= most["p50_ms"]:
@@ -134,7 +134,7 @@ def job_of(
 def watch(job: Job, servers: Servers) -> Iterator[Moment]:
     """Run the job, and look at the bus each time that the load generator tells of an interval."""
     at_s = 0.0
-    for tally in _tallies(job, servers.folder):
+    for tally in tallies(job, servers.folder):
         at_s += tally["seconds"]
         figures = {name: tally[name] for name in ("calls", "errors", "first_error", "p50_ms", "p99_ms")}
         if servers.processes["bus"].poll() is not None:
@@ -142,7 +142,7 @@ def watch(job: Job, servers: Servers) -> Iterator[Moment]:
         yield Moment(at_s, **figures, tree=tree.look(servers.pid("bus")))
 
 
-def _tallies(job: Job, folder: Path) -> Iterator[dict[str, Any]]:
+def tallies(job: Job, folder: Path) -> Iterator[dict[str, Any]]:
     """What the load generator says, as it says it. It ends with whoever stops reading."""
     with _load(folder) as load:
         assert load.stdin is not None
