@@ -3,20 +3,23 @@
 A folder with a manifest becomes callable; every call is authorized by phase, admitted by memory, run by a runner and
 written to a hash-chained ledger. Read `dispatch` first: `Bus.invoke` is the story. Then, in the order of a call:
 
-    app, local          how a call comes in: HTTP, or Python without an event loop
+    protocol, guard     who may speak to the bus, from where, and how slowly; with callers and tokens
+    app, local          how a call comes in: HTTP, or Python without an event loop; openapi describes it
     envelopes, course   what is said (request, overlay's request, reply), and what is known of one call so far
     overlays            which overlays there are, now; with codehash, overlay_entry, overlay_files; overlay_programs and
                         overlay_packages are what an overlay needs and what it brings along
     manifests           one manifest.json, whatever its shape, as a Manifest; manifest_form says what is wrong with it
     policy              phases times permissions -> rights
+    targets             where its calls go, and with what environment; with secrets and redaction
     scheduler           slots, queue, degradation; with runes (the memory language) and stress (the signal)
     runners/            a process or an HTTP service: job in, outcome out
     ledger, provenance  writing and reading the ledger; chain is its file, filesync makes it last, records says what a
                         line is, canonical its JSON
     replay              a line run again through the same Bus, and the verdict
 
-Around it: plugins and hookspecs (the plugin API), metrics (a plugin); settings, errors, schemas, model, resources; and
-the command line: cli, cli_overlays, cli_ledger, console, serve, doctor, templates.
+Around it: plugins and hookspecs (the plugin API), metrics (a plugin); settings, errors, schemas, model, resources,
+private_file (what only the operator may read); and the command line: cli, cli_overlays, cli_ledger, cli_callers,
+console, serve, doctor, templates.
 """
 
 from bus.hookspecs import hookimpl

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 from enum import StrEnum
 from typing import Any
 
@@ -22,6 +23,8 @@ LARGEST_INTEGER = 2**53 - 1
 _SORTED = orjson.OPT_SORT_KEYS | orjson.OPT_STRICT_INTEGER
 _PLAIN = frozenset({str, int, bool, type(None), orjson.Fragment})
 _LEAST_PLAIN, _FIRST_NOT_PLAIN = 1e-4, 1e15
+_FIRST_WITH_EXPONENT = 1e21
+_LONG_NUMBER = re.compile(rb"[0-9]{16}")
 
 
 class CanonicalError(ValueError):
@@ -46,6 +49,17 @@ def canonical(value: Any) -> bytes:  # noqa: ANN401
         return _dump_normal(value)
     # Only now: the walk would not end on a value that holds itself, which orjson has just ruled out.
     return text if _is_plain(value) else _dump_normal(value)
+
+
+def canonical_to_read(value: Any) -> bytes:  # noqa: ANN401
+    """As `canonical`, for what somebody reads again: refuses floats, too, that RFC 8785 writes as integers beyond 2^53.
+
+    It writes 1e17 as 100000000000000000, which is refused where it is read.
+    """
+    text = canonical(value)
+    if _LONG_NUMBER.search(text):
+        _refuse_long_floats(value, "")
+    return text
 
 
 def sha256_hex(data: bytes) -> str:
@@ -125,6 +139,17 @@ def _normal(value: Any, pointer: str) -> Any:  # noqa: ANN401
     if isinstance(value, list | tuple):
         return [_normal(member, f"{pointer}/{index}") for index, member in enumerate(value)]
     raise CanonicalError(pointer, f"a value of type {type(value).__name__} is not JSON")
+
+
+def _refuse_long_floats(value: Any, pointer: str) -> None:  # noqa: ANN401
+    if isinstance(value, dict):
+        for key, member in value.items():
+            _refuse_long_floats(member, f"{pointer}/{_token(key)}")
+    elif isinstance(value, list | tuple):
+        for index, member in enumerate(value):
+            _refuse_long_floats(member, f"{pointer}/{index}")
+    elif isinstance(value, float) and LARGEST_INTEGER < abs(value) < _FIRST_WITH_EXPONENT:
+        _normal_integer(int(value), pointer)
 
 
 def _normal_text(value: str, pointer: str) -> str:

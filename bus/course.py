@@ -14,12 +14,13 @@ from bus.model import new_request_id, now_ms
 from runners.base import Code, Outcome
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from bus.ledger import LedgerError, Receipt
     from bus.model import Invocation, Record, Told
     from bus.overlays import Resolved
+    from bus.redaction import Redactor
 
-SANDBOX: dict[str, Any] = {"mode": "off", "scope": "none", "enforced": []}
-"""What the kernel holds a call to."""
 _ERROR_LIMIT = 4096
 _NAME_LIMIT = 129
 
@@ -51,6 +52,7 @@ class Course:
     overlay: str
     capability: str | None
     call: Invocation | None = None
+    caller: str | None = None
     payload_hash: str | None = None
     resolved: Resolved | None = None
     run_id: str | None = None
@@ -59,6 +61,7 @@ class Course:
     told: Told | None = None
     result_json: bytes | None = None
     result_hash: str | None = None
+    sandbox: Mapping[str, Any] | None = None
     refusal: BusError | None = None
 
     @classmethod
@@ -70,13 +73,15 @@ class Course:
             _name(call.overlay),
             call.capability and _name(call.capability),
             call,
+            call.caller,
             payload_hash=sha256_hex(call.payload_json),
         )
 
     @classmethod
-    def of_request(cls, overlay: str, capability: str | None) -> Self:
-        """Of a request that could not be read."""
-        return cls(new_request_id(), now_ms(), time.monotonic(), _name(overlay), capability and _name(capability))
+    def of_request(cls, overlay: str, capability: str | None, caller: str | None) -> Self:
+        """Of a request that could not be read, or was not."""
+        name, part = _name(overlay), capability and _name(capability)
+        return cls(new_request_id(), now_ms(), time.monotonic(), name, part, caller=caller)
 
     def keep_result(self, result_json: bytes | None) -> None:
         """The canonical bytes of what the overlay answered, None where it answered nothing that has them."""
@@ -88,17 +93,17 @@ class Course:
         self.refusal = refusal
         return Outcome(code=refusal.code, error=refusal.detail)
 
-    def record(self, outcome: Outcome, environment_hash: str, *, with_payload: bool) -> Record:
+    def record(self, outcome: Outcome, environment_hash: str) -> Record:
         """The ledger's line, but for what the ledger itself gives it (seq, prev, hash)."""
         call, manifest = self.call, self.resolved and self.resolved.manifest
         capability = self.resolved and self.resolved.capability
-        record: Record = {
+        return {
             "type": self._type(),
             "timestamp_ms": self.timestamp_ms,
             "request_id": self.request_id,
             "run_id": self.run_id,
             "replay_of": call.replay_of.seq if call and call.replay_of else None,
-            "caller": call.caller if call else None,
+            "caller": self.caller,
             "overlay": manifest.name if manifest else self.overlay,
             "version": manifest.version if manifest else None,
             "manifest_hash": manifest.manifest_hash if manifest else None,
@@ -122,14 +127,20 @@ class Course:
             "cpu_ms": None if outcome.cpu_ms is None else figure(outcome.cpu_ms),
             "cost_cents": self._cost_cents(outcome),
             "memory": self._memory(outcome),
-            "sandbox": SANDBOX if self.told else None,
+            "sandbox": self.sandbox,
             "prev_size": self.told.prev_size if self.told else None,
             "environment_hash": environment_hash,
         }
-        if with_payload and call:
-            record["payload"] = orjson.Fragment(call.payload_json)
-            record["result"] = None if self.result_json is None else orjson.Fragment(self.result_json)
-        return record
+
+    def stored(self, outcome: Outcome, redactor: Redactor) -> Record:
+        """What a replay needs of a call beside its record: payload and result, without secrets."""
+        if self.call is None:
+            return {}
+        result_json = self.result_json
+        return {
+            "payload": _stored(self.call.payload, self.call.payload_json, redactor),
+            "result": None if result_json is None else _stored(outcome.result, result_json, redactor),
+        }
 
     def answer(self, outcome: Outcome, record: Record, receipt: Receipt) -> Answer:
         provenance = {
@@ -181,7 +192,7 @@ class Course:
             "cost_cents": self._cost_cents(outcome),
             "side_effects": list(outcome.side_effects),
             "memory": self._memory(outcome),
-            "sandbox": SANDBOX if self.told else None,
+            "sandbox": self.sandbox,
             "provenance": provenance,
         }
         if self.refusal:
@@ -216,6 +227,11 @@ class Course:
 
     def _duration_ms(self) -> float:
         return figure((time.monotonic() - self.received) * 1000)
+
+
+def _stored(value: Any, text: bytes, redactor: Redactor) -> Any:  # noqa: ANN401
+    """A JSON value of which `text` is the canonical form, for a record."""
+    return redactor.json(value) if redactor.occurs_in(text) else orjson.Fragment(text)
 
 
 def _mb(mb: float | None) -> float | None:

@@ -8,81 +8,53 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
-import os
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self, TypeVar
-
-import orjson
+from typing import TYPE_CHECKING, Any, Self
 
 from bus import envelopes, policy, runes, schemas
+from bus.callers import Callers
 from bus.canonical import figure
 from bus.course import Course
-from bus.errors import BusError, OperatorError
+from bus.errors import BusError, DeniedError
 from bus.ledger import Ledger, LedgerError
-from bus.model import Told, now_ms
+from bus.model import Phase, Told, now_ms
 from bus.overlays import Registry
 from bus.plugins import Plugins
 from bus.records import collect_environment, environment_hash
 from bus.scheduler import Scheduler, memory_block
+from bus.secrets import Secrets
 from bus.settings import stores_payload
 from bus.stress import StressMonitor
-from runners.base import LARGE_BYTES, Code, HttpTarget, Job, Outcome, ProcessTarget, ServiceTarget
+from bus.targets import Targets
+from runners.base import LARGE_BYTES, Code, Job, Outcome, Sandbox
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Set
 
     from jsonschema import Draft202012Validator
 
+    from bus.callers import Caller
     from bus.course import Answer
     from bus.ledger import Receipt
-    from bus.model import Capability, Invocation, Manifest, Record, Service
+    from bus.model import Capability, Invocation, Manifest, Record
     from bus.overlays import Resolved
     from bus.runes import MemoryProfile
     from bus.settings import Settings
     from runners.base import Rights, Runner
-
-_Key = TypeVar("_Key")
-_Found = TypeVar("_Found")
 
 log = logging.getLogger(__name__)
 
 VALIDATORS_KEPT = 1024
 LAST_LINES_S = 5.0
 """How long closing waits for the lines of calls that were ended."""
+_HELD_PHASES = frozenset({Phase.CLEAR, Phase.SEAL})
+"""Those that promise what the kernel has to hold: no network, and in the one no writing either."""
 _WITHDRAWN = frozenset({"ERR_UNKNOWN_OVERLAY", "ERR_OVERLAY_DISABLED"})
-_ENV_ALLOWED = ("HOME", "LANG", "LC_ALL", "LC_CTYPE", "LOGNAME", "PATH", "TMPDIR", "TZ", "USER")
-
-
-@dataclass(frozen=True, slots=True)
-class _Means:
-    """What the calls of one edition of an overlay share.
-
-    `env` is that of its programs, empty where it has none; `state` the folder for their state, with a `/` behind it, so
-    that nothing else can be there; `targets` is where each capability's calls go.
-    """
-
-    edition: int
-    env: Mapping[str, str] = field(default_factory=dict)
-    state: str | None = None
-    targets: dict[str, ProcessTarget | HttpTarget] = field(default_factory=dict)
-
-
-class _ThisTurn(dict[_Key, _Found]):
-    """What a look at the disk has found, kept for one turn of the event loop.
-
-    Whatever is asked for in that turn arrived before it began, and so before the look.
-    """
-
-    def keep(self, key: _Key, found: _Found) -> _Found:
-        if not self:
-            asyncio.get_running_loop().call_soon(self.clear)
-        self[key] = found
-        return found
 
 
 @dataclass(slots=True)
@@ -105,7 +77,13 @@ class Bus:
 
     def __init__(self, settings: Settings, *, plugins: Iterable[object] = ()) -> None:
         self.settings = settings
-        self.plugins = Plugins(settings, plugins)
+        self.callers = Callers(
+            settings.state, local_phases=settings.listed("local_phases"), needs_token=not settings.is_loopback
+        )
+        self.secrets = Secrets(settings.state, settings.secrets)
+        self.refused_before_auth: Counter[str] = Counter()
+        self.plugins = Plugins(settings, plugins, redact=self.secrets.redactor.raw)
+        self.confinement = self.plugins.confinement
         self.runners = self.plugins.runners()
         self.registry = Registry(
             settings.overlays,
@@ -114,6 +92,7 @@ class Bus:
             default_timeout_s=settings.timeout_s,
             runners=self.runners.keys(),
         )
+        self.targets = Targets(settings, self.secrets)
         self.stress = StressMonitor(self.plugins.stress_sources())
         self.scheduler = Scheduler(
             slots=settings.slots, queue_limit=settings.queue_limit, stress=lambda: self.stress.value
@@ -126,9 +105,8 @@ class Bus:
             environment=self.environment,
             more=lambda: self.scheduler.running > 0,
         )
-        self._resolved: _ThisTurn[tuple[str, str | None], Resolved] = _ThisTurn()
-        self._sound: _ThisTurn[str, _Means] = _ThisTurn()
-        self._means: dict[str, _Means] = {}
+        self._resolved: dict[tuple[str, str | None], Resolved] = {}
+        self._sandboxes: dict[Sandbox, Mapping[str, Any]] = {}
         self._served: set[str] = set()
         self._at_once = False
         self._validators: dict[tuple[str, str, str], Draft202012Validator] = {}
@@ -207,14 +185,22 @@ class Bus:
             return self.ledger.reason
         return None
 
-    async def invoke(self, call: Invocation) -> Answer:
-        """Make one call. Raises nothing but `asyncio.CancelledError`, and that leaves its line too."""
+    async def invoke(self, call: Invocation, caller: Caller | None = None) -> Answer:
+        """Make one call, of a known `caller` or of the operator.
+
+        Raises nothing but `asyncio.CancelledError`, and that leaves its line too.
+        """
         course = Course.of_call(call)
         try:
+            if caller is not None:
+                caller.require_call(call.overlay, call.phase)
             resolved = course.resolved = self._resolve(call)
             course.run_id = envelopes.run_id(resolved.manifest, resolved.capability, call)
-            rights = policy.authorize(resolved.manifest, resolved.capability, call.phase, call.payload, call.caller)
+            _require_name(caller, resolved.manifest)
+            rights = policy.authorize(resolved.manifest, resolved.capability, call.phase, call.payload)
             self.plugins.authorize(call, resolved.manifest)
+            self._require_sandbox(resolved, call.phase, rights)
+            self._require_secrets(resolved)
             await self._check_input(resolved, call)
             self._require_ledger()
             outcome = await self._admit_and_run(course, call, resolved, rights)
@@ -228,20 +214,40 @@ class Bus:
             outcome = course.refuse(BusError("ERR_INTERNAL", f"{type(error).__name__} in the bus"))
         return await self._finish(course, outcome)
 
-    async def refuse(self, error: BusError, overlay: str, capability: str | None = None) -> Answer:
-        """Answer a request that could not be read as an invocation, and write it down."""
-        course = Course.of_request(overlay, capability)
+    async def refuse(
+        self, error: BusError, overlay: str, capability: str | None = None, caller: str | None = None
+    ) -> Answer:
+        """Answer a request that could not be read as an invocation, or was not to be, and write it down."""
+        course = Course.of_request(overlay, capability, caller)
         return await self._finish(course, course.refuse(error))
 
     def _resolve(self, call: Invocation) -> Resolved:
-        """What the call goes to. An overlay that is no longer offered keeps nothing. Raises as `Registry.resolve`."""
+        """What the call goes to. An overlay that is no longer offered keeps nothing. Raises as `Registry.resolve`.
+
+        The calls of one turn of the loop are resolved alike, by one look at the disk: whatever is asked for in this
+        turn arrived before it began, and so before the look.
+        """
         target = (call.overlay, call.capability)
+        if resolved := self._resolved.get(target):
+            return resolved
         try:
-            return self._resolved.get(target) or self._resolved.keep(target, self.registry.resolve(*target))
+            resolved = self._look_up(*target)
         except BusError as refusal:
             if refusal.code in _WITHDRAWN:  # the watch tells of it, too, where there is one
                 self._forget(call.overlay.partition(".")[0])
             raise
+        if not self._resolved:
+            asyncio.get_running_loop().call_soon(self._resolved.clear)
+        self._resolved[target] = resolved
+        return resolved
+
+    def _look_up(self, overlay: str, capability: str | None) -> Resolved:
+        """As `Registry.resolve`. Where what its processes were given has gone or changed, it is another edition."""
+        resolved = self.registry.resolve(overlay, capability)
+        if not self.targets.are_outdated(resolved):
+            return resolved
+        self.registry.renew(resolved.manifest.name)
+        return self.registry.resolve(overlay, capability)
 
     def _forget_all_but(self, offered: Set[str]) -> None:
         """Have the runners end what they keep for overlays that are removed or disabled.
@@ -256,7 +262,7 @@ class Bus:
         if name not in self._served:
             return
         self._served.discard(name)
-        self._means.pop(name, None)
+        self.targets.forget(name)
         for runner in self.runners.values():
             try:
                 runner.forget(name)
@@ -271,6 +277,28 @@ class Bus:
             await asyncio.to_thread(envelopes.check_input, resolved.capability, validator, call.payload)
         else:
             envelopes.check_input(resolved.capability, validator, call.payload)
+
+    def _require_sandbox(self, resolved: Resolved, phase: Phase, rights: Rights) -> None:
+        """Under `AAL_SANDBOX=enforce` what the kernel cannot hold does not start. Raises `DeniedError`."""
+        if self.settings.sandbox != "enforce":
+            return
+        manifest, capability = resolved.manifest, resolved.capability
+        if (
+            capability.runner == "http"
+            and phase in _HELD_PHASES
+            and manifest.name not in self.settings.listed("trusted")
+        ):
+            what = "a service of all its phases" if manifest.service else "another program's service"
+            raise DeniedError("ERR_SANDBOX", f"{manifest.name} is {what}, so nothing can be held to phase {phase}")
+        if links := self.registry.entry(manifest.name).links:
+            raise DeniedError("ERR_SANDBOX", f"links lead out of the folder of {manifest.name}: {'; '.join(links)}")
+        if capability.runner == "proc" and (why := self.confinement.lacking(rights)):
+            raise DeniedError("ERR_SANDBOX", why)
+
+    def _require_secrets(self, resolved: Resolved) -> None:
+        """Raises `DeniedError` (ERR_SECRET) for one that the overlay asks for and cannot have."""
+        if resolved.manifest.secrets:
+            self.targets.prepare(resolved)
 
     def _require_ledger(self) -> None:
         """What cannot be written down does not start. The refusal's own line is the next try to write."""
@@ -289,6 +317,7 @@ class Bus:
             course.queue_ms = figure(grant.queued_s * 1000)
             told = course.told = self._tell(call, capability, profile, str(course.run_id))
             outcome = await self.runners[capability.runner].run(self._job(call, resolved, told, rights, deadline))
+            course.sandbox = self._sandbox_of(outcome)
             return await self._judge(course, resolved, outcome)  # within the slot: closing waits for slots
 
     def _tell(self, call: Invocation, capability: Capability, profile: MemoryProfile, run_id: str) -> Told:
@@ -314,7 +343,7 @@ class Bus:
             capability=capability.name,
             phase=call.phase,
             folder=manifest.folder,
-            target=self._target(resolved, call),
+            target=self.targets.of(resolved, call.payload),
             envelope=envelopes.overlay_request(call, manifest, capability, told, deadline_ms=deadline_ms),
             rights=rights,
             deadline=deadline,
@@ -323,35 +352,6 @@ class Bus:
             edition=resolved.edition,
             limit=call.received + capability.timeout_s,
         )
-
-    def _target(self, resolved: Resolved, call: Invocation) -> ProcessTarget | HttpTarget:
-        """Where the call goes, made once for each edition; only what a GET asks for is the call's own."""
-        means, capability = self._means_of(resolved), resolved.capability
-        target = means.targets.get(capability.name)
-        if target is None:
-            target = means.targets[capability.name] = _target_of(resolved.manifest, capability, means.env)
-        if capability.method == "GET" and isinstance(target, HttpTarget):
-            return dataclasses.replace(target, query=_query(call.payload))
-        return target
-
-    def _means_of(self, resolved: Resolved) -> _Means:
-        """What the calls of this edition have in common. It has a folder for its state, whoever removed that."""
-        name = resolved.manifest.name
-        means = self._sound.get(name)
-        if means is not None and means.edition == resolved.edition:
-            return means
-        means = self._means.get(name)
-        if means is not None and means.edition == resolved.edition:
-            if means.state is None or os.access(means.state, os.F_OK):
-                return self._sound.keep(name, means)
-            self.registry.renew(name)  # what keeps running has open what was removed
-        fresh = _Means(resolved.edition)
-        if _starts_programs(resolved.manifest):
-            env = child_env(resolved.manifest, self.settings)
-            fresh = _Means(resolved.edition, env, env["OVERLAY_STATE"] + "/")
-        if means is None or means.edition <= resolved.edition:  # else it is a late call's
-            self._means[name] = fresh
-        return fresh
 
     async def _judge(self, course: Course, resolved: Resolved, outcome: Outcome) -> Outcome:
         """Open the reply, and hold the result to the canonical form and to the capability's output schema."""
@@ -365,6 +365,19 @@ class Bus:
         course.keep_result(result_json)
         return outcome
 
+    def _sandbox_of(self, outcome: Outcome) -> Mapping[str, Any]:
+        """What held the call, as a record has it."""
+        held = outcome.sandbox or Sandbox()
+        found = self._sandboxes.get(held)
+        if found is None:
+            found = self._sandboxes[held] = {
+                "mode": self.settings.sandbox,
+                "scope": held.scope,
+                "enforced": list(held.enforced),
+                "missing": list(held.missing),
+            }
+        return found
+
     def _cut_off(self, outcome: Outcome) -> Outcome:
         """A call that was ended because the bus shuts down is told so; its caller may still be there."""
         if outcome.code != Code.CANCELLED or not self.is_closing:
@@ -373,6 +386,7 @@ class Bus:
 
     async def _finish(self, course: Course, outcome: Outcome) -> Answer:
         """Write the line, tell the plugins, and only then answer."""
+        outcome = self._redacted(outcome)
         try:
             try:
                 line = self._submit(course, outcome)
@@ -385,12 +399,21 @@ class Bus:
             return course.unrecorded_answer(outcome, error)
         return line.answer or course.answer(outcome, line.record, receipt)
 
+    def _redacted(self, outcome: Outcome) -> Outcome:
+        """Without the secrets that an overlay may have said."""
+        if not (outcome.error or outcome.log):
+            return outcome
+        redact = self.secrets.redact
+        return outcome._replace(error=outcome.error and redact(outcome.error), log=redact(outcome.log))
+
     def _submit(self, course: Course, outcome: Outcome) -> _Line:
         """The record on its way into the ledger. Once it is there the plugins are told, whoever still waits for it.
 
         Raises `LedgerError`, and `ValueError` for what no line can hold, as a plugin's runner may give it.
         """
-        record = course.record(outcome, self.environment_hash, with_payload=stores_payload(self.settings))
+        record = course.record(outcome, self.environment_hash)
+        if stores_payload(self.settings):
+            record |= course.stored(outcome, self.secrets.redactor)
         line = _Line(course, outcome, record)
         line.written = self.ledger.submit(record, placed=line.prepare, written=partial(self._tell_plugins, record))
         return line
@@ -416,43 +439,7 @@ class Bus:
         return found
 
 
-def _target_of(manifest: Manifest, capability: Capability, env: Mapping[str, str]) -> ProcessTarget | HttpTarget:
-    if capability.argv:
-        return ProcessTarget(capability.argv, env, manifest.stdin, manifest.mode, manifest.preload, manifest.workers)
-    repeatable = capability.idempotent or manifest.deterministic
-    service = None if manifest.service is None else _service_of(manifest.service, env)
-    return HttpTarget(capability.url, capability.method, repeatable=repeatable, service=service)
-
-
-def _service_of(service: Service, env: Mapping[str, str]) -> ServiceTarget:
-    """The service that calls go to which the bus starts."""
-    return ServiceTarget(service.argv, env, service.ready_path, service.start_timeout_s, service.idle_s, service.max_mb)
-
-
-def _starts_programs(manifest: Manifest) -> bool:
-    return manifest.service is not None or any(one.argv for one in manifest.capabilities.values())
-
-
-def child_env(manifest: Manifest, settings: Settings) -> dict[str, str]:
-    """An allow-list, never the bus's own environment; makes the overlay's state folder, or raises `OperatorError`.
-
-    Python's hashes are fixed, so that a replay can match. A `.venv` of the overlay's own comes first on the PATH.
-    """
-    passed = (*_ENV_ALLOWED, *settings.pass_env_names, *manifest.env)
-    env = {name: os.environ[name] for name in passed if name in os.environ and not name.startswith("AAL_")}
-    env["PATH"] = f"{manifest.folder / '.venv' / 'bin'}:{env.get('PATH', os.defpath)}"
-    state = settings.state / "state" / manifest.name
-    try:
-        state.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OperatorError("ERR_FILES", f"cannot make the folder {state}: {error.strerror}") from error
-    return env | {"PYTHONHASHSEED": "0", "OVERLAY_STATE": str(state)}
-
-
-def _query(payload: Mapping[str, Any]) -> dict[str, str]:
-    """The scalars of a payload, as the query of a GET."""
-    return {
-        name: value if isinstance(value, str) else orjson.dumps(value).decode()
-        for name, value in payload.items()
-        if isinstance(value, str | int | float | bool)
-    }
+def _require_name(caller: Caller | None, manifest: Manifest) -> None:
+    """Raises `DeniedError` where an overlay wants to know who calls. The operator need not be told apart."""
+    if manifest.requires_auth and caller is not None and caller.name is None:
+        raise DeniedError("ERR_CALLER_UNKNOWN", f"{manifest.name} takes calls from known callers only")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from bus import schemas
-from bus.canonical import CanonicalError, canonical, sha256_hex
+from bus.canonical import CanonicalError, canonical, canonical_to_read, sha256_hex
 from bus.errors import CATALOGUE, InputError, RequestError, say
 from bus.manifests import local_name
 from bus.model import Invocation, Phase, new_request_id, now_ms
@@ -95,7 +95,7 @@ def canonical_payload(payload: Mapping[str, Any]) -> bytes:
 
 def _canonical(value: Any, root: str) -> bytes:  # noqa: ANN401
     try:
-        return canonical(value)
+        return canonical_to_read(value)
     except CanonicalError as error:
         raise RequestError("ERR_BAD_JSON", f"at {root + error.pointer or 'the top'}: {error.message}") from None
 

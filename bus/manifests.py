@@ -25,6 +25,7 @@ from bus.errors import BusError, Fault
 from bus.manifest_form import MAX_FAULTS, at_most, json_path, schema_faults
 from bus.model import Capability, Degradation, Manifest, Permission, Phase, Service
 from runners.base import JsonError, Workers, parse_json
+from runners.programs import resolve
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -59,6 +60,9 @@ _OF_WORKERS: Mapping[str, Callable[[Any], Any]] = {
     "max_mb": int,
     "start_timeout_s": float,
 }
+_OF_KERNEL = ("/proc", "/sys")
+"""What these name is another thing to each process that looks, so that nobody can say what a right to it gives."""
+
 _SAID_AT_ONCE = 3
 _SHOWN = 120
 _SHOWN_ALLOWED = 400
@@ -142,6 +146,7 @@ class _Reading:
         self.form = form
         self.document: Mapping[str, Any] = form.document
         self.faults = list(form.faults)
+        self._links: list[tuple[list[str | int], str, str]] = []
         self._default_timeout_s = default_timeout_s
         self._runners = runners
         self._phases = tuple(dict.fromkeys(map(Phase, self.document.get("phases", DEFAULT_PHASES))))
@@ -151,6 +156,8 @@ class _Reading:
         document = self.document
         policy = document.get("policy", {})
         self._check_name()
+        capabilities = self._run() if self.form.shape == "A" else self._capabilities()
+        self._check_links(capabilities)
         return Manifest(
             name=self.name,
             version=document.get("version", ""),
@@ -159,7 +166,7 @@ class _Reading:
             manifest_hash=manifest_hash,
             phases=self._phases,
             permissions=self._permissions(),
-            capabilities=self._run() if self.form.shape == "A" else self._capabilities(),
+            capabilities=capabilities,
             description=document.get("description", ""),
             status=document.get("status", "active"),
             op_policy=self._op_policy(),
@@ -200,16 +207,13 @@ class _Reading:
         return Service(tuple(http["command"]), **given)
 
     def _not_kept(self) -> Iterator[str]:
-        """What the manifest asks for and this version does not do, so that nobody relies on it."""
-        if self.document.get("secrets"):
-            yield "$.secrets is not passed on by this version"
+        """What the manifest asks for and cannot have, so that nobody relies on it."""
+        if "command" in self._entrypoint("http"):
+            return
         for name, given in self._given_capabilities().items():
-            for right, value in given.get("rights", {}).items():
-                if value is not True:  # network: true is what every capability has
-                    path = json_path("capabilities", name, "rights", right)
-                    yield f"{path} is not yet held by the kernel in this version"
-        if self.document.get("policy", {}).get("requires_auth"):
-            yield "$.policy.requires_auth: this version knows no callers, so it refuses every call"
+            if given.get("runner") == "http" and given.get("rights"):
+                path = json_path("capabilities", name, "rights")
+                yield f"{path} cannot be held: the service is not a process of the bus"
 
     def _given_capabilities(self) -> Mapping[str, Mapping[str, Any]]:
         """The capabilities as they stand in shapes B and native; those of shape A are permissions."""
@@ -360,11 +364,40 @@ class _Reading:
         return schema
 
     def _paths(self, rights: Mapping[str, Any], at: tuple[str, ...], key: str) -> tuple[str, ...]:
-        texts: list[str] = rights.get(key, [])
-        for index, text in enumerate(texts):
-            if text.startswith("~"):
-                self._fault([*at, "rights", key, index], repr(text), "a path without ~, absolute or from the folder on")
-        return tuple(os.path.normpath(self.folder / text) for text in texts)
+        """Absolute, and without links: who reads the manifest is to see where they lead."""
+        return tuple(self._path(text, [*at, "rights", key, index]) for index, text in enumerate(rights.get(key, ())))
+
+    def _path(self, text: str, at: list[str | int]) -> str:
+        if text.startswith("~"):
+            self._fault(at, repr(text), "a path without ~, absolute or from the folder on")
+        plain = os.path.normpath(self.folder / text)
+        try:
+            real = plain if _is_of_kernel(plain) else os.path.realpath(plain)
+        except OSError as error:  # a link on the way that this user may not read
+            self._fault(at, f"{text!r} ({error.strerror})", "a path that the bus can follow")
+            return plain
+        if _is_of_kernel(real):
+            self._fault(at, repr(text), f"a path outside {' and '.join(_OF_KERNEL)}")
+        elif real != plain and not (text.startswith("/") or _is_within(real, str(self.folder))):
+            self._fault(at, f"{text!r}, a link to {shown(real)!r}", "the path that it leads to")
+        elif real != plain:
+            self._links.append((at, text, plain))
+        return real
+
+    def _check_links(self, capabilities: Mapping[str, Capability]) -> None:
+        """No right goes by a link below what the overlay may write to: it could lead the next reading anywhere."""
+        own = {Path(path) for offered in capabilities.values() for path in offered.write_paths}
+        for at, text, plain in self._links:
+            if resolve(Path(plain), own) is None:
+                self._fault(at, f"{text!r}, by a link that the overlay may change", "a path without it")
+
+
+def _is_within(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder + os.sep)
+
+
+def _is_of_kernel(path: str) -> bool:
+    return any(_is_within(path, place) for place in _OF_KERNEL)
 
 
 def _known_members(given: Mapping[str, Any], *names: str) -> dict[str, Any]:

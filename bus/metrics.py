@@ -106,12 +106,12 @@ def _histogram(name: str, text: str, kept: dict[str, _Times]) -> HistogramMetric
 
 
 class _BusState:
-    """The gauges, a collector as well."""
+    """What the bus knows itself, a collector as well."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         scheduler, ledger = self._bus.scheduler, self._bus.ledger
         for name, text, value in (
             ("aal_running", "Calls that run now.", scheduler.running),
@@ -121,3 +121,11 @@ class _BusState:
             ("aal_ledger_healthy", "1 where the ledger can be written.", float(ledger.healthy)),
         ):
             yield GaugeMetricFamily(name, text, value=value)
+        refused = CounterMetricFamily(
+            "aal_refused_requests",
+            "Requests refused from nobody known, and calls that came too soon again.",
+            labels=["code"],
+        )
+        for code, count in list(self._bus.refused_before_auth.items()):
+            refused.add_metric([code], count)
+        yield refused

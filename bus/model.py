@@ -84,7 +84,8 @@ class Manifest:
 
     `folder` is resolved. `manifest_hash` is the SHA-256 of the file's bytes. `op_policy` maps an `op` of the payload to
     the permissions it needs; None where the manifest has none. `service` is set where the bus starts the HTTP service:
-    then the `url` of a capability is the path alone, from its `/` on. `warnings` are for people.
+    then the `url` of a capability is the path alone, from its `/` on. `warnings` are for people. `own_paths` are the
+    `write_paths` of all capabilities.
     """
 
     name: str
@@ -110,6 +111,15 @@ class Manifest:
     service: Service | None = None
     resources: Mapping[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    own_paths: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        written = dict.fromkeys(path for offered in self.capabilities.values() for path in offered.write_paths)
+        object.__setattr__(self, "own_paths", tuple(written))  # once, not in each call
+
+    @property
+    def prefers_gpu(self) -> bool:
+        return self.resources.get("prefers_gpu") is True
 
 
 class Told(NamedTuple):

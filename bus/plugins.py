@@ -9,15 +9,18 @@ from __future__ import annotations
 import inspect
 import logging
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 from bus import hookspecs, stress
+from bus.canonical import shown
 from bus.errors import DeniedError
 from bus.hookspecs import hookimpl
 from bus.metrics import Metrics
 from runners import python_command
+from runners.confinement import Confinement
 from runners.helpers import Helpers
 from runners.http import HttpRunner
 from runners.logs import OverlayLogs
@@ -25,8 +28,7 @@ from runners.process import ProcessRunner
 from runners.services import Services
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-    from pathlib import Path
+    from collections.abc import Callable, Iterable, Iterator
 
     from pluggy import HookImpl
     from starlette.routing import BaseRoute
@@ -45,29 +47,36 @@ _KEPT_BACK = frozenset({"payload", "result"})
 class BuiltIn:
     """What every bus has: the two runners, the two sources of stress, and a look at what a manifest asks of them."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, confinement: Confinement, redact: Callable[[bytes], bytes]) -> None:
         self._settings = settings
+        self._confinement = confinement
+        self._redact = redact
 
     @hookimpl
     def aal_register_runners(self, register: RegisterRunner) -> None:
         settings = self._settings
-        logs = OverlayLogs(settings.overlay_logs)
+        logs = OverlayLogs(settings.overlay_logs, redact=self._redact)
         idle_s = settings.helper_idle_s
-        helpers, service_helpers = Helpers(idle_s=idle_s), Helpers(idle_s=idle_s)  # each runner closes its own
+        helpers = Helpers(idle_s=idle_s, confinement=self._confinement)
+        service_helpers = Helpers(idle_s=idle_s, confinement=self._confinement)  # each runner closes its own
         register(ProcessRunner(helpers, logs, kill_grace_s=settings.kill_grace_s, idle_s=idle_s))
         services = Services(service_helpers, logs, kill_grace_s=settings.kill_grace_s, drain_s=settings.drain_s)
-        register(HttpRunner(services))
+        register(HttpRunner(services, targets=frozenset(settings.listed("targets"))))
 
     @hookimpl
     def aal_check_overlay(self, manifest: Manifest) -> Iterable[str]:
-        """A command that a fork cannot run: the mode was asked for, so that it is not quietly another."""
-        if manifest.mode != "fork":
+        """What the manifest asks for and is not to have."""
+        return [*self._ours(manifest), *_not_forked(manifest)]
+
+    def _ours(self, manifest: Manifest) -> Iterator[str]:
+        """Rights to what the bus keeps for itself, but for the overlay's own state and folder."""
+        asked = _paths_asked_for(manifest)
+        if not asked:
             return
-        commands = dict.fromkeys(offered.argv for offered in manifest.capabilities.values() if offered.argv)
-        for argv in commands:
-            if python_command.split(argv) is None:
-                said = shlex.join(argv)
-                yield f"mode fork with {said!r}, which cannot be forked; python3 path.py or python3 -m module can"
+        kept = self._confinement.kept_from((self._settings.state_of(manifest.name), manifest.folder))
+        for name, path in asked:
+            if kept.is_reached_by(Path(path)):
+                yield f"a right of {name} to {shown(path)}, where the bus keeps what is its own"
 
     @hookimpl
     def aal_stress_sources(self, register: RegisterStressSource) -> None:
@@ -75,13 +84,51 @@ class BuiltIn:
         register("pressure", stress.pressure_stress)
 
 
-class Plugins:
-    """The hooks, each as a method with the semantics that `hookspecs.py` gives it."""
+def confinement_of(settings: Settings) -> Confinement:
+    """How the processes of this bus are held to their rights."""
+    return Confinement(
+        mode=settings.sandbox,
+        scratch_root=settings.scratch,
+        scratch_mb=settings.scratch_mb,
+        max_processes=settings.max_processes,
+        kept=_kept_by(settings),
+    )
 
-    def __init__(self, settings: Settings, extra: Iterable[object] = ()) -> None:
+
+def _kept_by(settings: Settings) -> tuple[Path, ...]:
+    """What the bus has for itself: tokens, secrets, the ledger, state and code of the overlays, its own settings."""
+    return (settings.state, settings.logs, settings.overlays, settings.file)
+
+
+def _paths_asked_for(manifest: Manifest) -> list[tuple[str, str]]:
+    """Those of the rights of each capability, with its name."""
+    capabilities = manifest.capabilities.values()
+    return list(dict.fromkeys((one.name, path) for one in capabilities for path in (*one.read_paths, *one.write_paths)))
+
+
+def _not_forked(manifest: Manifest) -> Iterator[str]:
+    """A command that a fork cannot run: the mode was asked for, so that it is not quietly another."""
+    if manifest.mode != "fork":
+        return
+    for argv in dict.fromkeys(offered.argv for offered in manifest.capabilities.values() if offered.argv):
+        if python_command.split(argv) is None:
+            said = shlex.join(argv)
+            yield f"mode fork with {said!r}, which cannot be forked; python3 path.py or python3 -m module can"
+
+
+class Plugins:
+    """The hooks, each as a method with the semantics that `hookspecs.py` gives it.
+
+    `redact` takes out of a log what nobody is to read there.
+    """
+
+    def __init__(
+        self, settings: Settings, extra: Iterable[object] = (), *, redact: Callable[[bytes], bytes] = bytes
+    ) -> None:
+        self.confinement = confinement_of(settings)
         self.manager = pluggy.PluginManager(hookspecs.PROJECT)
         self.manager.add_hookspecs(hookspecs)
-        for plugin in (BuiltIn(settings), Metrics(), *extra):
+        for plugin in (BuiltIn(settings, self.confinement, redact), Metrics(), *extra):
             self.manager.register(plugin)
         self.manager.load_setuptools_entrypoints(hookspecs.PROJECT)
         self.manager.check_pending()

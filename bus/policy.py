@@ -38,16 +38,12 @@ PHASES: Mapping[Phase, PhaseRule] = MappingProxyType(
 )
 
 
-def authorize(
-    manifest: Manifest, capability: Capability, phase: Phase, payload: Mapping[str, Any], caller: str | None = None
-) -> Rights:
+def authorize(manifest: Manifest, capability: Capability, phase: Phase, payload: Mapping[str, Any]) -> Rights:
     """The rights of one call. Raises `DeniedError`, whose detail names the permission or phase that is missing.
 
     The permission is judged before the phase: an overlay that could never be called in ASCEND should say why.
     """
     rule = PHASES[phase]
-    if manifest.requires_auth and caller is None:
-        raise DeniedError("ERR_CALLER_UNKNOWN", f"{manifest.name} takes calls from known callers only")
     _require(manifest, [rule.needs], f"phase {phase}")
     if phase not in capability.phases:
         served = ", ".join(capability.phases) or "none"
@@ -56,13 +52,44 @@ def authorize(
         )
     if manifest.op_policy is not None and "op" in payload:
         _authorize_op(manifest, manifest.op_policy, payload["op"])
+    return _rights(rule, manifest, capability)
+
+
+def service_rights(manifest: Manifest) -> Rights:
+    """What the one process needs that answers all calls of an overlay: the union over its capabilities and phases."""
+    given = [
+        _rights(PHASES[phase], manifest, capability)
+        for capability in manifest.capabilities.values()
+        for phase in capability.phases
+        if PHASES[phase].needs in manifest.permissions
+    ]
+    ports = {port for rights in given if isinstance(rights.network, tuple) for port in rights.network}
+    return Rights(
+        write=any(rights.write for rights in given),
+        network=any(rights.network is True for rights in given) or tuple(sorted(ports)) or False,
+        exec=any(rights.exec for rights in given),
+        read_paths=_union(rights.read_paths for rights in given),
+        write_paths=_union(rights.write_paths for rights in given),
+        gpu=manifest.prefers_gpu,
+        own_paths=manifest.own_paths,
+    )
+
+
+def _rights(rule: PhaseRule, manifest: Manifest, capability: Capability) -> Rights:
+    """What the phase gives, narrowed by what the manifest asks for."""
     return Rights(
         write=rule.write,
-        network=rule.network and capability.network is not False,
+        network=capability.network if rule.network else False,
         exec=rule.exec,
         read_paths=capability.read_paths,
         write_paths=capability.write_paths if rule.write else (),
+        gpu=manifest.prefers_gpu,
+        own_paths=manifest.own_paths,
     )
+
+
+def _union(paths: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(path for some in paths for path in some))
 
 
 def replay_needs_consent(manifest: Manifest, phase: Phase) -> bool:

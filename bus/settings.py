@@ -10,12 +10,15 @@ import dataclasses
 import difflib
 import ipaddress
 import os
+import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 from bus.errors import Fault, SettingError
+from bus.model import Phase
+from runners.base import SandboxMode  # noqa: TC001  # its members are read at run time
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 PREFIX = "AAL_"
 FILE = "aal.toml"
 _NAME_MAX = 255
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def _setting(default: Any, help: str, check: Callable[[Any], bool] = lambda _: True, allowed: str = "") -> Any:  # noqa: A002, ANN401
@@ -33,11 +37,36 @@ def _number(default: float, help: str, low: float, high: float) -> Any:  # noqa:
     return _setting(default, help, lambda value: low <= value <= high, f"{low} to {high}")
 
 
+def _list(help: str, member: str, allowed: str) -> Any:  # noqa: A002, ANN401
+    """A text of members separated by commas, each of which the pattern `member` matches; none by default."""
+    pattern = re.compile(member)
+    return _setting("", help, lambda value: all(map(pattern.fullmatch, _members(value))), allowed)
+
+
+def _members(value: str) -> tuple[str, ...]:
+    return tuple(member.strip() for member in value.split(",") if member.strip())
+
+
+_HOST = r"[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\]"
+
+
+@dataclass(frozen=True, slots=True)
+class DeclaredSecret:
+    """A secret of `aal.toml`: the environment variable that holds its value, and the overlays that may have it."""
+
+    name: str
+    env: str
+    overlays: tuple[str, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Every setting, checked. Paths are absolute once `load` has made them."""
+    """Every setting, checked. Paths are absolute once `load` has made them.
 
-    host: str = _setting("127.0.0.1", "address to listen on; loopback only until callers have tokens")
+    No settings are `file`, where `aal.toml` is or would be, and `secrets`, which come from it alone.
+    """
+
+    host: str = _setting("127.0.0.1", "address to listen on; another than loopback once there is a token")
     port: int = _number(8000, "port to listen on; 0 takes a free one", 0, 65535)
     overlays: Path = _setting(Path("overlays"), "folder of the overlays")
     logs: Path = _setting(Path("logs"), "folder of the ledger")
@@ -63,7 +92,34 @@ class Settings:
     dev_log_payload: bool = _setting(
         False, "store payloads and results in the ledger, which replay needs; read per call"
     )
+    sandbox: SandboxMode = _setting(
+        "best-effort", "a call that the kernel cannot hold to its rights: refuse it, run it and say so, hold nothing"
+    )
+    trusted: str = _list(
+        "overlays whose services get CLEAR and SEAL calls though AAL_SANDBOX=enforce, separated by commas",
+        r"[a-z0-9][a-z0-9_-]*",
+        "names of overlays",
+    )
+    scratch_mb: int = _number(256, "what a call may write to its scratch folder, in MiB", 1, 1_048_576)
+    max_processes: int = _number(256, "processes and threads that a call may have at once", 1, 4_194_304)
+    local_phases: str = _list(
+        "phases of calls without a token, as long as there is none, separated by commas; all where empty",
+        "|".join(Phase),
+        "names of phases",
+    )
+    hosts: str = _list("further names that clients may call the server by, separated by commas", _HOST, "host names")
+    origins: str = _list(
+        "web origins whose pages may call, separated by commas", rf"https?://({_HOST})(:\d+)?", "as https://example.org"
+    )
+    targets: str = _list(
+        "hosts that http capabilities may be on, separated by commas; any where empty",
+        rf"({_HOST})(:\d+)?",
+        "host names, each with or without a port",
+    )
+    client_timeout_s: float = _number(30.0, "seconds that a client may take to send its request", 0.1, 3600)
     log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "what the server's own log shows")
+    secrets: tuple[DeclaredSecret, ...] = ()
+    file: Path = Path(FILE)
 
     @property
     def ledger(self) -> Path:
@@ -82,9 +138,18 @@ class Settings:
     def max_output_bytes(self) -> int:
         return int(self.max_output_mb * 2**20)
 
+    def state_of(self, overlay: str) -> Path:
+        """The folder that an overlay keeps for itself."""
+        return self.state / "state" / overlay
+
     @property
-    def pass_env_names(self) -> tuple[str, ...]:
-        return tuple(name.strip() for name in self.pass_env.split(",") if name.strip())
+    def scratch(self) -> Path:
+        """The folder of the scratch folders of calls."""
+        return self.state / "scratch"
+
+    def listed(self, name: str) -> tuple[str, ...]:
+        """The members of a setting that is a list separated by commas, as `hosts`."""
+        return _members(getattr(self, name))
 
     @property
     def is_loopback(self) -> bool:
@@ -109,14 +174,14 @@ class Row:
     source: str = "default"
 
 
+_TABLE = {f.name: f for f in dataclasses.fields(Settings) if f.metadata}
 _TYPES = get_type_hints(Settings)
 
 
 def table() -> list[Row]:
     """Every setting with its default, in the order of the README's table."""
     return [
-        Row(f.name, PREFIX + f.name.upper(), f.default, f.metadata["help"], _allowed(f.name))
-        for f in dataclasses.fields(Settings)
+        Row(f.name, PREFIX + f.name.upper(), f.default, f.metadata["help"], _allowed(f.name)) for f in _TABLE.values()
     ]
 
 
@@ -138,8 +203,10 @@ def explain(
     folder = (folder or Path.cwd()).absolute()
     faults: list[Fault] = []
     chosen: dict[str, tuple[Any, str]] = {}
+    file = _document(folder / FILE, faults)
+    secrets = _secrets(file.pop("secrets", {}), faults)
     for source, given in (
-        (FILE, _from_file(folder / FILE, faults)),
+        (FILE, {name: value for name, value in file.items() if _is_known(name, name, FILE, faults)}),
         ("environment", _from_env(os.environ if env is None else env, faults)),
         ("command line", {k: v for k, v in (overrides or {}).items() if v is not None}),
     ):
@@ -152,7 +219,7 @@ def explain(
     values = {name: value for name, (value, _) in chosen.items()}
     for name in ("overlays", "logs", "state"):
         values[name] = folder / values.get(name, _default(name))
-    settings = Settings(**values)
+    settings = Settings(**values, secrets=secrets, file=folder / FILE)
     rows = [
         dataclasses.replace(row, value=getattr(settings, row.name), source=chosen.get(row.name, ("", "default"))[1])
         for row in table()
@@ -171,10 +238,10 @@ _FALSE = frozenset({"0", "false", "no", "off", ""})
 
 
 def _default(name: str) -> Any:  # noqa: ANN401
-    return next(f.default for f in dataclasses.fields(Settings) if f.name == name)
+    return _TABLE[name].default
 
 
-def _from_file(path: Path, faults: list[Fault]) -> dict[str, Any]:
+def _document(path: Path, faults: list[Fault]) -> dict[str, Any]:
     try:
         document = tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError:
@@ -186,7 +253,32 @@ def _from_file(path: Path, faults: list[Fault]) -> dict[str, Any]:
     ) as error:  # ValueError: no UTF-8, no TOML, or a number too long to read
         faults.append(Fault(path.name, str(error), "a readable TOML file"))
         return {}
-    return {name: value for name, value in document.items() if _is_known(name, name, path.name, faults)}
+    return document
+
+
+def _secrets(given: Any, faults: list[Fault]) -> tuple[DeclaredSecret, ...]:  # noqa: ANN401
+    """Those of the table `[secrets]`, each `NAME = {env = "VARIABLE", overlays = ["name", ...]}`."""
+    found = []
+    for name, secret in given.items() if isinstance(given, dict) else [("", given)]:
+        if _is_secret(name, secret):
+            found.append(DeclaredSecret(name, secret["env"], tuple(secret["overlays"])))
+        else:
+            allowed = 'NAME = {env = "VARIABLE", overlays = ["name", ...]}'
+            faults.append(
+                Fault(f"{FILE}: secrets{name and '.' + name}", "something else", allowed)
+            )  # it may be a value
+    return tuple(found)
+
+
+def _is_secret(name: str, secret: Any) -> bool:  # noqa: ANN401
+    return (
+        _VARIABLE.fullmatch(name) is not None
+        and isinstance(secret, dict)
+        and secret.keys() == {"env", "overlays"}
+        and isinstance(secret["env"], str)
+        and isinstance(secret["overlays"], list)
+        and all(isinstance(overlay, str) for overlay in secret["overlays"])
+    )
 
 
 def _from_env(env: Mapping[str, str], faults: list[Fault]) -> dict[str, Any]:
@@ -199,9 +291,9 @@ def _from_env(env: Mapping[str, str], faults: list[Fault]) -> dict[str, Any]:
 
 
 def _is_known(name: str, spelled: str, source: str, faults: list[Fault]) -> bool:
-    if name in _TYPES:
+    if name in _TABLE:
         return True
-    near = difflib.get_close_matches(name, _TYPES, n=1)
+    near = difflib.get_close_matches(name, _TABLE, n=1)
     prefix = PREFIX if spelled.startswith(PREFIX) else ""
     known = f"{prefix}{near[0].upper() if prefix else near[0]}" if near else "the names that aal config shows"
     faults.append(Fault(f"{source}: {spelled}", "an unknown setting", known))
@@ -210,7 +302,7 @@ def _is_known(name: str, spelled: str, source: str, faults: list[Fault]) -> bool
 
 def _read(name: str, raw: Any, source: str, faults: list[Fault]) -> Any:  # noqa: ANN401
     """The typed value, or None after a fault was added."""
-    field = next(f for f in dataclasses.fields(Settings) if f.name == name)
+    field = _TABLE[name]
     try:
         value = _convert(raw, _TYPES[name])
     except (ValueError, TypeError, OverflowError, RuntimeError):  # RuntimeError: ~ of a user that is not there
@@ -232,8 +324,7 @@ def _allowed(name: str) -> str:
     """What a setting may be, for people."""
     if choices := get_args(_TYPES[name]):
         return "one of " + ", ".join(choices)
-    field = next(f for f in dataclasses.fields(Settings) if f.name == name)
-    return field.metadata["allowed"] or {bool: "true or false", Path: "a path"}.get(_TYPES[name], "a text")
+    return _TABLE[name].metadata["allowed"] or {bool: "true or false", Path: "a path"}.get(_TYPES[name], "a text")
 
 
 def _convert(raw: Any, kind: type) -> Any:  # noqa: ANN401

@@ -101,16 +101,17 @@ def add_process_overlays(root: Path) -> None:
     state = root.parent / ".aal"
     state.mkdir()
     (state / "overlays.json").write_text(json.dumps({"disabled": ["off"]}))
+    members: dict[str, Any] = {"phases": ["OPEN", "ASCEND"], "capabilities": ["analysis", "exec"]}
     add_overlay(root, "missing", "./nowhere")
     add_overlay(root, "not_executable", "./data.txt", files={"data.txt": "just text"})
     add_overlay(root, "missing_script", "python3 run.py")
-    shebang = add_overlay(root, "bad_shebang", "./run", files={"run": "#!/nowhere/interpreter\n"})
+    shebang = add_overlay(root, "bad_shebang", "./run", files={"run": "#!/nowhere/interpreter\n"}, **members)
     (shebang / "run").chmod(0o755)
     add_native(root, "strict", {"run": {"runner": "proc", "input_schema": {"required": ["text"]}}})
     write_overlay(root, "broken", {"name": "broken"})
     for program in (*PROGRAMS.glob("*.sh"), PROGRAMS / "grandchild.py"):
         if program.stem != "echo":
-            shutil.copy(program, add_overlay(root, program.stem, f"./{program.name}"))
+            shutil.copy(program, add_overlay(root, program.stem, f"./{program.name}", **members))
 
 
 def add_http_overlays(root: Path, url: str, deaf: str) -> None:
@@ -257,7 +258,7 @@ PROGRAM_FAULTS = {
 
 @pytest.mark.parametrize(("name", "status", "code", "said"), [(name, *told) for name, told in PROGRAM_FAULTS.items()])
 def test_a_program_that_goes_wrong(server: Server, name: str, status: int, code: str, said: str) -> None:
-    told = assert_told(server, server.invoke(name), status, code)
+    told = assert_told(server, server.invoke(name, phase="ASCEND"), status, code)  # some run other programs
     assert said in told["error"]
 
 

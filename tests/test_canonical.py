@@ -13,7 +13,7 @@ import rfc8785
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bus.canonical import CanonicalError, canonical, figure, sha256_hex
+from bus.canonical import CanonicalError, canonical, canonical_to_read, figure, sha256_hex
 
 _text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 _key = st.one_of(_text, st.text(st.sampled_from('a\ue000\uffff\U00010000\U0010ffff"\\\n'), max_size=3))
@@ -188,3 +188,13 @@ def test_a_figure_has_at_most_three_decimals_and_is_whole_where_it_can_be(x: flo
 
 def test_the_hash_is_sha256_in_lower_case_hex() -> None:
     assert sha256_hex(b"abc") == hashlib.sha256(b"abc").hexdigest()
+
+
+def test_what_is_read_again_has_no_float_that_would_be_read_as_an_integer_too_large() -> None:
+    assert canonical_to_read({"a": [1e21, -(2**53) + 1.0, "1" * 20, 0.1]}) == canonical(
+        {"a": [1e21, -(2**53) + 1, "1" * 20, 0.1]}
+    )
+    for beyond in (2.0**53, -1e17, 1.816325676831737e16, 9.9e20):
+        with pytest.raises(CanonicalError, match=r"2\^53") as caught:
+            canonical_to_read({"a": {"b/c": [0, beyond]}})
+        assert caught.value.pointer == "/a/b~1c/1"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import shutil
 import sys
@@ -12,10 +13,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from bus import provenance
+from bus.callers import Caller
 from bus.dispatch import Bus
 from bus.errors import DeniedError, SettingError
 from bus.hookspecs import hookimpl
-from runners.base import LARGE_BYTES, Outcome
+from bus.model import Phase
+from runners.base import LARGE_BYTES, Outcome, Sandbox
+from runners.kernel import Kernel
 from tests.programs import running
 from tests.support import (
     FixedStress,
@@ -33,7 +37,7 @@ from tests.support import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
     from bus.course import Answer
@@ -639,7 +643,9 @@ async def test_an_overlay_sees_an_allow_list_of_the_environment(
     async with running_bus(replace(settings, pass_env="PASSED, AAL_STOLEN")) as bus:
         seen = (await bus.invoke(a_call("env"))).body["result"]
     allowed = {"HOME", "LANG", "LC_ALL", "LC_CTYPE", "LOGNAME", "PATH", "TMPDIR", "TZ", "USER"}
-    assert set(seen["env"]) - allowed == {"PASSED", "ASKED_FOR", "PYTHONHASHSEED", "OVERLAY_STATE", "OVERLAY_CALL"}
+    given = {"OVERLAY_STATE", "OVERLAY_SCRATCH", "OVERLAY_CALL"}
+    assert set(seen["env"]) - allowed == {"PASSED", "ASKED_FOR", "PYTHONHASHSEED"} | given
+    assert seen["env"]["TMPDIR"] == seen["env"]["OVERLAY_SCRATCH"]
     assert seen["env"]["PYTHONHASHSEED"] == "0"
     assert seen["env"]["OVERLAY_STATE"] == str(settings.state / "state" / "env")
     assert seen["state"] is True
@@ -690,3 +696,92 @@ async def test_an_overlay_without_a_name_for_its_capability_is_called_by_either_
         answers = [await bus.invoke(a_call("psi", capability)) for capability in (None, "ping", "psi.ping")]
     assert {answer.body["capability"] for answer in answers} == {"ping"}
     assert all(answer.ok for answer in answers)
+
+
+# --- What the kernel cannot hold ---------------------------------------------------------------------------------
+
+CAN_HOLD_ALL = Kernel(7, None, None)
+NO_LANDLOCK = Kernel(0, "this kernel has no Landlock", None)
+
+
+@contextlib.asynccontextmanager
+async def an_enforcing_bus(settings: Settings, kernel: Kernel, **changes: Any) -> AsyncIterator[Bus]:
+    """It refuses what this kernel could not hold; its runner starts no process."""
+    async with running_bus(replace(settings, sandbox="enforce", **changes), InProcessRunner()) as bus:
+        bus.confinement = replace(bus.confinement, kernel=kernel)
+        yield bus
+
+
+async def test_under_enforce_a_call_that_the_kernel_cannot_hold_is_refused_with_the_reason(settings: Settings) -> None:
+    add_overlay(settings.overlays, "echo")
+    async with an_enforcing_bus(settings, NO_LANDLOCK) as bus:
+        refused = await bus.invoke(a_call("echo"))
+    assert (refused.http_status, refused.body["code"]) == (503, "ERR_SANDBOX")
+    assert "no Landlock" in refused.body["detail"]
+    assert [(line["type"], line["code"], line["sandbox"]) for line in calls(settings)] == [
+        ("denied", "ERR_SANDBOX", None)
+    ]
+    async with an_enforcing_bus(settings, CAN_HOLD_ALL) as bus:
+        assert (await bus.invoke(a_call("echo"))).ok
+
+
+async def test_under_enforce_a_folder_with_links_that_lead_out_is_refused(settings: Settings) -> None:
+    folder = add_overlay(settings.overlays, "echo")
+    (folder / "inside").symlink_to("manifest.json")
+    async with an_enforcing_bus(settings, CAN_HOLD_ALL) as bus:
+        assert (await bus.invoke(a_call("echo"))).ok
+        (folder / "outside").symlink_to("/etc/hosts")
+        refused = await bus.invoke(a_call("echo"))
+    assert refused.body["code"] == "ERR_SANDBOX"
+    assert "outside -> /etc/hosts" in refused.body["detail"]
+
+
+async def test_under_enforce_what_is_one_process_for_all_phases_gets_no_call_that_must_be_held(
+    settings: Settings,
+) -> None:
+    entrypoints = {"http": {"base_url": "http://127.0.0.1:9"}}
+    capabilities = {"run": {"runner": "http"}}
+    for name in ("far", "trusted"):
+        add_native(settings.overlays, name, capabilities, entrypoints=entrypoints)
+    async with an_enforcing_bus(settings, CAN_HOLD_ALL, trusted="trusted, other") as bus:
+        codes = {
+            (name, phase): (await bus.invoke(a_call(name, phase=phase))).body["code"]
+            for name in ("far", "trusted")
+            for phase in ("OPEN", "CLEAR", "SEAL")
+        }
+    assert {where for where, code in codes.items() if code == "ERR_SANDBOX"} == {("far", "CLEAR"), ("far", "SEAL")}
+
+
+async def test_the_record_says_what_held_the_process_that_ran_the_call(settings: Settings) -> None:
+    add_overlay(settings.overlays, "echo")
+    held = Sandbox("pool", ("read", "write"), ("network: nothing",))
+    runner = InProcessRunner(lambda job: Outcome(result=1, sandbox=held if job.phase == "OPEN" else None))
+    async with running_bus(replace(settings, sandbox="best-effort"), runner) as bus:
+        answers = [await bus.invoke(a_call("echo", phase=phase)) for phase in ("OPEN", "CLEAR", "ASCEND")]
+    ours = {"mode": "best-effort", "scope": "pool", "enforced": ["read", "write"], "missing": ["network: nothing"]}
+    nothing = {"mode": "best-effort", "scope": "none", "enforced": [], "missing": []}
+    assert [answer.body["sandbox"] for answer in answers] == [ours, nothing, None]
+    assert [line["sandbox"] for line in calls(settings)] == [ours, nothing, None]
+
+
+# --- Who calls ---------------------------------------------------------------------------------------------------
+
+
+async def test_a_caller_gets_what_its_token_has_and_the_line_names_it(settings: Settings) -> None:
+    for name in ("echo", "other"):
+        add_overlay(settings.overlays, name)
+    caller = Caller("ci", ("ech*",), (Phase.OPEN,), ("invoke",))
+    async with running_bus(settings, InProcessRunner()) as bus:
+        asked = [("echo", "OPEN"), ("echo", "CLEAR"), ("other", "OPEN"), ("unknown", "OPEN")]
+        answers = [await bus.invoke(a_call(name, phase=phase)._replace(caller="ci"), caller) for name, phase in asked]
+    assert [answer.body["code"] for answer in answers] == ["OK", *["ERR_FORBIDDEN"] * 3]
+    assert "the phase CLEAR" in answers[1].body["detail"]
+    assert [(line["caller"], line["type"]) for line in calls(settings)] == [("ci", "invoke"), *[("ci", "denied")] * 3]
+
+
+async def test_an_overlay_that_asks_who_calls_is_for_tokens_and_the_operator(settings: Settings) -> None:
+    add_native(settings.overlays, "shy", {"run": {"runner": "proc"}}, policy={"requires_auth": True})
+    unnamed, named = (Caller(name, ("*",), tuple(Phase), ("invoke",)) for name in (None, "ci"))
+    async with running_bus(settings, InProcessRunner()) as bus:
+        answers = [await bus.invoke(a_call("shy"), caller) for caller in (unnamed, named, None)]
+    assert [answer.body["code"] for answer in answers] == ["ERR_CALLER_UNKNOWN", "OK", "OK"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from runners.base import Workers
 from tests.support import REPO
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 FOUR_PHASES = (Phase.OPEN, Phase.ALIGN, Phase.CLEAR, Phase.SEAL)
@@ -243,18 +245,78 @@ def test_an_unknown_top_level_key_is_a_warning_in_every_shape(tmp_path: Path) ->
         assert ["$.extra" in warning for warning in read(tmp_path, document).warnings] == [True]
 
 
-def test_what_this_version_does_not_keep_is_a_warning(tmp_path: Path) -> None:
-    rights = {"read": ["data"], "write": ["out"], "network": False}
-    capabilities = {"count": {"runner": "proc", "rights": rights}, "tool.x": {"runner": "proc"}}
-    document = native(secrets=["KEY"], capabilities=capabilities, policy={"requires_auth": True})
-    at = "$.capabilities.count.rights"
-    assert read(tmp_path, document).warnings == (
-        "$.secrets is not passed on by this version",
-        f"{at}.read is not yet held by the kernel in this version",
-        f"{at}.write is not yet held by the kernel in this version",
-        f"{at}.network is not yet held by the kernel in this version",
-        "$.policy.requires_auth: this version knows no callers, so it refuses every call",
+def test_rights_of_a_service_that_the_bus_does_not_start_are_a_warning(tmp_path: Path) -> None:
+    http = {"base_url": "http://127.0.0.1:9"}
+    capabilities = {"ask": {"runner": "http", "rights": {"network": False}}, "tell": {"runner": "http"}}
+    foreign = native(entrypoints={"http": http}, capabilities=capabilities)
+    assert read(tmp_path, foreign).warnings == (
+        "$.capabilities.ask.rights cannot be held: the service is not a process of the bus",
     )
+    own = native(entrypoints={"http": {"command": ["python3", "serve.py"]}}, capabilities=capabilities)
+    assert read(tmp_path, own).warnings == ()
+
+
+@pytest.mark.parametrize("right", ["read", "write"])
+def test_no_right_goes_by_a_link_that_a_call_may_have_laid(tmp_path: Path, right: str) -> None:
+    for name in ("tool", "own", "secret"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "own/x").symlink_to(tmp_path / "secret")
+    (tmp_path / "link").symlink_to(tmp_path / "secret")
+
+    def rights_to(path: Path) -> dict[str, Any]:
+        one = {"runner": "proc", "rights": {right: [str(path)]}}
+        return native(
+            capabilities={"one": one, "two": {"runner": "proc", "rights": {"write": [str(tmp_path / "own")]}}}
+        )
+
+    read(tmp_path, rights_to(tmp_path / "link"))
+    assert list(faults_of(tmp_path, rights_to(tmp_path / "own/x"))) == [f"$.capabilities.one.rights.{right}[0]"]
+
+
+def test_a_path_of_the_rights_is_where_it_leads_and_may_not_lead_out_of_the_folder_unseen(tmp_path: Path) -> None:
+    folder = tmp_path / "tool"
+    (folder / "data").mkdir(parents=True)
+    (folder / "inside").symlink_to("data")
+    (folder / "outside").symlink_to("/etc")
+    (tmp_path / "link").symlink_to("/etc")
+
+    def rights(*paths: str) -> dict[str, Any]:
+        return {"capabilities": {"count": {"runner": "proc", "rights": {"read": list(paths)}}}}
+
+    sound = read(tmp_path, native(**rights("inside", str(tmp_path / "link"))))
+    assert sound.capabilities["count"].read_paths == (f"{folder.resolve()}/data", "/etc")
+    faults = faults_of(tmp_path, native(**rights("data", "outside/passwd")))
+    assert list(faults) == ["$.capabilities.count.rights.read[1]"]
+    assert "a link to '/etc/passwd'" in faults["$.capabilities.count.rights.read[1]"]
+
+
+@pytest.mark.parametrize("path", ["/proc", "/proc/1/root/etc", "/sys/../proc/self", "/sys/kernel", "/dev/fd"])
+def test_no_right_is_to_what_the_kernel_shows_each_process_in_its_own_way(tmp_path: Path, path: str) -> None:
+    for right in ("read", "write"):
+        capabilities = {"count": {"runner": "proc", "rights": {right: [path]}}}
+        faults = faults_of(tmp_path, native(capabilities=capabilities))
+        assert list(faults) == [f"$.capabilities.count.rights.{right}[0]"]
+        assert "/proc and /sys" in faults[f"$.capabilities.count.rights.{right}[0]"]
+    beside = native(capabilities={"count": {"runner": "proc", "rights": {"read": ["/system", "/procs"]}}})
+    assert read(tmp_path, beside).capabilities["count"].read_paths == ("/system", "/procs")
+
+
+def test_a_path_of_the_rights_that_cannot_be_followed_is_a_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = tmp_path.resolve() / "link"
+    link.symlink_to("/etc")
+
+    def readlink(path: str, readlink: Callable[[str], str] = os.readlink) -> str:
+        if str(path) == str(link):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return readlink(path)
+
+    monkeypatch.setattr(os, "readlink", readlink)
+    capabilities = {"count": {"runner": "proc", "rights": {"read": [f"{link}/hosts"]}}}
+    faults = faults_of(tmp_path, native(capabilities=capabilities))
+    assert list(faults) == ["$.capabilities.count.rights.read[0]"]
+    assert "Permission denied" in faults["$.capabilities.count.rights.read[0]"]
 
 
 @pytest.mark.parametrize("mode", ["auto", "spawn", "fork", "worker"])
@@ -588,7 +650,6 @@ def test_a_manifest_with_faults_has_its_warnings_too(tmp_path: Path) -> None:
     with pytest.raises(ManifestError) as caught:
         manifests.read(put(tmp_path, native(version=1, extra=1)))
     assert "$.extra" in caught.value.warnings[0]
-    assert "$.secrets is not passed on by this version" in caught.value.warnings
 
 
 def test_warnings_have_an_end(tmp_path: Path) -> None:

@@ -85,6 +85,12 @@ def test_the_state_of_the_bus_is_read_at_the_scrape(client: TestClient) -> None:
     assert scrape(client)["aal_ledger_size", labels()] == 2
 
 
+def test_requests_refused_before_their_caller_was_known_are_counted(client: TestClient) -> None:
+    for _ in range(2):
+        assert client.get("/overlays", headers={"Host": "elsewhere.example"}).status_code == 403
+    assert scrape(client)["aal_refused_requests_total", labels(code="ERR_ORIGIN")] == 2
+
+
 def test_two_buses_count_apart(settings: Settings, client: TestClient) -> None:
     client.post("/invoke/echo", json={"phase": "OPEN", "data": {}})
     with TestClient(create_app(settings)) as other:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,6 +153,39 @@ def test_a_fork_that_was_asked_for_is_of_a_python_script(
     faults = Plugins(settings).check_overlay(manifest, folder)
     assert len(faults) == is_fault
     assert all("mode fork" in fault and command[0] in fault for fault in faults)
+
+
+@pytest.mark.parametrize(
+    ("path", "is_fault"),
+    [("/", True), (".aal", True), (".aal/tokens.json", True), (".aal/state/other", True), ("logs/overlays", True),
+     ("overlays", True), ("overlays/other/run.py", True), ("elsewhere", True), ("elsewhere/run.py", True),
+     ("aal.toml", True), ("overlays/one", False), ("overlays/one/data", False), ("data", False),
+     (".aal/state/one", False), (".aal/state/one/cache", False), ("logs-of-mine", False), ("/usr/share", False)],
+)  # fmt: skip
+def test_no_right_reaches_what_the_bus_keeps_for_itself(settings: Settings, path: str, is_fault: bool) -> None:
+    """`elsewhere` is the folder of an overlay that a link among the overlays leads to."""
+    home = settings.overlays.parent
+    settings = replace(settings, file=home / "aal.toml")
+    (settings.overlays / "linked").symlink_to(home / "elsewhere")
+    capabilities = {right: {"runner": "proc", "rights": {right: [str(home / path)]}} for right in ("read", "write")}
+    folder = add_native(settings.overlays, "one", capabilities)
+    faults = Plugins(settings).check_overlay(manifests.read(folder), folder)
+    assert [path.strip("/") in fault for fault in faults] == [True] * is_fault * 2
+
+
+def test_what_the_bus_keeps_for_itself_is_out_of_reach_for_every_process(settings: Settings) -> None:
+    kept = Plugins(settings).confinement.kept
+    assert {settings.state, settings.logs, settings.overlays, settings.file} == set(kept)
+
+
+def test_an_overlay_that_the_bus_works_in_has_no_right_to_what_the_bus_keeps_there(settings: Settings) -> None:
+    """Its folder is its own, but what is kept lies deeper."""
+    home = settings.overlays.parent
+    rights = {"read": [str(home / ".aal/secrets.json"), str(home / "data")]}
+    folder = add_native(settings.overlays, "one", {"run": {"runner": "proc", "rights": rights}})
+    manifest = replace(manifests.read(folder), folder=home.resolve())
+    (fault,) = Plugins(settings).check_overlay(manifest, folder)
+    assert ".aal" in fault
 
 
 async def test_a_plugin_that_fails_to_check_an_overlay_keeps_it_out(settings: Settings) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from bus.errors import DeniedError
 from bus.model import Permission, Phase
-from bus.policy import PHASES, authorize, replay_needs_consent
+from bus.policy import PHASES, authorize, replay_needs_consent, service_rights
 from runners.base import Rights
 from tests.support import a_capability, a_manifest
 
@@ -56,14 +58,6 @@ def test_a_capability_answers_only_in_its_own_phases(phase: Phase) -> None:
     with pytest.raises(DeniedError, match=f"does not serve phase {phase}; it serves ") as refusal:
         authorize(a_manifest(), capability, phase, {})
     assert refusal.value.code == "ERR_PHASE_DENIED"
-
-
-def test_an_overlay_that_asks_who_is_calling_refuses_whom_nobody_knows() -> None:
-    manifest = a_manifest(requires_auth=True)
-    with pytest.raises(DeniedError) as refused:
-        authorize(manifest, a_capability(), Phase.OPEN, {})
-    assert refused.value.code == "ERR_CALLER_UNKNOWN"
-    assert authorize(manifest, a_capability(), Phase.OPEN, {}, caller="ada").write
 
 
 def test_a_capability_without_phases_is_never_called() -> None:
@@ -117,7 +111,7 @@ def test_without_an_op_or_without_an_op_policy_the_phase_decides(
 @pytest.mark.parametrize("network", [True, False, (443,)])
 def test_a_capability_can_give_up_the_network_and_never_gain_it(phase: Phase, network: bool | tuple[int, ...]) -> None:
     rights = authorize(a_manifest(), a_capability(network=network), phase, {})
-    assert rights.network is (PHASES[phase].network and network is not False)
+    assert rights.network == (network if PHASES[phase].network else False)
 
 
 @pytest.mark.parametrize("phase", Phase)
@@ -126,6 +120,42 @@ def test_paths_to_write_are_given_only_where_the_phase_writes(phase: Phase) -> N
     rights = authorize(a_manifest(), capability, phase, {})
     assert rights.read_paths == ("/data",)
     assert rights.write_paths == (() if phase is Phase.CLEAR else ("/out",))
+
+
+@pytest.mark.parametrize("phase", Phase)
+def test_what_any_call_of_the_overlay_may_write_is_known_to_each(phase: Phase) -> None:
+    offered = [
+        a_capability(name="none"),
+        a_capability(name="one", write_paths=("/out", "/more")),
+        a_capability(name="two", write_paths=("/out",)),
+    ]
+    held = a_manifest(capabilities={one.name: one for one in offered})
+    for capability in offered:
+        assert authorize(held, capability, phase, {}).own_paths == ("/out", "/more")
+    assert service_rights(held).own_paths == ("/out", "/more")
+
+
+def test_a_service_has_the_rights_of_all_its_phases_and_capabilities() -> None:
+    closed = a_capability(name="closed", phases=(Phase.CLEAR, Phase.SEAL), read_paths=("/data",), network=False)
+    narrow = a_capability(name="narrow", phases=(Phase.OPEN,), network=(443,), write_paths=("/out",))
+    other = a_capability(name="other", phases=(Phase.ALIGN, Phase.ASCEND), network=(80, 443))  # no exec: no ASCEND
+    held = a_manifest(
+        permissions=frozenset({ANALYSIS}), capabilities={one.name: one for one in (closed, narrow, other)}
+    )
+    assert service_rights(held) == Rights(
+        write=True,
+        network=(80, 443),
+        exec=False,
+        read_paths=("/data",),
+        write_paths=("/out",),
+        own_paths=("/out",),
+    )
+    silent = replace(held, capabilities={"closed": replace(closed, phases=(Phase.CLEAR,))})
+    assert service_rights(silent) == Rights(read_paths=("/data",))
+    anything = replace(
+        held, permissions=frozenset({EXEC, ANALYSIS}), capabilities={"other": replace(other, network=True)}
+    )
+    assert service_rights(anything) == Rights(write=True, network=True, exec=True)
 
 
 @pytest.mark.parametrize("phase", Phase)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
 import shutil
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from bus import hookspecs
+from bus import hookspecs, schemas
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -118,4 +119,13 @@ def test_every_hook_stands_there_with_its_arguments() -> None:
 
 
 def test_every_fence_is_of_a_kind_that_is_looked_at() -> None:
-    assert {kind for kind, _ in _FENCES} <= {"sh", "python", "text"}
+    assert {kind for kind, _ in _FENCES} <= {"sh", "python", "json", "text"}
+
+
+def test_the_rights_of_the_readme_are_those_of_a_manifest() -> None:
+    fences = [json.loads(text) for kind, text in _FENCES if kind == "json"]
+    assert fences
+    for rights in fences:
+        native = {"name": "a", "version": "1", "permissions": [], "entrypoints": {"proc": {"command": ["cat"]}}}
+        native["capabilities"] = {"run": {"runner": "proc", **rights}}
+        assert schemas.faults(schemas.shipped("manifest"), native) == []

@@ -39,10 +39,11 @@ def path(tmp_path: Path) -> Path:
 
 def test_a_record_is_one_canonical_line_of_the_schema_with_null_for_what_does_not_apply(path: Path) -> None:
     memory = {"profile": "MINIMAL", "soft_mb": 512, "hard_mb": 1024, "tier": "LOCAL", "stress": 0.125, "applied": []}
+    sandbox = {"mode": "best-effort", "scope": "call", "enforced": ["write"], "missing": ["read: no Landlock"]}
     write(
         path,
         call(environment_hash=environment_hash(ENVIRONMENT), phase="OPEN", duration_ms=1.5),
-        call(type="replay", replay_of=1, memory={**memory, "peak_mb": 9.5}, sandbox={"scope": "none"}, seed=7),
+        call(type="replay", replay_of=1, memory={**memory, "peak_mb": 9.5}, sandbox=sandbox, seed=7),
         call(type="denied", ok=False, code="ERR_PHASE_DENIED", error="no", payload={"a": 1}, result=None),
     )
     records = list(iter_lines(path))

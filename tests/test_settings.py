@@ -9,7 +9,7 @@ import pytest
 
 from bus import settings as bus_settings
 from bus.errors import SettingError
-from bus.settings import Settings, explain, load, stores_payload, table
+from bus.settings import DeclaredSecret, Settings, explain, load, stores_payload, table
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,8 +34,18 @@ EXAMPLES: dict[str, tuple[str, str, Any, list[str]]] = {
     "degrade": ('"all"', "all", "all", ['"none"', "1"]),
     "stress_period_s": ("0.1", "0.1", 0.1, ["0", "61"]),
     "dev_log_payload": ("true", "1", True, ['"maybe"', "2"]),
+    "sandbox": ('"enforce"', "enforce", "enforce", ['"on"', "true"]),
+    "trusted": ('"a, b-c"', "a, b-c", "a, b-c", ['"A B"', "[]"]),
+    "scratch_mb": ("1", "1", 1, ["0", "1048577"]),
+    "max_processes": ("1", "1", 1, ["0", "1.5"]),
+    "local_phases": ('"OPEN,CLEAR"', "OPEN,CLEAR", "OPEN,CLEAR", ['"open"', '"OPEN SEAL"']),
+    "hosts": ('"bus.lan, [fd00::1]"', "bus.lan, [fd00::1]", "bus.lan, [fd00::1]", ['"http://bus"', '"a b"']),
+    "origins": ('"https://a.org:8"', "https://a.org:8", "https://a.org:8", ['"a.org"', '"https://a.org/x"']),
+    "targets": ('"a.org,b:80"', "a.org,b:80", "a.org,b:80", ['"http://a.org"', '"a/b"']),
+    "client_timeout_s": ("1", "1", 1.0, ["0", "3601"]),
     "log_level": ('"debug"', "debug", "debug", ['"loud"', "10"]),
 }
+NO_SETTINGS = {"secrets", "file"}
 BAD = [(name, bad) for name, (_, _, _, bads) in EXAMPLES.items() for bad in bads]
 
 
@@ -107,14 +117,44 @@ def test_the_home_of_a_user_that_is_not_there_is_refused(tmp_path: Path) -> None
 
 
 def test_every_setting_has_examples_here_and_is_in_the_table() -> None:
-    names = [field.name for field in dataclasses.fields(Settings)]
+    names = [field.name for field in dataclasses.fields(Settings) if field.name not in NO_SETTINGS]
     assert list(EXAMPLES) == names == [row.name for row in table()]
     assert all(row.env == f"AAL_{row.name.upper()}" and row.help for row in table())
 
 
 def test_the_defaults_are_values_that_may_be_given() -> None:
     for field in dataclasses.fields(Settings):
-        assert field.metadata["check"](field.default)
+        assert field.name in NO_SETTINGS or field.metadata["check"](field.default)
+
+
+def test_the_file_of_the_settings_is_known_whether_it_is_there_or_not_and_is_no_setting(tmp_path: Path) -> None:
+    assert load(tmp_path, {}).file == tmp_path / "aal.toml"
+    with pytest.raises(SettingError, match="AAL_FILE"):
+        load(tmp_path, {"AAL_FILE": "/etc/passwd"})
+
+
+def test_secrets_are_declared_in_the_file_by_the_variable_that_holds_them(tmp_path: Path) -> None:
+    (tmp_path / "aal.toml").write_text('[secrets]\nKEY = {env = "MY_KEY", overlays = ["psyfi"]}\n')
+    settings, rows = explain(tmp_path, {})
+    assert settings.secrets == (DeclaredSecret("KEY", "MY_KEY", ("psyfi",)),)
+    assert "secrets" not in [row.name for row in rows]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["secrets = 1", '[secrets]\nKEY = "my value"', '[secrets]\n"A B" = {env = "X", overlays = []}',
+     '[secrets]\nKEY = {env = "X"}', '[secrets]\nKEY = {env = 1, overlays = ["my value"]}'],
+)  # fmt: skip
+def test_a_secret_declared_in_another_form_is_refused_without_its_value(tmp_path: Path, text: str) -> None:
+    (tmp_path / "aal.toml").write_text(text)
+    with pytest.raises(SettingError, match=r"aal\.toml: secrets") as caught:
+        load(tmp_path, {})
+    assert "my value" not in str(caught.value)
+
+
+def test_secrets_are_no_variable(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="AAL_SECRETS"):
+        load(tmp_path, {"AAL_SECRETS": "x"})
 
 
 def test_the_later_source_wins(tmp_path: Path) -> None:
@@ -229,7 +269,7 @@ def test_loopback_is_told_from_other_addresses(host: str, loopback: bool) -> Non
 def test_sizes_are_given_in_mib_and_names_with_commas() -> None:
     settings = Settings(max_body_mb=0.5, max_output_mb=2, pass_env=" A,,B , ")
     assert (settings.max_body_bytes, settings.max_output_bytes) == (524_288, 2_097_152)
-    assert settings.pass_env_names == ("A", "B")
+    assert settings.listed("pass_env") == ("A", "B")
 
 
 def test_settings_cannot_be_changed() -> None:

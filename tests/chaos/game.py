@@ -187,8 +187,13 @@ class Game:
             yield from processes.describe(process.pid for process in processes.family(server.pid))
 
     def _held(self, server: Server) -> Counter[str]:
-        """What the bus holds open, but for one descriptor of the log of each overlay that ever had something to log."""
-        held = processes.held(server.pid)
+        """What the bus holds open, but for one descriptor of the log of each overlay that ever had something to log.
+
+        The locks of its scratch have other names each time.
+        """
+        held = Counter[str]()
+        for path, number in processes.held(server.pid).items():
+            held[str(self._place.scratch) if path.startswith(f"{self._place.scratch}/") else path] += number
         held.subtract(log for overlay in OVERLAYS if held[log := str(self._place.log_of(overlay.name))])
         return +held
 

@@ -23,7 +23,7 @@ MNT_DETACH = 2
 
 DISK = b"size=1m"
 SHARED_MEMORY = Path("/dev/shm")
-OF_THE_BUS = frozenset({"serve.lock", "state"})
+OF_THE_BUS = frozenset({"serve.lock", "state", "scratch"})
 """What may lie in the folder of the bus's own state."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -78,10 +78,16 @@ class Place:
             for file in self.state(overlay.name).iterdir():
                 file.unlink()
 
+    @property
+    def scratch(self) -> Path:
+        """Where calls may leave files while they run; each bus has a lock there under a name of its own."""
+        return self.folder / ".aal" / "scratch"
+
     def leftovers(self) -> Iterator[str]:
         """What the bus has made and not taken away, where nothing may lie."""
         yield from map(str, self.tmp.iterdir())
         yield from (str(entry) for entry in (self.folder / ".aal").iterdir() if entry.name not in OF_THE_BUS)
+        yield from (str(entry) for entry in self.scratch.iterdir() if entry.suffix != ".lock")
         if self.has_disks:
             yield from map(str, SHARED_MEMORY.iterdir())
 
