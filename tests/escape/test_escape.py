@@ -47,6 +47,8 @@ SCOPES = {"fork": "call", "spawn": "call", "worker": "pool"}
 def tries_of(user: User) -> Iterator[Try]:
     """Without `ESCAPE=all` root makes each attempt in every phase once, the others in two, each in the other mode."""
     for number, attempt in enumerate(ATTEMPTS):
+        if attempt.needs == "namespace" and not user.namespaces:
+            continue
         if EVERYTHING:
             modes, phases = ONE_SHOT, attempt.forbidden + attempt.allowed
         elif user is ROOT:
