@@ -44,6 +44,9 @@ log = logging.getLogger(__name__)
 WATCH_AFTER_S = 0.02
 """How long a call runs before the bus listens for its client's leaving, in seconds."""
 
+REFUSED_S = 0.05
+"""How long who is not let in waits for that answer, in seconds."""
+
 _PARTS = ("name", "capability")
 _FIELDS = "aal.fields"
 """Where a scope has its headers as a mapping, once the guard has seen them."""
@@ -442,7 +445,11 @@ async def _send(answer: Answer, request_id: bytes | None, send: Send) -> None:
 
 
 async def _refuse(refusal: BusError, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer what is not let in. Of a web socket nothing was accepted yet, so it is closed."""
+    """Answer what is not let in, after a moment: such requests cost less than calls, and many would take their turns.
+
+    Of a web socket nothing was accepted yet, so it is closed.
+    """
+    await asyncio.sleep(REFUSED_S)
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": _POLICY_VIOLATION})
         return
