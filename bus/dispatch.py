@@ -68,7 +68,7 @@ class _Line:
     written: asyncio.Future[Receipt] = field(init=False)
 
     def prepare(self, receipt: Receipt) -> None:
-        with contextlib.suppress(Exception):  # who makes it then is told what is wrong
+        with contextlib.suppress(TypeError):  # what came of a plugin's runner is no JSON; who needs the answer is told
             self.answer = self.course.answer(self.outcome, self.record, receipt)
 
 

@@ -16,56 +16,32 @@ import sys
 import tomllib
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import pytest
 import typer.main
-from typer.testing import CliRunner
 
 from bus import cli, doctor, provenance, templates
 from bus.canonical import canonical
 from bus.console import Exit, printable
 from bus.settings import explain, load, table
 from tests import programs
+from tests.cli_fixtures import aal, plain_environment
 from tests.support import PATIENCE_S, REPO, add_overlay, add_script, eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from tests.cli_fixtures import Ran
+
 FIXED = """echo '{"ok": true, "result": {"answer": 42}}'"""
 LEDGER = "logs/provenance.jsonl"
 
 
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
 @pytest.fixture(autouse=True)
-def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in os.environ:
-        if name.startswith("AAL_"):
-            monkeypatch.delenv(name)
+def _settings_of_tests(plain_environment: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AAL_DEV_LOG_PAYLOAD", "1")
     monkeypatch.setenv("AAL_KILL_GRACE_S", "0.2")
-
-
-@pytest.fixture
-def aal(tmp_path: Path) -> Callable[..., Ran]:
-    """Runs `aal -C <tmp_path> ...` in this process."""
-
-    def run(*arguments: str, stdin: str | None = None) -> Ran:
-        result = CliRunner().invoke(cli.app, ["-C", str(tmp_path), *arguments], input=stdin)
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return Ran(result.exit_code, result.stdout, result.stderr)
-
-    return run
 
 
 @pytest.fixture

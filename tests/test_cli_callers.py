@@ -3,57 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import pytest
-from typer.testing import CliRunner
 
-from bus import cli
 from bus.callers import Callers
 from bus.console import Exit
 from bus.secrets import Secrets
+from tests.cli_fixtures import aal, plain_environment
 from tests.support import PATIENCE_S, REPO
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from tests.cli_fixtures import Ran
+
 VALUE = "correct-horse-battery"
 DECLARED = '[secrets]\nTHEIRS = {env = "THE_KEY", overlays = ["psyfi"]}\n'
-
-
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-@pytest.fixture(autouse=True)
-def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in os.environ:
-        if name.startswith("AAL_"):
-            monkeypatch.delenv(name)
-
-
-@pytest.fixture
-def aal(tmp_path: Path) -> Callable[..., Ran]:
-    """Runs `aal -C <tmp_path> ...` in this process."""
-
-    def run(*arguments: str, stdin: bytes | None = None) -> Ran:
-        result = CliRunner().invoke(cli.app, ["-C", str(tmp_path), *arguments], input=stdin)
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return Ran(result.exit_code, result.stdout, result.stderr)
-
-    return run
 
 
 # --- aal token ---------------------------------------------------------------------------------------------------

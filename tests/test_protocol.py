@@ -18,6 +18,7 @@ from bus.app import create_app
 from bus.model import Phase
 from bus.protocol import HEAD_BYTES, HEADERS, LINGER_BYTES, LINGER_S, TAKEN_BYTES_S, URL_BYTES, Protocol
 from bus.tokens import SCOPES, Tokens
+from tests.runner_fixtures import anyio_backend  # noqa: F401  # pytest finds it by its name
 from tests.support import PATIENCE_S, InProcessRunner, add_overlay, running_bus, until
 
 if TYPE_CHECKING:
@@ -34,17 +35,6 @@ QUICK_S = 0.2
 
 PIECE = 256 * 1024
 """What a transport reads at once, at most."""
-
-
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(("asyncio", {}), id="asyncio"),
-        pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop"),
-    ],
-)
-def anyio_backend(request: pytest.FixtureRequest) -> Any:
-    return request.param
 
 
 class App:
