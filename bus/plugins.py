@@ -19,7 +19,7 @@ from bus.canonical import shown
 from bus.errors import DeniedError
 from bus.hookspecs import hookimpl
 from bus.metrics import Metrics
-from runners import python_command
+from runners import python_command, scratch_root
 from runners.confinement import Confinement
 from runners.helpers import Helpers
 from runners.http import HttpRunner
@@ -55,6 +55,7 @@ class BuiltIn:
     @hookimpl
     def aal_register_runners(self, register: RegisterRunner) -> None:
         settings = self._settings
+        scratch_root.sweep(settings.scratch)  # of a bus that was killed nothing stays beyond the next start
         logs = OverlayLogs(settings.overlay_logs, redact=self._redact)
         idle_s = settings.helper_idle_s
         helpers = Helpers(idle_s=idle_s, confinement=self._confinement)

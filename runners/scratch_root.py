@@ -40,22 +40,18 @@ class ScratchRoot:
         self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def sweep(self) -> None:
-        """Remove what buses have left that are gone. It blocks; what cannot be removed is logged."""
-        for mark in sorted(self._marks() - {self._mark}):
-            try:
-                self._sweep_after(mark)
-            except OSError as error:
-                log.warning("what was left in %s of %s cannot be removed: %s", self._path, mark, error)
+        """As the function, for the other buses."""
+        sweep(self._path, but=self._mark)
 
     def close(self) -> None:
         """Nothing of this bus is there any more."""
         with contextlib.suppress(FileNotFoundError):
-            self._lock_of(self._mark).unlink()
+            _lock_of(self._path, self._mark).unlink()
         os.close(self._lock)
 
     def _take_lock(self) -> int:
         """A sweep may remove it between its making and its locking: then it is another file than that at its path."""
-        path = self._lock_of(self._mark)
+        path = _lock_of(self._path, self._mark)
         while True:
             fd = _open_lock(path)
             fcntl.flock(fd, fcntl.LOCK_EX)
@@ -63,26 +59,41 @@ class ScratchRoot:
                 return fd
             os.close(fd)
 
-    def _lock_of(self, mark: str) -> Path:
-        return self._path / f"{mark}.lock"
 
-    def _marks(self) -> set[str]:
-        """The buses of which something is there."""
-        return {found[1] for name in self._names() if (found := _OURS.fullmatch(name))}
+def sweep(root: Path, *, but: str = "") -> None:
+    """Remove what buses have left that are gone. It blocks; what cannot be removed is logged."""
+    try:
+        marks = {found[1] for name in _names(root) if (found := _OURS.fullmatch(name))}
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        log.warning("what was left in %s cannot be looked for: %s", root, error)
+        return
+    for mark in sorted(marks - {but}):
+        try:
+            _sweep_after(root, mark)
+        except OSError as error:
+            log.warning("what was left in %s of %s cannot be removed: %s", root, mark, error)
 
-    def _names(self) -> list[str]:
-        with os.scandir(self._path) as entries:
-            return [entry.name for entry in entries]
 
-    def _sweep_after(self, mark: str) -> None:
-        """Remove all of a bus, if it is gone. Raises OSError."""
-        with _held(self._lock_of(mark)) as is_held:
-            if not is_held:
-                return
-            for name in self._names():
-                if name.startswith(f"{mark}-"):
-                    remove_tree(str(self._path / name))
-            self._lock_of(mark).unlink(missing_ok=True)
+def _sweep_after(root: Path, mark: str) -> None:
+    """Remove all of a bus, if it is gone. Raises OSError."""
+    with _held(_lock_of(root, mark)) as is_held:
+        if not is_held:
+            return
+        for name in _names(root):
+            if name.startswith(f"{mark}-"):
+                remove_tree(str(root / name))
+        _lock_of(root, mark).unlink(missing_ok=True)
+
+
+def _lock_of(root: Path, mark: str) -> Path:
+    return root / f"{mark}.lock"
+
+
+def _names(root: Path) -> list[str]:
+    with os.scandir(root) as entries:
+        return [entry.name for entry in entries]
 
 
 @contextlib.contextmanager

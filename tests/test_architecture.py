@@ -132,7 +132,16 @@ def test_the_bus_knows_of_the_runners_the_ground_floor_only(file: Path) -> None:
     allowed = {"runners", "runners.base"} | (
         {
             f"runners.{name}"
-            for name in ("confinement", "helpers", "http", "logs", "process", "python_command", "services")
+            for name in (
+                "confinement",
+                "helpers",
+                "http",
+                "logs",
+                "process",
+                "python_command",
+                "scratch_root",
+                "services",
+            )
         }
         if name_of(file) == "bus.plugins"
         else {

@@ -317,3 +317,19 @@ def test_a_bus_for_one_call_starts_its_own_and_leaves_nothing(settings: Settings
         assert sorted(running(str(settings.state))) == before != []
         assert server.call("kept", {})["result"] == kept
     assert not running(str(settings.state))
+
+
+async def test_the_start_of_a_bus_removes_what_one_that_was_killed_has_left(settings: Settings) -> None:
+    left = settings.scratch / "aal-0123456789abcdef-1" / "7"
+    left.mkdir(parents=True)
+    (settings.scratch / "aal-0123456789abcdef.lock").touch()
+    async with running_bus(settings):
+        assert list(settings.scratch.iterdir()) == []
+
+
+async def test_scratch_that_cannot_be_looked_at_keeps_no_bus_from_starting(settings: Settings) -> None:
+    settings.state.mkdir(exist_ok=True)
+    settings.scratch.touch()
+    add_overlay(settings.overlays, "echo")
+    async with running_bus(settings, InProcessRunner()) as bus:
+        assert (await bus.invoke(a_call("echo"))).ok

@@ -7,6 +7,7 @@ nobody else comes to it.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -87,7 +88,7 @@ class Place:
         """What the bus has made and not taken away, where nothing may lie."""
         yield from map(str, self.tmp.iterdir())
         yield from (str(entry) for entry in (self.folder / ".aal").iterdir() if entry.name not in OF_THE_BUS)
-        yield from (str(entry) for entry in self.scratch.iterdir() if entry.suffix != ".lock")
+        yield from (str(entry) for entry in self.scratch.iterdir() if not _is_held(entry))
         if self.has_disks:
             yield from map(str, SHARED_MEMORY.iterdir())
 
@@ -95,6 +96,18 @@ class Place:
         if self.has_disks:
             _check(_libc.mount(b"chaos", os.fsencode(path), b"tmpfs", 0, DISK))
             self._mounted.append(path)
+
+
+def _is_held(path: Path) -> bool:
+    """Whether it is the lock of a bus that lives."""
+    if path.suffix != ".lock":
+        return False
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def _own_mounts() -> bool:
