@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 WATCH_AFTER_S = 0.02
-"""How long a call runs before the bus listens for its client's leaving, in seconds."""
+"""How long a call runs at least before the bus listens for its client's leaving, in seconds; at most twice as long."""
 
 REFUSED_S = 0.05
 """How long who is not let in waits for that answer, in seconds."""
@@ -299,6 +299,7 @@ class _Invoke:
     def __init__(self, bus: Bus, door: Guard) -> None:
         self._bus = bus
         self._guard = door
+        self._clients = _Clients()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._bus.start()
@@ -327,7 +328,7 @@ class _Invoke:
             if self._guard.is_only_counted(error, caller):
                 raise
             return await self._bus.refuse(error, name, capability, caller.name)
-        return await _unless_disconnected(receive, self._bus.invoke(call, caller))
+        return await self._clients.unless_gone(receive, self._bus.invoke(call, caller))
 
     async def _body(self, fields: guard.Fields, receive: Receive) -> bytes:
         """The body, read no further than it may be long. Raises `RequestError` for its type or its size."""
@@ -381,50 +382,78 @@ class _Query:
             raise RequestError("ERR_BAD_QUERY", f"unknown: {show(unknown)}; known: {', '.join(self._known)}")
 
 
-async def _unless_disconnected(receive: Receive, call: Coroutine[Any, Any, Answer]) -> Answer:
-    """Raises `ClientDisconnect` once the client has gone; then the call was cancelled and has left its line."""
-    watch = _ClientWatch(receive)
-    try:
-        return await call
-    except asyncio.CancelledError:
-        if watch.has_fired and watch.caller.uncancel() == 0:
-            raise ClientDisconnect from None
-        raise
-    finally:
-        watch.end()
-
-
 def _is_number(text: str) -> bool:
     """Whether `int` reads it, and quickly."""
     return text.isascii() and text.isdecimal() and len(text) <= _DIGITS_MOST
 
 
-class _ClientWatch:
-    """Cancels the current task once its client has gone. Begins after `WATCH_AFTER_S`: most calls are over by then."""
+class _Clients:
+    """Cancels calls whose clients have gone. It listens for that once a call has run for `WATCH_AFTER_S`.
+
+    Most calls are over by then. So one timer serves all: when it ends it begins to listen for those that were there
+    when it was set.
+    """
+
+    def __init__(self) -> None:
+        self._new: set[_Client] = set()
+        self._waiting: set[_Client] = set()
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def unless_gone(self, receive: Receive, call: Coroutine[Any, Any, Answer]) -> Answer:
+        """Raises `ClientDisconnect` once the client has gone; then the call was cancelled and has left its line."""
+        client = _Client(receive)
+        self._new.add(client)
+        if self._timer is None:
+            self._set_timer()
+        try:
+            return await call
+        except asyncio.CancelledError:
+            if client.has_gone and client.caller.uncancel() == 0:
+                raise ClientDisconnect from None
+            raise
+        finally:
+            self._new.discard(client)
+            self._waiting.discard(client)
+            client.end()
+
+    def _set_timer(self) -> None:
+        self._waiting, self._new = self._new, set()
+        self._timer = asyncio.get_running_loop().call_later(WATCH_AFTER_S, self._listen)
+
+    def _listen(self) -> None:
+        self._timer = None
+        for client in self._waiting:
+            client.begin()
+        self._waiting = set()
+        if self._new:
+            self._set_timer()
+
+
+class _Client:
+    """Who waits for a call, which is the current task."""
+
+    __slots__ = ("_receive", "_watch", "caller", "has_gone")
 
     def __init__(self, receive: Receive) -> None:
-        loop = asyncio.get_running_loop()
-        caller = asyncio.current_task(loop)
+        caller = asyncio.current_task()
         if caller is None:
             raise RuntimeError("a request is handled in a task")
         self.caller: asyncio.Task[Any] = caller
-        self.has_fired = False
+        self.has_gone = False
         self._receive = receive
-        self._task: asyncio.Task[None] | None = None
-        self._timer = loop.call_later(WATCH_AFTER_S, self._begin)
+        self._watch: asyncio.Task[None] | None = None
+
+    def begin(self) -> None:
+        self._watch = asyncio.ensure_future(self._cancel_when_gone())
 
     def end(self) -> None:
-        self._timer.cancel()
-        if self._task:
-            self._task.cancel()
+        if self._watch:
+            self._watch.cancel()
 
-    def _begin(self) -> None:
-        self._task = asyncio.ensure_future(self._watch())
-
-    async def _watch(self) -> None:
+    async def _cancel_when_gone(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
-        self.has_fired = True
+        self.has_gone = True
         self.caller.cancel()
 
 

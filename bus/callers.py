@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from pathlib import Path
 
+EVERY_OVERLAY = ("*",)
+
 _BEARER = re.compile(rb"bearer +([A-Za-z0-9._~+/-]+=*) *", re.IGNORECASE)
 """RFC 6750 section 2.1; the name of the scheme in whatever case, as RFC 9110 section 11.1 has it."""
 
@@ -40,7 +42,7 @@ class Caller:
 
     def has_overlay(self, name: str) -> bool:
         """Whether the overlay, by its name, is one that the caller may call and is shown."""
-        return any(fnmatchcase(name, pattern) for pattern in self.overlays)
+        return self.overlays == EVERY_OVERLAY or any(fnmatchcase(name, pattern) for pattern in self.overlays)
 
     def require(self, scope: Scope) -> None:
         """Raises `CallerError` (403) without the scope."""
@@ -99,7 +101,7 @@ class Callers:
         now_s: Callable[[], float] = time.time,
     ) -> None:
         self._tokens = Tokens(state)
-        self._local = Caller(None, ("*",), _read_phases(local_phases), SCOPES)
+        self._local = Caller(None, EVERY_OVERLAY, _read_phases(local_phases), SCOPES)
         self._needs_token = needs_token
         self._clock = clock
         self._now_s = now_s

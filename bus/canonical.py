@@ -51,6 +51,17 @@ def canonical(value: Any) -> bytes:  # noqa: ANN401
     return text if _is_plain(value) else _dump_normal(value)
 
 
+def canonical_own(members: dict[str, Any]) -> bytes:
+    """As `canonical`, of an object that the bus itself has put together: without the walk, which costs as much again.
+
+    Every key in it is ASCII and every float of `figure`; what others have said goes in as text or as a Fragment.
+    """
+    try:
+        return orjson.dumps(members, option=_SORTED)
+    except orjson.JSONEncodeError:
+        return _dump_normal(members)
+
+
 def canonical_to_read(value: Any) -> bytes:  # noqa: ANN401
     """As `canonical`, for what somebody reads again: refuses floats, too, that RFC 8785 writes as integers beyond 2^53.
 
@@ -80,11 +91,16 @@ def shown(text: str) -> str:
 
 
 def figure(x: float) -> int | float:
-    """`x` with at most 3 decimals, and an int where it is whole: the form of every measured figure in a record."""
+    """`x` with at most 3 decimals, and an int where it is whole: the form of every measured figure in a record.
+
+    Raises `CanonicalError` where it is no finite number.
+    """
     try:
         thousandths = math.floor(x * 1000 + 0.5)  # a third of what round(x, 3) takes
-    except (OverflowError, ValueError):  # no number: nothing can write it, which who writes it says
-        return x
+    except (OverflowError, ValueError):
+        raise CanonicalError("", f"{x} is not a JSON number") from None
+    if abs(thousandths) > LARGEST_INTEGER:  # a double has hardly any decimals left there
+        return round(x)
     return thousandths / 1000 if thousandths % 1000 else thousandths // 1000
 
 

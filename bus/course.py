@@ -121,12 +121,9 @@ class Course:
             "ok": outcome.ok,
             "code": str(outcome.code),
             "error": _cut(_text(outcome.error)),
-            "exit_code": outcome.exit_code,
-            "duration_ms": self._duration_ms(),
-            "queue_ms": self.queue_ms,
-            "cpu_ms": None if outcome.cpu_ms is None else figure(outcome.cpu_ms),
-            "cost_cents": self._cost_cents(outcome),
-            "memory": self._memory(outcome),
+            "exit_code": _figure(outcome.exit_code),
+            **self._measured(outcome),
+            "cpu_ms": _figure(outcome.cpu_ms),
             "sandbox": self.sandbox,
             "prev_size": self.told.prev_size if self.told else None,
             "environment_hash": environment_hash,
@@ -168,30 +165,32 @@ class Course:
 
     def _answer(self, outcome: Outcome, record: Record | None, provenance: dict[str, Any] | None) -> Answer:
         known = CATALOGUE[Code.FAILED] if outcome.replied else entry(outcome.code)
+        measured = record or self._measured(outcome)
+        ok = outcome.ok
         body = {
-            "ok": outcome.ok,
+            "ok": ok,
             "overlay": self.overlay,
             "capability": self.resolved.capability.name if self.resolved else self.capability,
             "phase": self.call.phase.value if self.call else None,
             "request_id": self.request_id,
             "run_id": self.run_id,
             "result": outcome.result,
-            "error": None if outcome.ok else _text(outcome.error) or known.message,
+            "error": None if ok else _text(outcome.error) or known.message,
             "code": str(outcome.code),
-            "category": None if outcome.ok else known.category,
+            "category": None if ok else known.category,
             "status": outcome.status,
-            "message": None if outcome.ok else known.message,
-            "detail": _text(self._detail(outcome)),
-            "hint": None if outcome.ok else known.hint,
-            "retryable": not outcome.ok and (known.retryable if outcome.retryable is None else outcome.retryable),
+            "message": None if ok else known.message,
+            "detail": None if ok else _text(self._detail(outcome)),
+            "hint": None if ok else known.hint,
+            "retryable": not ok and (known.retryable if outcome.retryable is None else outcome.retryable),
             "timestamp_ms": self.timestamp_ms,
-            "duration_ms": record["duration_ms"] if record else self._duration_ms(),
-            "queue_ms": self.queue_ms,
+            "duration_ms": measured["duration_ms"],
+            "queue_ms": measured["queue_ms"],
             "payload_hash": self.payload_hash,
             "result_hash": self.result_hash,
-            "cost_cents": self._cost_cents(outcome),
+            "cost_cents": measured["cost_cents"],
             "side_effects": list(outcome.side_effects),
-            "memory": self._memory(outcome),
+            "memory": measured["memory"],
             "sandbox": self.sandbox,
             "provenance": provenance,
         }
@@ -199,7 +198,7 @@ class Course:
             body["hint"] = self.refusal.hint
             if self.refusal.faults:
                 body["faults"] = self.refusal.body()["faults"]
-        http_status = 200 if outcome.ok or outcome.replied else known.http_status
+        http_status = 200 if ok or outcome.replied else known.http_status
         return Answer(
             http_status, body, orjson.dumps(body), record, self.refusal.retry_after_s if self.refusal else None
         )
@@ -211,22 +210,21 @@ class Course:
 
     def _detail(self, outcome: Outcome) -> str | None:
         """Of a refusal its own; of an overlay's failure the end of its log, where the reason mostly stands."""
-        if outcome.ok:
-            return None
         return (not self.refusal and outcome.log.strip()) or outcome.error
 
-    def _memory(self, outcome: Outcome) -> dict[str, Any] | None:
-        """The memory block that the overlay was told, and what it really used."""
-        if self.told is None:
-            return None
-        return {**self.told.memory, "peak_mb": _mb(outcome.peak_mb), "peak_floor_mb": _mb(outcome.peak_floor_mb)}
-
-    def _cost_cents(self, outcome: Outcome) -> float:
+    def _measured(self, outcome: Outcome) -> dict[str, Any]:
+        """What record and answer say alike of time, cost and memory: as the overlay was told, and as it really was."""
         declared = self.resolved.capability.cost_cents if self.resolved and self.told else 0.0
-        return figure(declared if outcome.cost_cents is None else outcome.cost_cents)
-
-    def _duration_ms(self) -> float:
-        return figure((time.monotonic() - self.received) * 1000)
+        memory = None
+        if self.told is not None:
+            used = {"peak_mb": _figure(outcome.peak_mb), "peak_floor_mb": _figure(outcome.peak_floor_mb)}
+            memory = {**self.told.memory, **used}
+        return {
+            "duration_ms": figure((time.monotonic() - self.received) * 1000),
+            "queue_ms": self.queue_ms,
+            "cost_cents": figure(declared if outcome.cost_cents is None else outcome.cost_cents),
+            "memory": memory,
+        }
 
 
 def _stored(value: Any, text: bytes, redactor: Redactor) -> Any:  # noqa: ANN401
@@ -234,8 +232,8 @@ def _stored(value: Any, text: bytes, redactor: Redactor) -> Any:  # noqa: ANN401
     return redactor.json(value) if redactor.occurs_in(text) else orjson.Fragment(text)
 
 
-def _mb(mb: float | None) -> float | None:
-    return None if mb is None else figure(mb)
+def _figure(measured: float | None) -> float | None:
+    return None if measured is None else figure(measured)
 
 
 def _name(name: str) -> str:
@@ -245,7 +243,7 @@ def _name(name: str) -> str:
 
 def _text(text: str | None) -> str | None:
     """Text that can be written as UTF-8: what programs and services say may hold lone surrogates."""
-    return text and text.encode("utf-8", "backslashreplace").decode()
+    return text if not text or text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
 def _cut(text: str | None) -> str | None:

@@ -390,7 +390,7 @@ class Bus:
         try:
             try:
                 line = self._submit(course, outcome)
-            except ValueError as error:
+            except (TypeError, ValueError) as error:
                 log.exception("the outcome of call %s cannot be written", course.request_id)
                 outcome = course.refuse(BusError("ERR_INTERNAL", f"what came of the call is no JSON: {error}"))
                 line = self._submit(course, outcome)
@@ -409,7 +409,7 @@ class Bus:
     def _submit(self, course: Course, outcome: Outcome) -> _Line:
         """The record on its way into the ledger. Once it is there the plugins are told, whoever still waits for it.
 
-        Raises `LedgerError`, and `ValueError` for what no line can hold, as a plugin's runner may give it.
+        Raises `LedgerError`; `TypeError` or `ValueError` for what no line can hold, as a plugin's runner may give it.
         """
         record = course.record(outcome, self.environment_hash)
         if stores_payload(self.settings):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from bus import schemas
-from bus.canonical import CanonicalError, canonical, canonical_to_read, sha256_hex
+from bus.canonical import CanonicalError, canonical, canonical_own, canonical_to_read, sha256_hex
 from bus.errors import CATALOGUE, InputError, RequestError, say
 from bus.manifests import local_name
 from bus.model import Invocation, Phase, new_request_id, now_ms
@@ -139,14 +139,15 @@ def run_id(manifest: Manifest, capability: Capability, call: Invocation) -> str:
         "payload": orjson.Fragment(call.payload_json),
         "salt": salt,
     }
-    return sha256_hex(canonical(identity))
+    return sha256_hex(canonical_own(identity))
 
 
 def overlay_request(
     call: Invocation, manifest: Manifest, capability: Capability, told: Told, *, deadline_ms: int
 ) -> bytes:
     """The canonical bytes that the overlay reads, of the form of `schemas/overlay_request.schema.json`."""
-    return canonical(
+    to_text = canonical_own if call.replay_of is None else canonical  # else the memory block is that of some line
+    return to_text(
         {
             "overlay": manifest.name,
             "version": manifest.version,
@@ -171,7 +172,9 @@ def open_reply(outcome: Outcome) -> Outcome:
     reply = outcome.result
     if not outcome.ok or type(reply) is not dict or "ok" not in reply:
         return outcome
-    if not _is_usual_reply(reply) and (fault := _fault_of_reply(reply)):
+    if _is_usual_reply(reply):
+        return outcome._replace(replied=True, result=reply["result"])
+    if fault := _fault_of_reply(reply):
         return outcome._replace(code=Code.PROTOCOL, result=None, error=fault)
     return outcome._replace(
         replied=True,
@@ -185,7 +188,8 @@ def open_reply(outcome: Outcome) -> Outcome:
 
 
 def _is_usual_reply(reply: dict[str, Any]) -> bool:
-    return type(reply["ok"]) is bool and len(reply) == 2 and "result" in reply  # noqa: PLR2004
+    """Just a result, as nearly every reply has."""
+    return reply["ok"] is True and len(reply) == 2 and "result" in reply  # noqa: PLR2004
 
 
 def _fault_of_reply(reply: dict[str, Any]) -> str | None:

@@ -191,6 +191,8 @@ def needs_nobody(scope: Scope) -> bool:
 
 def require_json(fields: Fields) -> None:
     """Raise `RequestError` (ERR_CONTENT_TYPE) for a body that is not plain JSON, as a page's form would send it."""
+    if fields.get(b"content-type") == b"application/json" and b"content-encoding" not in fields:
+        return
     media_type = fields.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
     if media_type != "application/json" and not media_type.endswith("+json"):
         raise RequestError("ERR_CONTENT_TYPE", f"content type {show(media_type or 'none')}, allowed: application/json")

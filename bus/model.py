@@ -179,8 +179,6 @@ def new_request_id() -> str:
 
     It has to be unique, not secret, so it costs no system call.
     """
-    raw = bytearray(now_ms().to_bytes(6) + random.randbytes(10))  # noqa: S311
-    raw[6] = 0x70 | raw[6] & 0x0F
-    raw[8] = 0x80 | raw[8] & 0x3F
-    text = raw.hex()
+    high, low = random.getrandbits(12), random.getrandbits(62)
+    text = f"{now_ms() << 80 | 0x7 << 76 | high << 64 | 0b10 << 62 | low:032x}"
     return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import orjson
 
 from bus import resources
-from bus.canonical import canonical, sha256_hex
+from bus.canonical import canonical, canonical_own, sha256_hex
 from bus.errors import OperatorError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from bus.model import Record
@@ -79,7 +79,7 @@ class Draft(NamedTuple):
 
 def draft(members: Mapping[str, Any]) -> Draft:
     """Raises `CanonicalError` (a `ValueError`) for what is not JSON."""
-    return _draft(dict(members))
+    return _draft(dict(members), canonical)
 
 
 def draft_call(record: Record) -> Draft:
@@ -87,13 +87,14 @@ def draft_call(record: Record) -> Draft:
     members = {**_CALL, **record}
     if len(members) > len(_CALL) and (unknown := record.keys() - _CALL.keys() - _STORED):
         raise ValueError(f"a record has no member {', '.join(sorted(unknown))}")
-    return _draft(members)
+    is_own = members["replay_of"] is None  # a replay repeats what a line says that anybody may have written
+    return _draft(members, canonical_own if is_own else canonical)
 
 
-def _draft(members: dict[str, Any]) -> Draft:
+def _draft(members: dict[str, Any], to_text: Callable[[dict[str, Any]], bytes]) -> Draft:
     """Adds the writer's own members to `members`."""
     members |= _HOLES
-    text = canonical(members)
+    text = to_text(members)
     try:
         to_hash, to_prev, to_seq, rest = text.split(b"\x00")
     except ValueError:

@@ -337,8 +337,9 @@ def memory_block(
     `kv.cap_mb` is a share of. Figures are whole or have at most three decimals.
     """
     level = _thousandths(stress)
-    steps = _steps_at(profile, level, all_steps=all_steps)
-    effects = _effects(steps)
+    is_degraded = level > _threshold(profile)
+    steps = _steps_at(profile, level, all_steps=all_steps) if is_degraded else ()
+    effects = _effects(steps) if steps else {}
     block: dict[str, Any] = {
         "profile": profile.name or "custom",
         "soft_mb": profile.soft_mb,
@@ -348,7 +349,7 @@ def memory_block(
         "applied": [str(step) for step in steps],
         **effects,
     }
-    if _is_degraded(profile, level):
+    if is_degraded:
         block |= _manifest_effects(degradation)
     if profile.kv:
         block["kv"] = _kv_block(profile.kv, total_mb, effects.get("kv_shrink_factor", 1))
@@ -365,14 +366,8 @@ def _threshold(profile: MemoryProfile) -> int:
     return 300 + 50 * profile.priority
 
 
-def _is_degraded(profile: MemoryProfile, level: int) -> bool:
-    return level > _threshold(profile)
-
-
 def _steps_at(profile: MemoryProfile, level: int, *, all_steps: bool) -> tuple[Step, ...]:
-    """The steps that apply: the first ceil(n x (stress - threshold) / (1 - threshold)) of n."""
-    if not _is_degraded(profile, level):
-        return ()
+    """The steps that apply above the threshold: the first ceil(n x (stress - threshold) / (1 - threshold)) of n."""
     if all_steps:
         return profile.steps
     threshold = _threshold(profile)

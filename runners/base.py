@@ -48,8 +48,7 @@ SandboxMode = Literal["enforce", "best-effort", "off"]
 """What becomes of a call that the kernel cannot hold to all of its rights: it is refused, it runs, nothing is held."""
 
 
-@dataclass(frozen=True, slots=True)
-class Rights:
+class Rights(NamedTuple):
     """What the kernel lets the processes of a call do.
 
     `network` is True for any, or the TCP ports that may be connected to. `exec` is whether other programs may be
@@ -127,7 +126,7 @@ class ServiceTarget:
     start_timeout_s: float = 30.0
     idle_s: float = 300.0
     max_mb: int | None = None
-    rights: Rights = Rights()
+    rights: Rights = field(default_factory=Rights)
     """The union of those of all the phases that the overlay serves, since one process answers in each."""
 
 

@@ -185,12 +185,12 @@ class HttpRunner:
     async def _attempt(self, job: Job, target: HttpTarget) -> _Tried:
         """One try, at the service that is there now. That it cannot be had is not the breaker's business."""
         if target.service is None:
-            return (await self._exchange(_Call(job, target, target.url))).held_to(EXTERNAL)
+            return (await self._exchange(_Call(job, target, target.url, EXTERNAL))).held_to(EXTERNAL)
         if self._services is None:
             return _Tried(Outcome(Code.START, error="this bus starts no services", retryable=False))
         try:
             async with self._services.use(job, target.service) as service:
-                tried = await self._exchange(_Call(job, target, service.url + target.url))
+                tried = await self._exchange(_Call(job, target, service.url + target.url, service.sandbox))
                 broke_off = tried.fault is not None and not tried.answered
                 ended = await _end_of(service, job.deadline) if broke_off else None
                 sandbox = service.sandbox
@@ -236,11 +236,15 @@ class HttpRunner:
 
 
 class _Call(NamedTuple):
-    """What is sent, and where: `url` is the target's, or that of a service which was started for it."""
+    """What is sent, and where: `url` is the target's, or that of a service which was started for it.
+
+    `sandbox` is what the kernel holds the service to.
+    """
 
     job: Job
     target: HttpTarget
     url: str
+    sandbox: Sandbox | None
 
     @property
     def place(self) -> str:
@@ -266,6 +270,8 @@ class _Tried(NamedTuple):
 
     def held_to(self, sandbox: Sandbox | None) -> _Tried:
         """Of a service that the kernel holds to this."""
+        if self.outcome.sandbox is sandbox:
+            return self
         return self._replace(outcome=self.outcome._replace(sandbox=sandbox))
 
 
@@ -333,7 +339,7 @@ async def _read(answer: Answer, call: _Call) -> Outcome:
         return Outcome(Code.PROTOCOL, error=error, log=_log(answer, call.job), output_bytes=len(answer.body))
     is_reply = answer.status < 400 or (isinstance(value, dict) and "ok" in value)  # noqa: PLR2004
     result = value if is_reply else _as_failure(answer, value)
-    return Outcome(result=result, output_bytes=len(answer.body))
+    return Outcome(result=result, output_bytes=len(answer.body), sandbox=call.sandbox)
 
 
 def _as_failure(answer: Answer, body: Any) -> dict[str, Any]:  # noqa: ANN401

@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING
 import hypothesis
 import pytest
 
+from bus import envelopes, records
+from bus.canonical import canonical, canonical_own
 from tests.support import settings_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+    from typing import Any
 
     from bus.settings import Settings
 
@@ -26,6 +29,19 @@ hypothesis.settings.load_profile("aal")
 
 # What the tests start is to hear a hangup, even where they are themselves run by nohup.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def _checked_own(members: dict[str, Any]) -> bytes:
+    text = canonical_own(members)
+    assert text == canonical(members)
+    return text
+
+
+@pytest.fixture(autouse=True)
+def own_objects_are_canonical(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the bus writes in a test without looking at it is in canonical form."""
+    for module in (envelopes, records):
+        monkeypatch.setattr(module, "canonical_own", _checked_own)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import rfc8785
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bus.canonical import CanonicalError, canonical, canonical_to_read, figure, sha256_hex
+from bus.canonical import CanonicalError, canonical, canonical_own, canonical_to_read, figure, sha256_hex
 
 _text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 _key = st.one_of(_text, st.text(st.sampled_from('a\ue000\uffff\U00010000\U0010ffff"\\\n'), max_size=3))
@@ -184,6 +184,24 @@ def test_the_value_is_left_as_it_was() -> None:
 )
 def test_a_figure_has_at_most_three_decimals_and_is_whole_where_it_can_be(x: float, text: str) -> None:
     assert repr(figure(x)) == text
+
+
+@given(st.floats(-(2.0**53) + 1, 2.0**53 - 1))
+def test_a_figure_needs_no_look_to_be_canonical(x: float) -> None:
+    assert canonical_own({"x": figure(x)}) == canonical({"x": figure(x)})
+    assert abs(figure(x) - x) <= 0.5
+
+
+@pytest.mark.parametrize("x", [math.nan, math.inf, -math.inf])
+def test_what_is_no_finite_number_is_no_figure(x: float) -> None:
+    with pytest.raises(CanonicalError):
+        figure(x)
+
+
+@pytest.mark.parametrize("bad", [2**53, "\ud800", {1: 2}, object()])
+def test_own_objects_are_still_refused_what_is_not_json(bad: object) -> None:
+    with pytest.raises(CanonicalError):
+        canonical_own({"a": bad})
 
 
 def test_the_hash_is_sha256_in_lower_case_hex() -> None:

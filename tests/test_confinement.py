@@ -174,7 +174,7 @@ def test_tcp_is_held_to_the_ports_that_are_given_and_to_the_services_own(home: H
 
 @pytest.mark.parametrize("abi", range(1, 10))
 def test_no_kernel_is_asked_for_bits_that_it_does_not_know(home: Home, abi: int) -> None:
-    wire = plan(replace(home, listen=(4000,)), replace(ASCEND, network=(1,)), on=Kernel(abi, None, None)).wire
+    wire = plan(replace(home, listen=(4000,)), ASCEND._replace(network=(1,)), on=Kernel(abi, None, None)).wire
     ways = wire["landlock"]
     assert ways["fs"] == {1: 0x1FFF, 2: 0x3FFF, 3: 0x7FFF, 4: 0x7FFF}.get(abi, 0xFFFF)
     assert ways["net"] == (kernel.TCP if abi >= 4 else 0)

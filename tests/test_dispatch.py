@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import shutil
 import sys
 from dataclasses import replace
@@ -488,9 +489,12 @@ async def test_a_start_that_failed_can_be_made_again(settings: Settings) -> None
         assert (await bus.invoke(a_call("echo"))).ok
 
 
-async def test_an_outcome_that_no_line_can_hold_is_an_internal_error_with_a_line(settings: Settings) -> None:
+@pytest.mark.parametrize("bad", [{"cpu_ms": math.nan}, {"peak_mb": math.inf}, {"exit_code": "1"}, {"cost_cents": []}])
+async def test_an_outcome_that_no_line_can_hold_is_an_internal_error_with_a_line(
+    settings: Settings, bad: dict[str, Any]
+) -> None:
     add_overlay(settings.overlays, "echo")
-    runner = InProcessRunner(lambda _: Outcome(result=1, cpu_ms=float("nan")))
+    runner = InProcessRunner(lambda _: Outcome(result=1, **bad))
     async with running_bus(settings, runner) as bus:
         answer = await bus.invoke(a_call("echo"))
     assert (answer.http_status, answer.body["code"]) == (500, "ERR_INTERNAL")

@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -264,7 +264,7 @@ async def test_a_link_that_one_phase_lays_in_the_folder_leads_another_phase_nowh
     found = []
     for (capability, phase), deed in deeds.items():
         rights = authorize(held, capability, phase, {})
-        rights = replace(rights, read_paths=(SCRIPT, *rights.read_paths))
+        rights = rights._replace(read_paths=(SCRIPT, *rights.read_paths))
         (gave,), _ = await house.tried(kind, rights, deed, phase=phase, folder=folder)
         found.append(gave)
     assert found == ["linked", "EACCES", "EACCES", "EACCES"]
