@@ -2,11 +2,14 @@
 
 As long as there is no token, whoever reaches the server may do everything, in the phases of `AAL_LOCAL_PHASES`: it
 listens on loopback only, so that is everybody on this machine. From the first token on each request needs one, from
-this machine too. Tokens that come, go or change are seen by the next request.
+this machine too. Tokens that come, go or change are seen by the next request: the requests of one turn of the event
+loop, which had all arrived when it began, are judged by one look at the disk.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hmac
 import math
 import re
@@ -108,6 +111,7 @@ class Callers:
         self._seen: tuple[Token, ...] = ()
         self._known: tuple[_Known, ...] = ()
         self._buckets: dict[str | None, _Bucket] = {}
+        self._has_looked = False
 
     def has_tokens(self) -> bool:
         """Whether there is a token, be it expired. Raises `SettingError` where the file of tokens makes no sense."""
@@ -118,7 +122,7 @@ class Callers:
 
         Raises `CallerError` (401), and `SettingError` where the file of tokens makes no sense: then nobody gets in.
         """
-        known = self._look()
+        known = self._known if self._has_looked else self._look()
         if not known:
             return self._without_tokens()
         if authorization is None:
@@ -159,7 +163,13 @@ class Callers:
             self._seen = tokens
             names = {token.name for token in tokens}
             self._buckets = {name: bucket for name, bucket in self._buckets.items() if name in names}
+        with contextlib.suppress(RuntimeError):  # there is no loop
+            asyncio.get_running_loop().call_soon(self._look_again)
+            self._has_looked = True
         return self._known
+
+    def _look_again(self) -> None:
+        self._has_looked = False
 
     def _without_tokens(self) -> Caller:
         if not self._needs_token:

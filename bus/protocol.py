@@ -2,8 +2,9 @@
 
 uvicorn waits for ever for a request that comes byte by byte, and keeps whatever head it is sent. Here one timer for
 all connections looks at each a few times in `client_timeout_s`, and ends those whose client is too slow: to begin a
-request, to send all of it, or to take its answer. So a request costs no timer of its own. A connection on which the
-bus itself is at work (a call runs, or reading is paused until it has) is never late.
+request, the first or another, to send all of it, or to take its answer. So a request costs no timer of its own, as it
+does uvicorn. A connection on which the bus itself is at work (a call runs, or reading is paused until it has) is never
+late.
 
 An answer that is complete before its request has come whole is the last of its connection, and says so. The rest of the
 request is not waited for, but neither is the connection closed at once: what arrives at a closed socket is answered by
@@ -123,7 +124,7 @@ class Protocol(HttpToolsProtocol):
         self._own = cast("Config", config)
         self._begun: float | None = None
         self._waiting: float | None = None
-        """Since when it has been seen with nothing on its way and no timer of uvicorn's that would end it."""
+        """Since when it has been seen with nothing on its way, which may be the last look; None since it had work."""
         self._unread: tuple[int, float] | None = None
         """Bytes that the client had yet to take of what it was sent, and when it has to have taken all of them."""
         self._in_head = False
@@ -160,7 +161,6 @@ class Protocol(HttpToolsProtocol):
         if self._lingers is not None:
             self._throw_away(data)
             return
-        self._unset_keepalive_if_required()
         if self._begun is None:
             self._head_bytes = len(data)
         else:
@@ -178,6 +178,7 @@ class Protocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._begun = self.loop.time()
+        self._waiting = None
         self._in_head = True
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -211,6 +212,15 @@ class Protocol(HttpToolsProtocol):
         self._running = cycle
         super()._start_asgi_task(cycle, app)
 
+    def on_response_complete(self) -> None:
+        """As uvicorn's, but for its timer."""
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+
     def shutdown(self) -> None:
         """As uvicorn's; one that lingers ends soon by itself, and its client may have yet to read the answer."""
         if self._lingers is None:
@@ -232,12 +242,11 @@ class Protocol(HttpToolsProtocol):
             elif now - self._lingers > min(LINGER_S, timeout_s):
                 self._abort()
         elif self._begun is not None:
-            self._waiting = None
             if self.flow.read_paused:  # the bus takes its time, not the client
                 self._begun = now
             elif now - self._begun > timeout_s:
                 self._refuse(BusError("ERR_SLOW_CLIENT", f"the request had not arrived after {timeout_s:g} s"))
-        elif self._is_busy() or self.timeout_keep_alive_task is not None:
+        elif self._is_busy() or self._unread is not None:
             self._waiting = None
         elif self._waiting is None:
             self._waiting = now

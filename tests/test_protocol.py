@@ -102,7 +102,6 @@ class Served:
             ws="none",
             lifespan="off",
             log_config=None,
-            timeout_keep_alive=600,
         )
         self.config.load()
         self._writers: list[asyncio.StreamWriter] = []
@@ -520,7 +519,7 @@ async def test_a_client_that_sends_no_whole_head_is_cut_off(data: bytes) -> None
 
 
 async def test_empty_lines_keep_no_connection_open() -> None:
-    """They end the time that uvicorn gives an idle connection."""
+    """They are no request."""
     async with serving(QUICK_S) as served:
         reader, writer = await served.connect(WHOLE)
         assert await answer(reader) == (200, b"body")
@@ -681,14 +680,17 @@ async def test_a_request_that_has_to_wait_for_the_one_before_is_not_late() -> No
     await asyncio.gather(*served.state.tasks)
 
 
-async def test_a_connection_is_uvicorns_while_its_own_timer_runs() -> None:
+async def test_a_client_has_as_much_time_for_each_further_request() -> None:
     connection, transport, served = connected()
     now = asyncio.get_running_loop().time()
-    connection.data_received(WHOLE)
-    await asyncio.gather(*served.state.tasks)
-    for later in (0, 100, 500):
+    for later in (0, 29, 58):
+        connection.data_received(WHOLE)
+        await asyncio.gather(*served.state.tasks)
         connection.look(now + later, 30)
+    connection.look(now + 87, 30)
     assert not transport.closing
+    connection.look(now + 89, 30)
+    assert transport.aborted
 
 
 async def test_no_timer_runs_where_nobody_is_connected() -> None:
