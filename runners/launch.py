@@ -1,7 +1,6 @@
 """The main file of a helper: of the process that contains it (`containment.py`) and of what starts programs in there.
 
-It is small since an interpreter holds the syntax tree of its main file until that has ended: in mode fork each call
-would let go of it anew, page by page.
+Its folder is searched for modules only until the helper's own are loaded: a script is to find nothing of them.
 """
 
 import os
@@ -16,5 +15,4 @@ if sys.argv[3:] != ["inside"]:
 
     containment.contain()
 sys.path.remove(HERE)
-run, argv, env = inside.main()
-run(argv, env)
+inside.main()

@@ -46,6 +46,7 @@ import marshal
 import os
 import select
 import sys
+from resource import RLIMIT_DATA, getrlimit
 from time import monotonic
 
 import _signal as signal  # type: ignore[import-not-found]  # `signal` would bring `enum` with it
@@ -130,9 +131,12 @@ class Launcher:
         self._killed = set()  # type: set[int]  # orphans that have yet to end
         self._environment = given_environment()
         self._family = Family()
+        if program is not None:
+            program.keep(self)
+            program.rehearse(self._rehearse)
         self._wakeup, self._alarm = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.set_wakeup_fd(self._alarm, warn_on_full_buffer=False)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGCHLD, _wake)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # so that the kernel keeps it from a process 1
         self._poll = select.poll()
         self._poll.register(channel.fileno(), select.POLLIN)
@@ -144,17 +148,31 @@ class Launcher:
             child = self._fork_ahead()
             if child is not None:
                 return child
-            for fd, _ in self._poll.poll(COUNT_S * 1000 if self._most and self._calls else None):
-                if fd == self._wakeup:
-                    os.read(fd, 4096)
-                else:
-                    child = self._receive()
+            if self._wait():
+                verb, given, fds = self._receive()
+                if verb == "run":
+                    child = self._run(fds, *given)
                     if child is not None:
                         return child
+                elif verb == "kill":
+                    self._kill(*given)
+                elif verb == "measure":
+                    tell(self._channel, "memory", (given, self._memory_kib(given)))
             self._reap()
             self._end_crowds()
 
-    def _receive(self) -> Any:
+    def _wait(self) -> bool:
+        """Whether the bus has said something; else a process has ended, or it is time to count them."""
+        heard = False
+        for fd, _ in self._poll.poll(COUNT_S * 1000 if self._most and self._calls else None):
+            if fd == self._wakeup:
+                os.read(fd, 4096)
+            else:
+                heard = True
+        return heard
+
+    def _receive(self) -> tuple[str, Any, list[int]]:
+        """A message, and what came with it. All else that it took is freed before a fork: else both would copy it."""
         try:
             size, ancillary, _, _ = self._channel.recvmsg_into(
                 [self._buffer], _socket.CMSG_SPACE(12), _socket.MSG_CMSG_CLOEXEC
@@ -164,29 +182,26 @@ class Launcher:
         if not size:
             self._end_all()
         verb, given = marshal.loads(self._buffer[:size])  # noqa: S302  # only the bus has the other end
-        if verb == "run":
-            return self._run(descriptors(ancillary), *given)
-        if verb == "kill":
-            self._kill(*given)
-        elif verb == "measure":
-            tell(self._channel, "memory", (given, self._memory_kib(given)))
-        return None
+        return verb, given, descriptors(ancillary)
 
-    def _run(self, fds: list[int], number: int, argv: list[str], env: dict[str, str], data_bytes: int) -> Any:
+    def _run(self, fds: list[int], number: int, argv: list[str], env: dict[Any, Any], data_bytes: int) -> Any:
         """Start a program. Returns None, but in a forked child what it is to run."""
         env[MARK] = "%s-%d" % (self._mark, number)
         pid = failed = None
+        highest_fd = self._highest_fd(fds)
         try:
             if self._scratch is not None:
                 env.update(dict.fromkeys(NAMES, self._scratch.make(number)))
+            if self._program is not None:
+                env = {os.fsencode(name): os.fsencode(value) for name, value in env.items()}
             pid = self._start(fds, argv, env, data_bytes)
         except (OSError, ValueError) as error:
             failed = (number, getattr(error, "errno", None), getattr(error, "strerror", None) or str(error))
         if pid == 0:
-            self._become_child()
-            self._take_streams(fds)
-            self._channel.detach()
-            return list(argv), env
+            os.setsid()
+            self._become_child(self._pid, data_bytes)
+            _take_streams(fds, highest_fd)
+            return argv, env
         for fd in fds:
             os.close(fd)
         if pid is None:
@@ -198,16 +213,13 @@ class Launcher:
             self._calls_alone -= 1
         return None
 
-    def _start(self, fds: list[int], argv: list[str], env: dict[str, str], data_bytes: int) -> int:
+    def _start(self, fds: list[int], argv: list[str], env: dict[Any, Any], data_bytes: int) -> int:
         """The process id; in a forked child 0. Raises OSError, or ValueError for a NUL in a string."""
         if len(fds) < STREAMS:  # the kernel passes as many as this process may have open (unix(7), MSG_CTRUNC)
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         if self._program is None:
             return self._start_program(fds, argv, dict(self._environment, **env), data_bytes)
-        pid = self._hand_over(fds, argv, env, data_bytes) or os.fork()
-        if pid == 0:
-            limit_data(pid, data_bytes)
-        return pid
+        return self._hand_over(fds, argv, env, data_bytes) or os.fork()
 
     def _fork_ahead(self) -> Any:
         """Have the next process there before its call, where nothing else is to do. In that one: what it is to run."""
@@ -230,21 +242,22 @@ class Launcher:
 
     def _wait_for_call(self, ours: Any, theirs: Any) -> Any:
         """In a process that was forked ahead: be as a new one, hold nothing, and wait."""
-        self._become_child()
+        os.setsid()
+        self._become_child(self._pid, 0)
         at = theirs.fileno()
         os.closerange(STREAMS, at)
         os.closerange(at + 1, self._highest_fd([ours.fileno(), at]) + 1)
-        self._channel.detach()
         ours.detach()
         size, ancillary, _, _ = theirs.recvmsg_into([self._buffer], _socket.CMSG_SPACE(12), _socket.MSG_CMSG_CLOEXEC)
         if not size:
             os._exit(0)
         argv, env, data_bytes = marshal.loads(self._buffer[:size])  # noqa: S302  # from our own process
         limit_data(0, data_bytes)
-        self._take_streams(descriptors(ancillary) + [theirs.detach()])
-        return list(argv), env
+        fds = descriptors(ancillary) + [theirs.detach()]
+        _take_streams(fds, max(fds))
+        return argv, env
 
-    def _hand_over(self, fds: list[int], argv: list[str], env: dict[str, str], data_bytes: int) -> int | None:
+    def _hand_over(self, fds: list[int], argv: list[str], env: dict[bytes, bytes], data_bytes: int) -> int | None:
         """Give the call to the process that was forked ahead: its id, or None where there is none."""
         if self._spare is None:
             return None
@@ -267,22 +280,23 @@ class Launcher:
         limit_data(pid, data_bytes)
         return pid
 
-    def _become_child(self) -> None:
-        """As a new process is: a session of its own, signals as they come."""
-        os.setsid()
+    def _rehearse(self) -> None:
+        """Do what each forked child will do, as far as it changes nothing here."""
+        soft, hard = getrlimit(RLIMIT_DATA)
+        self._become_child(os.getppid(), hard if soft == hard else 0)
+        _take_streams([0, 1, 2], 2)
+
+    def _become_child(self, parent: int, data_bytes: int) -> None:
+        """As a new process is, but for a session of its own: limited, signals as they come."""
+        limit_data(0, data_bytes)
         prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != self._pid:  # it ended before the signal was asked for
-            os._exit(1)
+        if not self.in_namespace:  # else the kernel ends it together with this process
+            prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            if os.getppid() != parent:  # it ended before the signal was asked for
+                os._exit(1)
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def _take_streams(self, fds: list[int]) -> None:
-        """Have the first three descriptors, and no other."""
-        for to, fd in enumerate(fds[:STREAMS]):
-            os.dup2(fd, to)
-        os.closerange(STREAMS, self._highest_fd(fds) + 1)
 
     def _highest_fd(self, fds: list[int]) -> int:
         return max([self._alarm, self._wakeup, int(self._channel.fileno()), self._family.highest_fd, *fds])
@@ -446,6 +460,19 @@ class Launcher:
         if not self.in_namespace:
             self._family.end()
         os._exit(0)
+
+
+def _wake(_number: int, _frame: Any) -> None:
+    """The signal has been written to the alarm, which the poll sees. (A function that a child need not free.)"""
+
+
+def _take_streams(fds: list[int], highest_fd: int) -> None:
+    """Have the first three of these descriptors, and no other."""
+    dup2 = os.dup2
+    dup2(fds[0], 0)
+    dup2(fds[1], 1)
+    dup2(fds[2], 2)
+    os.closerange(STREAMS, highest_fd + 1)
 
 
 def given_environment() -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Python scripts run by fork: what is loaded once, before the calls, and what a forked child does to be a new process.
 
-`prepare` compiles the script and loads what it will import. `Program.run`, in a forked child, runs the script as
-`__main__` and ends the process. Nothing of that may show: the script finds itself in an interpreter that was just
+`prepare` compiles the script and loads what it will import. `Program.run` has calls served, and in a forked child runs
+the script as `__main__` and ends the process. Nothing of that may show: the script finds itself in an interpreter that was just
 started, and its end is that of an interpreter. Standard library only, for any CPython from 3.8 on.
 
 Loading early is right only where nothing can tell. So the script is read from the top, and with it the overlay's own
@@ -14,7 +14,11 @@ line printed, a variable set) is left to the children, with all that follows it.
 `zygote_ending` ends a child.
 
 The script runs with no frame below its own, as it does in a new interpreter: `run` raises an exception that nobody
-catches, and the interpreter, its stack empty, calls `sys.excepthook`.
+catches, and the interpreter, its stack empty, calls `sys.excepthook`. From there calls are waited for.
+
+A page that is written to after a fork is copied, which takes more than a microsecond, and to look at a Python object is
+to write to it: these copies are the largest part of what a call costs. So what can be done before the fork is done
+there, objects that a child has no use for are kept from being freed in it, and what every child does is rehearsed.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from _weakref import ref
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
     from typing import Any, NoReturn
 
@@ -117,7 +122,11 @@ def _unseen(function: Any) -> Any:
 
 
 class _Unwind(BaseException):
-    """Takes a child down to the bottom of its stack."""
+    """Takes this process down to the bottom of its stack."""
+
+
+REHEARSALS = 20
+"""How often: CPython 3.11 adapts what has run eight times, and tries again some times."""
 
 
 class Program:
@@ -133,7 +142,23 @@ class Program:
         self.unclean = {}  # type: dict[str, str]
         self._script = script
         self._options = list(getattr(sys, "orig_argv", ()))[: -len(sys.argv)]
-        self._environ = os.environ
+        self._known = os.environ._data  # type: ignore[attr-defined]
+        """What `os.environ` holds. All that it does beside, in Python, would be copied for each child."""
+        self._kept = []  # type: list[Any]
+
+    def keep(self, thing: Any) -> None:
+        """A child is not to take it apart, which would copy it piece by piece. Nor would that be without effect."""
+        self._kept.append(thing)
+
+    @staticmethod
+    def rehearse(what: Callable[[], None]) -> None:
+        """Do early, and often, what every child will do, and which changes nothing here.
+
+        What CPython learns of it (from 3.11 on it adapts its code, and it remembers where it found attributes) and the
+        linker is written into memory, which is copied for each child that writes there.
+        """
+        for _ in range(REHEARSALS):
+            what()
 
     def settle(self) -> None:
         """Nothing more will be loaded. The collector of a child is not to look through it: that would copy it."""
@@ -143,34 +168,48 @@ class Program:
             self._run_module = _run_module_as_main
         self._renew = [renew for name, renew in RENEWALS if name in sys.modules]
         self._end = End()
+        _restore_signals()
         gc.collect()
         gc.freeze()
 
-    def run(self, arguments: list[str], env: dict[str, str]) -> NoReturn:
-        """Be a new interpreter that runs the script, to its end. Only in a forked child, and never returns.
+    def run(self, next_call: Callable[[], tuple[list[str], dict[bytes, bytes]]]) -> NoReturn:
+        """Serve calls, each in a child that is a new interpreter and runs the script, to its end.
 
-        `arguments` is as for `prepare`, with what this call adds; `env` is added to the environment.
+        `next_call` returns in each of these children, and nowhere else: with arguments as for `prepare`, to which the
+        call has added, and what to add to the environment.
         """
+        self._next_call = next_call
+        self.rehearse(self._rehearse)
+        gc.freeze()
+        if MAIN not in sys.modules:  # last, so that the collector of a child looks through it
+            sys.modules[MAIN] = new_main(self._script)
+        sys.excepthook = self._begin
+        raise _Unwind
+
+    def _rehearse(self) -> None:
+        self._become_new(sys.argv, {b"PATH": os.environb[b"PATH"]} if b"PATH" in os.environb else {})
+        self._end.rehearse()
+
+    def _become_new(self, arguments: list[str], env: dict[bytes, bytes]) -> None:
+        """Let the script find what a new interpreter has of its own."""
+        known, putenv = self._known, os.putenv
         for name, value in env.items():
-            self._environ[name] = value
+            putenv(name, value)
+            known[name] = value
         script = self._script
         self._end.forget_new_modules()
         sys.argv = list(arguments) if script.module is None else ["-m"] + arguments[2:]
         if self._options:
             sys.orig_argv = self._options + arguments
-        _restore_signals()
         for renew in self._renew:
             renew()
-        if MAIN not in sys.modules:
-            sys.modules[MAIN] = new_main(script)
-        sys.excepthook = self._begin
-        raise _Unwind
 
     @_unseen
     def _begin(self, _kind: type, _unwind: BaseException, _traceback: TracebackType) -> None:
-        """Called by the interpreter, on an empty stack."""
+        """Called by the interpreter, on an empty stack. So it is one for the children, too, and none has to unwind."""
         sys.excepthook = sys.__excepthook__
         _forget_last_exception()
+        self._become_new(*self._next_call())
         status = 0
         try:
             if self._script.module is not None:

@@ -66,6 +66,9 @@ def _say(what: Any) -> None:
         pass
 
 
+_HEAP_TYPE = 1 << 9
+"""Of the flags of a type (`Py_TPFLAGS_HEAPTYPE`): it was made by a class statement, or might have been."""
+
 SYS_NAMES = (
     *("path", "argv", "ps1", "ps2", "last_exc", "last_type", "last_value", "last_traceback"),
     *("path_hooks", "path_importer_cache", "meta_path", "__interactivehook__"),
@@ -108,9 +111,20 @@ class End:
         finally:
             leave(status if flushed else 120)
 
+    def rehearse(self) -> None:
+        """What of a child's end changes nothing here (see `Program.rehearse`)."""
+        _flush(self._tell)
+        _use_c(list(self._new_modules()))
+        _let_go_of([])
+        any(_is_finalized(kind) for kind in (End, int))
+
     def forget_new_modules(self) -> None:
         """Of what the launcher has imported since (`os.wait4` wants `resource`) the script is to know nothing."""
-        self._forgotten += [sys.modules.pop(name) for name in list(self._new_modules())]
+        modules = sys.modules
+        name = next(reversed(modules))
+        while name not in (self._last, MAIN):
+            self._forgotten.append(modules.pop(name))
+            name = next(reversed(modules))
 
     def _new_modules(self) -> Iterator[str]:
         """The names of modules that came after the fork, the latest first."""
@@ -167,7 +181,7 @@ def _empty(namespace: dict[str, Any]) -> None:
 
 
 def _is_finalized(kind: type) -> bool:
-    return any("__del__" in vars(base) for base in type.mro(kind))
+    return bool(kind.__flags__ & _HEAP_TYPE) and any("__del__" in vars(base) for base in type.mro(kind))
 
 
 def _join_threads(tell: Callable[[BaseException, object, str], None]) -> None:
