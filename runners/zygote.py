@@ -1,8 +1,8 @@
 """Python scripts run by fork: what is loaded once, before the calls, and what a forked child does to be a new process.
 
 `prepare` compiles the script and loads what it will import. `Program.run` has calls served, and in a forked child runs
-the script as `__main__` and ends the process. Nothing of that may show: the script finds itself in an interpreter that was just
-started, and its end is that of an interpreter. Standard library only, for any CPython from 3.8 on.
+the script as `__main__` and ends the process. Nothing of that may show: the script finds itself in an interpreter that
+was just started, and its end is that of an interpreter. Standard library only, for any CPython from 3.8 on.
 
 Loading early is right only where nothing can tell. So the script is read from the top, and with it the overlay's own
 modules that it imports, in the order in which they would run. Reading ends at the first statement that does something:
