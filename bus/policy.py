@@ -44,7 +44,8 @@ def authorize(manifest: Manifest, capability: Capability, phase: Phase, payload:
     The permission is judged before the phase: an overlay that could never be called in ASCEND should say why.
     """
     rule = PHASES[phase]
-    _require(manifest, [rule.needs], f"phase {phase}")
+    if rule.needs not in manifest.permissions:
+        raise _lacks(manifest, [rule.needs], f"phase {phase}")
     if phase not in capability.phases:
         served = ", ".join(capability.phases) or "none"
         raise DeniedError(
@@ -105,12 +106,11 @@ def _authorize_op(manifest: Manifest, op_policy: Mapping[str, tuple[str, ...]], 
         raise DeniedError(
             "ERR_PERMISSION_DENIED", f"op {show(op)} is not in the op_policy of {manifest.name}: {listed}"
         )
-    _require(manifest, needs, f"op {show(op)}")
+    if missing := [permission for permission in needs if permission not in manifest.permissions]:
+        raise _lacks(manifest, missing, f"op {show(op)}")
 
 
-def _require(manifest: Manifest, needs: Iterable[str], what: str) -> None:
-    missing = [permission for permission in needs if permission not in manifest.permissions]
-    if missing:
-        held = ", ".join(sorted(manifest.permissions)) or "none"
-        wanted = ", ".join(f"'{permission}'" for permission in missing)
-        raise DeniedError("ERR_PERMISSION_DENIED", f"{what} needs permission {wanted}; {manifest.name} holds {held}")
+def _lacks(manifest: Manifest, missing: Iterable[str], what: str) -> DeniedError:
+    held = ", ".join(sorted(manifest.permissions)) or "none"
+    wanted = ", ".join(f"'{permission}'" for permission in missing)
+    return DeniedError("ERR_PERMISSION_DENIED", f"{what} needs permission {wanted}; {manifest.name} holds {held}")

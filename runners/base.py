@@ -25,6 +25,10 @@ LARGE_BYTES = 256 * 1024
 """JSON text above this is read and walked in a thread, so that other calls go on meanwhile."""
 
 
+TICK_S = 0.001
+"""The clocks of event loops are that coarse, in seconds: a timer may fire so much too early."""
+
+
 class Code(enum.StrEnum):
     """The codes of what can go wrong at an overlay. `schemas/error_catalog.json` explains each."""
 

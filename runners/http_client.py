@@ -32,6 +32,8 @@ from aiohttp.abc import AbstractResolver
 from aiohttp.http_exceptions import ContentEncodingError, HttpProcessingError
 from yarl import URL
 
+from runners.base import TICK_S
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -158,6 +160,8 @@ class HttpClient:
         self._connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S, resolver=self._resolver)
         self._watches: weakref.WeakKeyDictionary[ResponseHandler, select.poll] = weakref.WeakKeyDictionary()
         self._exchanges: set[_Exchange] = set()
+        self._due = math.inf
+        self._timer: asyncio.TimerHandle | None = None
         self._address = functools.lru_cache(ADDRESSES)(_Address)
 
     async def fetch(self, request: Request, *, deadline: float, limit: int) -> Answer:
@@ -170,14 +174,14 @@ class HttpClient:
             address.require_in(self._targets)
         url = address.url(request.query)
         head = address.head(url, request)
-        exchange = _Exchange(await self._connect(address, deadline))
+        exchange = _Exchange(await self._connect(address, deadline), deadline)
         self._exchanges.add(exchange)
-        timer = self._loop.call_later(deadline - time.monotonic(), exchange.abort, DeadlineError())
+        if deadline < self._due:
+            self._expire_at(deadline)
         try:
             exchange.send(head, request.body)
             return await exchange.receive(url, limit)
         finally:
-            timer.cancel()
             self._exchanges.discard(exchange)
             exchange.end()
 
@@ -185,8 +189,27 @@ class HttpClient:
         """End what runs, with `ClosedError`, and close every connection."""
         for exchange in self._exchanges:
             exchange.abort(ClosedError())
+        if self._timer is not None:
+            self._timer.cancel()
         await self._connector.close()
         await self._resolver.close()
+
+    def _expire_at(self, deadline: float) -> None:
+        """One timer serves all exchanges: nearly all end long before it does."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._due = deadline
+        self._timer = self._loop.call_later(deadline - time.monotonic(), self._expire)
+
+    def _expire(self) -> None:
+        now = time.monotonic() + TICK_S
+        self._timer, self._due = None, math.inf
+        for exchange in self._exchanges:
+            if exchange.deadline <= now:
+                exchange.abort(DeadlineError())
+        to_come = [exchange.deadline for exchange in self._exchanges if exchange.deadline > now]
+        if to_come:
+            self._expire_at(min(to_come))
 
     async def _connect(self, address: _Address, deadline: float) -> Connection:
         """An idle connection that is still good, or a new one. Raises `ExchangeError`."""
@@ -322,10 +345,10 @@ class _Address:
 class _Exchange:
     """One request and its answer on one connection."""
 
-    __slots__ = ("_connection", "_fault", "_protocol", "_transport", "_whole")
+    __slots__ = ("_connection", "_fault", "_protocol", "_transport", "_whole", "deadline")
 
-    def __init__(self, connection: Connection) -> None:
-        """Takes the connection over. Raises `ConnectError` where it has just been lost."""
+    def __init__(self, connection: Connection, deadline: float) -> None:
+        """Takes the connection over, until `deadline`. Raises `ConnectError` where it has just been lost."""
         if connection.closed or connection.protocol is None or connection.transport is None:
             connection.close()
             raise ConnectError("could not be reached: it closed the connection at once")
@@ -334,6 +357,7 @@ class _Exchange:
         self._transport = connection.transport
         self._fault: ExchangeError | None = None
         self._whole = False
+        self.deadline = deadline
 
     def send(self, head: bytes, body: bytes | None) -> None:
         self._protocol.set_response_params(read_until_eof=True)

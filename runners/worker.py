@@ -30,7 +30,7 @@ import termios
 import time
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from runners.base import LARGE_BYTES, Code, JsonError, Outcome, parse_json
+from runners.base import LARGE_BYTES, TICK_S, Code, JsonError, Outcome, parse_json
 from runners.logs import Voice
 from runners.output import READ_SIZE, Log, close_all, describe, preview
 from runners.unstarted import unstarted
@@ -47,9 +47,6 @@ log = logging.getLogger(__name__)
 
 LAST_READS = 16
 """Reads from each pipe of an ended worker: a full megabyte, the largest that an ordinary user may give a pipe."""
-
-TICK_S = 0.001
-"""The clocks of event loops are that coarse, in seconds: a timer may fire so much too early."""
 
 _NO_FD = -1
 

@@ -9,10 +9,10 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from runners.base import Code, Outcome
+from runners.base import TICK_S, Code, Outcome
 from runners.helper import Home
 from runners.output import MEMORY_EVERY_S, data_limit, excess
-from runners.worker import TICK_S, Worker
+from runners.worker import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
