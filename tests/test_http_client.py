@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import time
 from http.server import BaseHTTPRequestHandler
@@ -10,7 +11,15 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from runners.http_client import AddressError, Answer, ConnectError, ForbiddenError, HttpClient, Request
+from runners.http_client import (
+    AddressError,
+    Answer,
+    ConnectError,
+    DeadlineError,
+    ForbiddenError,
+    HttpClient,
+    Request,
+)
 from tests.support import PATIENCE_S, http_service
 
 if TYPE_CHECKING:
@@ -164,3 +173,19 @@ async def test_a_redirect_is_told_and_never_followed_by_the_client(client: HttpC
     with http_service(Redirecting) as url:
         answer = await fetch(client, f"{url}/here")
     assert (answer.status, answer.location, asked) == (302, f"http://{METADATA}/latest/", ["/here"])
+
+
+async def test_each_request_has_its_own_deadline_whatever_the_others_have(client: HttpClient) -> None:
+    """They share a timer, so each comes at a moment when it is set for another."""
+    over: list[int] = []
+
+    async def ask(url: str, left_ms: int) -> None:
+        with pytest.raises(DeadlineError):
+            await client.fetch(Request("GET", url, {}, "x", None), deadline=time.monotonic() + left_ms / 1000, limit=9)
+        over.append(left_ms)
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
+        await asyncio.gather(*(ask(url, left_ms) for left_ms in (600, 200, 800, 400)))
+        await ask(url, 1)
+    assert over == [200, 400, 600, 800, 1]
