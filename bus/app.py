@@ -397,14 +397,16 @@ class _Clients:
     def __init__(self) -> None:
         self._new: set[_Client] = set()
         self._waiting: set[_Client] = set()
-        self._timer: asyncio.TimerHandle | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        """The one with the timer, where that is set."""
 
     async def unless_gone(self, receive: Receive, call: Coroutine[Any, Any, Answer]) -> Answer:
         """Raises `ClientDisconnect` once the client has gone; then the call was cancelled and has left its line."""
         client = _Client(receive)
         self._new.add(client)
-        if self._timer is None:
-            self._set_timer()
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            self._set_timer(loop)
         try:
             return await call
         except asyncio.CancelledError:
@@ -416,17 +418,18 @@ class _Clients:
             self._waiting.discard(client)
             client.end()
 
-    def _set_timer(self) -> None:
+    def _set_timer(self, loop: asyncio.AbstractEventLoop) -> None:
         self._waiting, self._new = self._new, set()
-        self._timer = asyncio.get_running_loop().call_later(WATCH_AFTER_S, self._listen)
+        self._loop = loop
+        loop.call_later(WATCH_AFTER_S, self._listen, loop)
 
-    def _listen(self) -> None:
-        self._timer = None
+    def _listen(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = None
         for client in self._waiting:
             client.begin()
         self._waiting = set()
         if self._new:
-            self._set_timer()
+            self._set_timer(loop)
 
 
 class _Client:

@@ -2,14 +2,13 @@
 
 As long as there is no token, whoever reaches the server may do everything, in the phases of `AAL_LOCAL_PHASES`: it
 listens on loopback only, so that is everybody on this machine. From the first token on each request needs one, from
-this machine too. Tokens that come, go or change are seen by the next request: the requests of one turn of the event
-loop, which had all arrived when it began, are judged by one look at the disk.
+this machine too. Tokens that come, go or change are seen by the next request: the requests that are judged in one turn
+of the event loop had all arrived before the first of them was, and share its look at the disk.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hmac
 import math
 import re
@@ -111,7 +110,7 @@ class Callers:
         self._seen: tuple[Token, ...] = ()
         self._known: tuple[_Known, ...] = ()
         self._buckets: dict[str | None, _Bucket] = {}
-        self._has_looked = False
+        self._looked_in: asyncio.AbstractEventLoop | None = None
 
     def has_tokens(self) -> bool:
         """Whether there is a token, be it expired. Raises `SettingError` where the file of tokens makes no sense."""
@@ -122,7 +121,7 @@ class Callers:
 
         Raises `CallerError` (401), and `SettingError` where the file of tokens makes no sense: then nobody gets in.
         """
-        known = self._known if self._has_looked else self._look()
+        known = self._known if self._looked_in is _running_loop() is not None else self._look()
         if not known:
             return self._without_tokens()
         if authorization is None:
@@ -163,13 +162,13 @@ class Callers:
             self._seen = tokens
             names = {token.name for token in tokens}
             self._buckets = {name: bucket for name, bucket in self._buckets.items() if name in names}
-        with contextlib.suppress(RuntimeError):  # there is no loop
-            asyncio.get_running_loop().call_soon(self._look_again)
-            self._has_looked = True
+        if loop := _running_loop():
+            loop.call_soon(self._look_again)
+            self._looked_in = loop
         return self._known
 
     def _look_again(self) -> None:
-        self._has_looked = False
+        self._looked_in = None
 
     def _without_tokens(self) -> Caller:
         if not self._needs_token:
@@ -188,6 +187,13 @@ class Callers:
         if found.expires_s <= self._now_s():
             raise CallerError("ERR_UNAUTHORIZED", f"the token {found.caller.name} has expired")
         return found.caller
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 def _known(token: Token) -> _Known:

@@ -20,7 +20,12 @@ import rfc8785
 LARGEST_INTEGER = 2**53 - 1
 """Beyond it, either way, an integer has no canonical form: readers of JSON would lose its digits."""
 
-_SORTED = orjson.OPT_SORT_KEYS | orjson.OPT_STRICT_INTEGER
+_SORTED = (
+    orjson.OPT_SORT_KEYS
+    | orjson.OPT_STRICT_INTEGER
+    | orjson.OPT_PASSTHROUGH_DATETIME
+    | orjson.OPT_PASSTHROUGH_DATACLASS
+)
 _PLAIN = frozenset({str, int, bool, type(None), orjson.Fragment})
 _LEAST_PLAIN, _FIRST_NOT_PLAIN = 1e-4, 1e15
 _FIRST_WITH_EXPONENT = 1e21
@@ -54,7 +59,7 @@ def canonical(value: Any) -> bytes:  # noqa: ANN401
 def canonical_own(members: dict[str, Any]) -> bytes:
     """As `canonical`, of an object that the bus itself has put together: without the walk, which costs as much again.
 
-    Every key in it is ASCII and every float of `figure`; what others have said goes in as text or as a Fragment.
+    All in it is of JSON's types, every key ASCII, every float of `figure`; what others have said is text or a Fragment.
     """
     try:
         return orjson.dumps(members, option=_SORTED)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import orjson
 
-from bus.canonical import figure, sha256_hex
+from bus.canonical import canonical, figure, sha256_hex
 from bus.errors import CATALOGUE, BusError, entry
 from bus.model import new_request_id, now_ms
 from runners.base import Code, Outcome
@@ -229,7 +229,7 @@ class Course:
 
 def _stored(value: Any, text: bytes, redactor: Redactor) -> Any:  # noqa: ANN401
     """A JSON value of which `text` is the canonical form, for a record."""
-    return redactor.json(value) if redactor.occurs_in(text) else orjson.Fragment(text)
+    return orjson.Fragment(canonical(redactor.json(value)) if redactor.occurs_in(text) else text)
 
 
 def _figure(measured: float | None) -> float | None:

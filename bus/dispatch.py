@@ -404,7 +404,8 @@ class Bus:
         if not (outcome.error or outcome.log):
             return outcome
         redact = self.secrets.redact
-        return outcome._replace(error=outcome.error and redact(outcome.error), log=redact(outcome.log))
+        code = outcome.code if redact(outcome.code) == outcome.code else Code.FAILED  # an overlay's own may say one
+        return outcome._replace(code=code, error=outcome.error and redact(outcome.error), log=redact(outcome.log))
 
     def _submit(self, course: Course, outcome: Outcome) -> _Line:
         """The record on its way into the ledger. Once it is there the plugins are told, whoever still waits for it.

@@ -55,6 +55,7 @@ def make_invocation(
     if not _is_usual_request(request):
         _canonical(request, "")
         _refuse_request(request)
+        request = {name: _whole(member) for name, member in request.items()}
     overlay, capability = split_target(target, capability, request.get("capability"))
     payload = request.get("data", {})
     return Invocation(
@@ -72,6 +73,11 @@ def make_invocation(
         timeout_ms=request.get("timeout_ms"),
         caller=caller,
     )
+
+
+def _whole(member: Any) -> Any:  # noqa: ANN401
+    """A whole number as an int: to a schema 7.0 is an integer, and its canonical form is that of 7."""
+    return int(member) if isinstance(member, float) and member.is_integer() else member
 
 
 def split_target(target: str, *capabilities: str | None) -> tuple[str, str | None]:
@@ -172,9 +178,7 @@ def open_reply(outcome: Outcome) -> Outcome:
     reply = outcome.result
     if not outcome.ok or type(reply) is not dict or "ok" not in reply:
         return outcome
-    if _is_usual_reply(reply):
-        return outcome._replace(replied=True, result=reply["result"])
-    if fault := _fault_of_reply(reply):
+    if not _is_usual_reply(reply) and (fault := _fault_of_reply(reply)):
         return outcome._replace(code=Code.PROTOCOL, result=None, error=fault)
     return outcome._replace(
         replied=True,

@@ -2,9 +2,9 @@
 
 uvicorn waits for ever for a request that comes byte by byte, and keeps whatever head it is sent. Here one timer for
 all connections looks at each a few times in `client_timeout_s`, and ends those whose client is too slow: to begin a
-request, the first or another, to send all of it, or to take its answer. So a request costs no timer of its own, as it
-does uvicorn. A connection on which the bus itself is at work (a call runs, or reading is paused until it has) is never
-late.
+request, to send all of it, or to take its answer; and those that are idle for `IDLE_S`. So a request costs no timer of
+its own, as it does uvicorn. A connection on which the bus itself is at work (a call runs, or reading is paused until it
+has) is never late.
 
 An answer that is complete before its request has come whole is the last of its connection, and says so. The rest of the
 request is not waited for, but neither is the connection closed at once: what arrives at a closed socket is answered by
@@ -52,6 +52,9 @@ LOOKS = 8
 
 LOOK_S = 1.0
 """Seconds from one look to the next, at most."""
+
+IDLE_S = 5.0
+"""How long a connection is kept for a further request, at most, in seconds; uvicorn's own figure."""
 
 TAKEN_BYTES_S = 64 * 1024
 """What a client has to take of an answer, on the average, in bytes a second."""
@@ -250,7 +253,7 @@ class Protocol(HttpToolsProtocol):
             self._waiting = None
         elif self._waiting is None:
             self._waiting = now
-        elif now - self._waiting > timeout_s:
+        elif now - self._waiting > (timeout_s if self.cycle is None else min(IDLE_S, timeout_s)):
             self._abort()
 
     def _is_stuck(self, now: float, timeout_s: float) -> bool:

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from runners.channel import MESSAGE_BYTES, open_channel, tell
     from runners.descendants import Family, send_signal
     from runners.execution import STREAMS
-    from runners.inside import BIND_NOW, BIND_NOW_BY_US
     from runners.sandbox import check
 else:
     import launcher
@@ -39,7 +38,6 @@ else:
     from channel import MESSAGE_BYTES, open_channel, tell
     from descendants import Family, send_signal
     from execution import STREAMS
-    from inside import BIND_NOW, BIND_NOW_BY_US
     from sandbox import check
 
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID = 0x00020000, 0x08000000, 0x10000000, 0x20000000
@@ -213,9 +211,8 @@ def _become(interpreter: tuple[str, ...], channel: Any) -> NoReturn:
     for number in IGNORED_BY_PYTHON:  # which it hands on so
         signal.signal(number, signal.SIG_DFL)
     os.set_inheritable(channel.fileno(), True)
-    env = {BIND_NOW: BIND_NOW_BY_US, **launcher.given_environment()}
     try:
-        os.execvpe(interpreter[0], [*interpreter, *sys.argv, "inside"], env)  # noqa: S606
+        os.execvpe(interpreter[0], [*interpreter, *sys.argv, "inside"], launcher.given_environment())  # noqa: S606
     except OSError as error:
         _give_up(channel, "not_started", (error.errno, error.strerror))
     except ValueError as error:  # a NUL in a string

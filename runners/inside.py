@@ -24,17 +24,11 @@ else:
 UNPLANNED = "/tmp"  # noqa: S108  # nothing stays there
 """The folder that may be written to where no plan gives one."""
 
-BIND_NOW, BIND_NOW_BY_US = "LD_BIND_NOW", "by the bus"
-"""Has the linker (ld.so(8)) look up every function at the start, which each fork would do anew; and how that is told
-from what the overlay has set."""
-
 _HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def main() -> None:
     """Never returns: works until the bus is gone, and in a forked child runs the program."""
-    if os.environ.get(BIND_NOW) == BIND_NOW_BY_US:
-        del os.environ[BIND_NOW]
     channel, mark = open_channel(), sys.argv[2]
     _, config = marshal.loads(channel.recv(MESSAGE_BYTES))  # noqa: S302  # only the bus has the other end
     plan, forks = config["plan"], config["arguments"] is not None

@@ -169,6 +169,7 @@ class Program:
         self._renew = [renew for name, renew in RENEWALS if name in sys.modules]
         self._end = End()
         _restore_signals()
+        self.rehearse(self._rehearse)
         gc.collect()
         gc.freeze()
 
@@ -179,7 +180,6 @@ class Program:
         call has added, and what to add to the environment.
         """
         self._next_call = next_call
-        self.rehearse(self._rehearse)
         gc.freeze()
         if MAIN not in sys.modules:  # last, so that the collector of a child looks through it
             sys.modules[MAIN] = new_main(self._script)

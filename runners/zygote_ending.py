@@ -66,9 +66,6 @@ def _say(what: Any) -> None:
         pass
 
 
-_HEAP_TYPE = 1 << 9
-"""Of the flags of a type (`Py_TPFLAGS_HEAPTYPE`): it was made by a class statement, or might have been."""
-
 SYS_NAMES = (
     *("path", "argv", "ps1", "ps2", "last_exc", "last_type", "last_value", "last_traceback"),
     *("path_hooks", "path_importer_cache", "meta_path", "__interactivehook__"),
@@ -181,7 +178,7 @@ def _empty(namespace: dict[str, Any]) -> None:
 
 
 def _is_finalized(kind: type) -> bool:
-    return bool(kind.__flags__ & _HEAP_TYPE) and any("__del__" in vars(base) for base in type.mro(kind))
+    return any("__del__" in vars(base) for base in type.mro(kind))
 
 
 def _join_threads(tell: Callable[[BaseException, object, str], None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shutil
@@ -12,19 +13,21 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
 from bus import envelopes, provenance, resources
-from bus.app import create_app
+from bus.app import WATCH_AFTER_S, _Clients, create_app
 from bus.dispatch import Bus
 from bus.hookspecs import hookimpl
 from bus.model import Phase
 from bus.tokens import SCOPES, Rate, Tokens
 from tests.programs import running
 from tests.support import (
+    PATIENCE_S,
     FixedStress,
     InProcessRunner,
     Server,
@@ -706,3 +709,35 @@ def test_the_list_tells_what_runs_for_an_overlay(server: Server) -> None:
     listed = {one["name"]: one["running"] for one in server.get("/overlays").json()["overlays"]}
     assert [(helper["mode"], helper["running"]) for helper in listed["quick"]["helpers"]] == [("spawn", 0)]
     assert server.get("/overlays/quick").json()["running"]["helpers"][0]["pid"] > 0
+
+
+async def test_each_client_that_leaves_is_heard_however_the_calls_overlap() -> None:
+    """They share a timer: one comes before it is set, one while it runs, one ends before it does."""
+    clients = _Clients()
+    leaves = [asyncio.Event() for _ in range(3)]
+    ended: list[int] = []
+
+    async def call(number: int) -> Any:
+        async def receive() -> dict[str, str]:
+            await leaves[number].wait()
+            return {"type": "http.disconnect"}
+
+        async def work() -> Any:
+            await asyncio.sleep(0 if number == 1 else PATIENCE_S)
+
+        try:
+            await clients.unless_gone(receive, work())
+        except ClientDisconnect:
+            ended.append(number)
+
+    first = asyncio.create_task(call(0))
+    await asyncio.sleep(WATCH_AFTER_S / 2)
+    others = [asyncio.create_task(call(number)) for number in (1, 2)]
+    await others[0]
+    leaves[2].set()
+    await others[1]
+    assert ended == [2]
+    leaves[0].set()
+    await first
+    assert ended == [2, 0]
+    assert vars(clients)["_loop"] is None

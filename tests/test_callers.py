@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import re
@@ -119,6 +120,26 @@ def test_a_revoked_token_is_refused_at_once(callers: Callers, tokens: Tokens) ->
     assert who(callers, header).name == "a"
     assert [token.name for token in tokens.revoke("a")] == ["b"]
     assert "not known" in refused(callers, header).detail
+
+
+async def test_the_requests_of_one_turn_of_the_loop_share_a_look_and_those_of_the_next_have_their_own(
+    callers: Callers, tokens: Tokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    header, _ = make(tokens, "a"), make(tokens, "b")
+    looks: list[tuple[Token, ...]] = []
+    look = Tokens.all
+
+    def counted(tokens: Tokens) -> tuple[Token, ...]:
+        looks.append(look(tokens))
+        return looks[-1]
+
+    monkeypatch.setattr(Tokens, "all", counted)
+    assert who(callers, header) is who(callers, header)
+    assert len(looks) == 1
+    tokens.revoke("a")
+    await asyncio.sleep(0)
+    refused(callers, header)
+    assert len(looks) == 2
 
 
 def test_once_the_last_token_is_revoked_none_is_needed_again(callers: Callers, tokens: Tokens) -> None:

@@ -208,6 +208,11 @@ def test_the_run_id_is_the_same_for_the_same_call_with_a_seed_and_new_without_on
     assert len({of(seed=7), of(seed="7"), of(seed=8), of(seed=7, data={"a": 2}), of(), of()}) == 6
 
 
+def test_a_whole_number_is_the_same_however_it_is_written() -> None:
+    call = read_invocation(b'{"phase":"OPEN","seed":7.0,"timeout_ms":5e1,"data":{"a":1.0}}', "echo")
+    assert (repr(call.seed), repr(call.timeout_ms), call.payload_json) == ("7", "50", b'{"a":1}')
+
+
 def test_the_run_id_tells_overlay_version_and_capability_apart() -> None:
     call = a_call(seed=1)
     ids = {

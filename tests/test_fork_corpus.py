@@ -95,6 +95,8 @@ CASES = [
     case("finalizers.py"),
     case("finalizers_plain.py"),
     case("finalizers_held_elsewhere.py"),
+    case("file_held_elsewhere.py"),
+    case("generator_held_elsewhere.py"),
     case("finalizers_in_typing.py"),
     case("finalizer_raises.py", same_log=False),
     case("files_left_open.py"),

@@ -15,14 +15,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bus.canonical import canonical
 from bus.errors import DeniedError, OperatorError, SettingError
 from bus.redaction import KEPT, LEAST, LEAST_LINE, LINES, Redactor
 from bus.schemas import show
 from bus.secrets import VALUE_LIMIT, Secrets, read_name, read_value
 from bus.settings import DeclaredSecret
-from runners.base import ProcessTarget
+from runners.base import Outcome, ProcessTarget
 from runners.output import PREVIEW_LENGTH, Log, join_log, preview
-from tests.support import InProcessRunner, a_call, add_native, calls, running_bus, until
+from tests.support import InProcessRunner, a_call, add_native, add_overlay, calls, running_bus, until
 
 if TYPE_CHECKING:
     from bus.settings import Settings
@@ -368,7 +369,8 @@ key = os.environ["KEY"]
 print("a note with", key, file=sys.stderr)
 if payload["how"] == "crash":
     raise RuntimeError(key)
-print(json.dumps({"ok": payload["how"] == "well", "result": {key: [key]}, "error": "no " + key}))
+result = {key: [key], "whole": 1.0, "\\U0001f600": 0, "\\ufb33": 1}
+print(json.dumps({"ok": payload["how"] == "well", "result": result, "error": "no " + key}))
 """
 
 
@@ -413,8 +415,21 @@ async def test_a_value_that_an_overlay_says_is_in_no_record_no_error_no_argument
     assert VALUE not in f"{answer.body['error']}{answer.body['detail']}{answer.body['hint']}{caplog.text}"
     recorded = settings.ledger.read_bytes()
     assert b"[secret KEY]" in recorded
+    assert [line + b"\n" for line in recorded.splitlines()] == [
+        canonical(json.loads(line)) + b"\n" for line in recorded.splitlines()
+    ]
     assert VALUE.encode() not in recorded
     assert VALUE.encode() not in every_file(settings.logs)
+
+
+async def test_a_code_of_an_overlays_own_that_is_a_secret_is_not_written(settings: Settings) -> None:
+    add_overlay(settings.overlays, "echo")
+    Secrets(settings.state).set("KEY", ["echo"], value="AKIAIOSFODNN7EXAMPLE")
+    runner = InProcessRunner(lambda _: Outcome(result={"ok": False, "code": "AKIAIOSFODNN7EXAMPLE"}))
+    async with running_bus(settings, runner) as bus:
+        answer = await bus.invoke(a_call("echo"))
+    assert answer.body["code"] == "ERR_OVERLAY_FAILED"
+    assert b"AKIAIOSFODNN7EXAMPLE" not in settings.ledger.read_bytes() + answer.json
 
 
 async def test_an_overlay_without_the_right_to_a_secret_does_not_start(settings: Settings) -> None:

@@ -1,0 +1,4 @@
+import json
+
+json.kept = open("/dev/stdout", "w")
+json.kept.write("written to the end\n")

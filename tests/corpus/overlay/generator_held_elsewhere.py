@@ -1,0 +1,12 @@
+import json
+
+
+def waiting():
+    try:
+        yield
+    finally:
+        print("finally")
+
+
+json.kept = waiting()
+next(json.kept)
