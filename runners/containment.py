@@ -76,7 +76,7 @@ def contain() -> None:
     if config["interpreter"] is None:
         channel.detach()
     else:
-        _become(config["interpreter"], channel)
+        _become(config["interpreter"], config["environment"], channel)
 
 
 def _as_started_fresh() -> None:
@@ -206,13 +206,14 @@ def _end_shared_memory_with_its_users() -> None:
         pass
 
 
-def _become(interpreter: tuple[str, ...], channel: Any) -> NoReturn:
+def _become(interpreter: tuple[str, ...], environment: dict[str, str], channel: Any) -> NoReturn:
     """Go on as the overlay's interpreter, with this file's neighbour; it is found as any command is (`subprocess`)."""
     for number in IGNORED_BY_PYTHON:  # which it hands on so
         signal.signal(number, signal.SIG_DFL)
     os.set_inheritable(channel.fileno(), True)
     try:
-        os.execvpe(interpreter[0], [*interpreter, *sys.argv, "inside"], launcher.given_environment())  # noqa: S606
+        env = {**launcher.given_environment(), **environment}
+        os.execvpe(interpreter[0], [*interpreter, *sys.argv, "inside"], env)  # noqa: S606
     except OSError as error:
         _give_up(channel, "not_started", (error.errno, error.strerror))
     except ValueError as error:  # a NUL in a string

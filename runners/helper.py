@@ -193,7 +193,7 @@ class Helper:
         self._wire = Wire(loop, self._receive, self._cut_off)
         try:
             with self._wire.theirs as theirs:
-                self._wire.send(message("begin", _config(script, namespace, skip, self._wired)))
+                self._wire.send(message("begin", self._config(namespace, skip)))
                 self._contained = self._begin(theirs)
         except BaseException:
             self._wire.close()
@@ -221,10 +221,30 @@ class Helper:
             [*INTERPRETER, str(LAUNCH), str(theirs.fileno()), self._mark],
             self._exited,
             folder=self.home.folder,
-            env={**self.home.env, strays.MARK: f"{self._mark}-0"},  # of no call, as they begin with 1
+            env={name: value for name, value in self._env.items() if not _is_for_the_loader(name)},
             channel=theirs.fileno(),
             pipe_stdin=self.script is not None and self.script.stdin == "pipe",
         )
+
+    @property
+    def _env(self) -> dict[str, str]:
+        """That of its programs; and the mark of no call, as they begin with 1."""
+        return {**self.home.env, strays.MARK: f"{self._mark}-0"}
+
+    def _config(self, namespace: bool, skip: Iterable[str]) -> dict[str, Any]:
+        """What it is told first, as `launcher.py` explains it."""
+        script = self.script
+        return {
+            "bus": os.getpid(),
+            "namespace": namespace,
+            "environment": {name: value for name, value in self._env.items() if _is_for_the_loader(name)},
+            "interpreter": None if script is None else script.interpreter,
+            "arguments": None if script is None else script.arguments,
+            "preload": () if script is None else script.preload,
+            "skip": list(skip),
+            "ahead": AHEAD_AFTER,
+            "plan": self._wired,
+        }
 
     def sandbox_for(self, scope: Scope) -> Sandbox:
         """What the kernel holds its programs to, whose rights were made for this scope. Known once it is ready."""
@@ -471,20 +491,9 @@ class Helper:
             self._keeper.rests(self)
 
 
-def _config(
-    script: Script | None, namespace: bool, skip: Iterable[str], plan: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """What a helper is told first, as `launcher.py` explains it."""
-    return {
-        "bus": os.getpid(),
-        "namespace": namespace,
-        "interpreter": None if script is None else script.interpreter,
-        "arguments": None if script is None else script.arguments,
-        "preload": () if script is None else script.preload,
-        "skip": list(skip),
-        "ahead": AHEAD_AFTER,
-        "plan": plan,
-    }
+def _is_for_the_loader(name: str) -> bool:
+    """Whether a variable can have a program load code (ld.so(8), iconv(1)), as one that is under no rights yet."""
+    return name.startswith("LD_") or name in {"GCONV_PATH", "GLIBC_TUNABLES", "LOCPATH"}
 
 
 def _clear(mark: str, orphans: bool, scratch: str | None) -> None:

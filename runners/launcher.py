@@ -11,8 +11,9 @@ it is about. To the helper they are written by `marshal`, in a version that all 
 them, and a reader of JSON is not. From the helper, which may have loaded an overlay's libraries, they are JSON: marshal
 is not for what nobody can trust.
 
-    to the helper     "begin"    {"bus", "namespace", "plan", "interpreter", "arguments", "preload", "skip", "ahead"},
-                                 once: the process id of the bus; whether to try for a pid namespace; what to take on
+    to the helper     "begin"    {"bus", "namespace", "environment", "plan", "interpreter", "arguments", "preload",
+                                 "skip", "ahead"}, once: the process id of the bus; whether to try for a pid namespace;
+                                 what the programs find in their environment and this process may not; what to take on
                                  (`sandbox.py`) or None; of mode fork the interpreter with its options, the script and
                                  what follows it (both None in mode spawn), modules to load before the calls and not to
                                  load, calls after which to fork ahead of the next
@@ -97,8 +98,9 @@ class Launcher:
     After `ahead` calls a process is forked before its call comes, whenever none runs: a lone call then waits for no
     fork. It is the first to get a call, so that it never waits beside a program.
 
-    Each call has a folder of `scratch`, where that is given, and is ended where it has more than `most` processes and
-    threads; 0 is any number. Those that hide whose they are may be as many, all together: else they are ended.
+    Spawned programs find `environment` beside that of this process. Each call has a folder of `scratch`, where that is
+    given, and is ended where it has more than `most` processes and threads; 0 is any number. Those that hide whose they
+    are may be as many, all together: else they are ended.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class Launcher:
         program: Any,
         mark: str,
         *,
+        environment: dict[str, str],
         ahead: int = sys.maxsize,
         scratch: Scratch | None = None,
         most: int = 0,
@@ -129,7 +132,7 @@ class Launcher:
         self._sweeps = 0
         self._orphans_crowd = False
         self._killed = set()  # type: set[int]  # orphans that have yet to end
-        self._environment = given_environment()
+        self._environment = {**given_environment(), **environment}
         self._family = Family()
         if program is not None:
             program.keep(self)

@@ -789,3 +789,18 @@ async def test_an_overlay_that_asks_who_calls_is_for_tokens_and_the_operator(set
     async with running_bus(settings, InProcessRunner()) as bus:
         answers = [await bus.invoke(a_call("shy"), caller) for caller in (unnamed, named, None)]
     assert [answer.body["code"] for answer in answers] == ["ERR_CALLER_UNKNOWN", "OK", "OK"]
+
+
+async def test_a_library_in_an_overlays_folder_is_not_loaded_before_the_overlay_is_held(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty element of LD_LIBRARY_PATH is the working folder (ld.so(8)). The overlay itself finds the variable."""
+    monkeypatch.setenv("LD_LIBRARY_PATH", ":/nowhere")
+    say = 'echo "\\"$LD_LIBRARY_PATH\\""'
+    folder = add_native(settings.overlays, "own", {"run": {"runner": "proc"}}, env=["LD_LIBRARY_PATH"])
+    (folder / "run.sh").write_text(say)
+    for library in ("libm.so.6", "libpthread.so.0", "libdl.so.2", "libutil.so.1", "libz.so.1"):  # not those of a shell
+        (folder / library).write_text("no library")
+    async with running_bus(settings) as bus:
+        answer = await bus.invoke(a_call("own"))
+    assert answer.body["result"] == ":/nowhere", answer.body

@@ -37,6 +37,7 @@ class BareHelper:
         begin: dict[str, Any] = {
             "bus": os.getpid(),
             "namespace": namespace,
+            "environment": {},
             "plan": plan,
             "preload": (),
             "skip": [],

@@ -52,7 +52,7 @@ def a_whole_group_but_its_own() -> None:
 
 def a_launcher() -> launcher.Launcher:
     ours, _ = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    return launcher.Launcher(ours, None, "mark")
+    return launcher.Launcher(ours, None, "mark", environment={})
 
 
 def an_orphan_that_takes_its_time_as_one() -> None:
