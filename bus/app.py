@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
     from bus.callers import Caller
     from bus.course import Answer
+    from bus.model import Record
     from bus.overlay_entry import Entry
     from bus.settings import Settings
 
@@ -245,15 +247,20 @@ class Api:
         limit, since_ms = query.integer("limit", _LIMIT_DEFAULT, 1, _LIMIT_MOST), query.integer("since", None, 0, 2**53)
         overlay, ok = query.text("overlay"), query.boolean("ok")
         query.refuse_unknown()
-        ledger = self._bus.settings.ledger
-        events = await asyncio.to_thread(provenance.tail, ledger, limit, overlay=overlay, ok=ok, since_ms=since_ms)
+        ledger, shown = self._bus.settings.ledger, partial(_is_shown, request.user)
+        events = await asyncio.to_thread(
+            provenance.tail, ledger, limit, overlay=overlay, ok=ok, since_ms=since_ms, shown=shown
+        )
         return JsonResponse({"events": events, "count": len(events)})
 
     async def record(self, request: Request) -> Response:
         seq = request.path_params["seq"]
         if not _is_number(seq):
             raise NotFoundError("ERR_NOT_FOUND", f"the ledger has no line {show(seq)}")
-        return JsonResponse(await asyncio.to_thread(provenance.read_line, self._bus.settings.ledger, int(seq)))
+        record = await asyncio.to_thread(provenance.read_line, self._bus.settings.ledger, int(seq))
+        if not _is_shown(request.user, record):
+            raise NotFoundError("ERR_NOT_FOUND", f"line {seq} of the ledger is of no overlay of the token")
+        return JsonResponse(record)
 
     async def stress(self, _: Request) -> Response:
         await self._bus.start()
@@ -348,6 +355,11 @@ class _Invoke:
                 raise _too_large(f"more than {limit}", limit)
             more = message.get("more_body", False)
         return b"".join(chunks)
+
+
+def _is_shown(caller: Caller, record: Record) -> bool:
+    """Whether a line of the ledger is of an overlay that the caller may call, or of none."""
+    return record.get("overlay") is None or caller.has_overlay(record["overlay"])
 
 
 class _Query:

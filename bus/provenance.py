@@ -76,14 +76,15 @@ def tail(
     ok: bool | None = None,
     since_ms: int | None = None,
     types: Collection[str] | None = None,
+    shown: Callable[[Record], bool] = lambda _: True,
 ) -> list[Record]:
-    """The last `limit` records that fit, oldest first. What is no record is passed over: `verify` names it."""
+    """The last `limit` records that fit and may be shown, oldest first. What is no record `verify` names."""
     found: list[Record] = []
     with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
         lines = lines_backwards(file.fileno(), end_of_lines(file.fileno(), _size(file)))
         while len(found) < limit and (line := next(lines, None)) is not None:
             record = parse_or_none(line)
-            if record is not None and _fits(record, overlay, ok, since_ms, types):
+            if record is not None and _fits(record, overlay, ok, since_ms, types) and shown(record):
                 found.append(record)
     return found[::-1]
 

@@ -460,6 +460,22 @@ def test_a_token_is_shown_its_own_overlays_only(client: TestClient, settings: Se
     assert not [path for path in paths if "two" in path]
 
 
+def test_a_token_reads_the_lines_of_its_own_overlays_only(client: TestClient, settings: Settings) -> None:
+    everything, narrow = make_token(settings, "all"), make_token(settings, overlays=("ec*",))
+    for name in ("echo", "two", "echo"):
+        client.post(f"/invoke/{name}", json={"phase": "OPEN"}, headers=everything)
+    assert [line["overlay"] for line in calls(settings)] == ["echo", "two", "echo"]
+    seqs = {line["overlay"]: line["seq"] for line in calls(settings)}
+    shown = client.get("/provenance?limit=2", headers=narrow).json()["events"]
+    assert [line["overlay"] for line in shown] == ["echo", "echo"]
+    assert "two" in client.get("/provenance?overlay=two", headers=everything).text
+    assert client.get("/provenance?overlay=two", headers=narrow).json()["count"] == 0
+    assert client.get(f"/provenance/{seqs['echo']}", headers=narrow).json()["overlay"] == "echo"
+    assert client.get(f"/provenance/{seqs['two']}", headers=everything).json()["overlay"] == "two"
+    refused = client.get(f"/provenance/{seqs['two']}", headers=narrow)
+    assert (refused.status_code, refused.json()["code"]) == (404, "ERR_NOT_FOUND")
+
+
 def test_what_runs_for_an_overlay_is_told_without_secrets(
     client: TestClient, settings: Settings, bus: Bus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
