@@ -212,7 +212,7 @@ def _become(interpreter: tuple[str, ...], environment: dict[str, str], channel: 
         signal.signal(number, signal.SIG_DFL)
     os.set_inheritable(channel.fileno(), True)
     try:
-        env = {**launcher.given_environment(), **environment}
+        env = launcher.given_environment(environment)
         os.execvpe(interpreter[0], [*interpreter, *sys.argv, "inside"], env)  # noqa: S606
     except OSError as error:
         _give_up(channel, "not_started", (error.errno, error.strerror))

@@ -132,7 +132,7 @@ class Launcher:
         self._sweeps = 0
         self._orphans_crowd = False
         self._killed = set()  # type: set[int]  # orphans that have yet to end
-        self._environment = {**given_environment(), **environment}
+        self._environment = given_environment(environment)
         self._family = Family()
         if program is not None:
             program.keep(self)
@@ -478,8 +478,8 @@ def _take_streams(fds: list[int], highest_fd: int) -> None:
     os.closerange(STREAMS, highest_fd + 1)
 
 
-def given_environment() -> dict[str, str]:
-    """The environment as the bus gave it; Python may have added LC_CTYPE to its own (PEP 538)."""
+def given_environment(more: dict[str, str]) -> dict[str, str]:
+    """The environment as the bus gave it, with `more`; Python may have added LC_CTYPE to its own (PEP 538)."""
     with open("/proc/self/environ", "rb") as file:
         pairs = [line.partition(b"=") for line in file.read().split(b"\0") if line]
-    return {os.fsdecode(name): os.fsdecode(value) for name, _, value in pairs}
+    return {**{os.fsdecode(name): os.fsdecode(value) for name, _, value in pairs}, **more}

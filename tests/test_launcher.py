@@ -112,7 +112,7 @@ async def test_what_it_says_of_many_modules_fits_into_a_message() -> None:
 async def test_it_hands_on_the_environment_byte_by_byte() -> None:
     environment = {b"A": b"x=\xff", b"EMPTY": b"", b"LC_ALL": b"C"}
     code = f"import sys; sys.path.insert(0, {str(module.LAUNCH.parent)!r})\n"
-    code += "import os, launcher; given = launcher.given_environment()\n"
+    code += "import os, launcher; given = launcher.given_environment({})\n"
     code += "print({os.fsencode(name): os.fsencode(value) for name, value in given.items()})"
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", code, env=environment, stdout=asyncio.subprocess.PIPE

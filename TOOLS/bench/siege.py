@@ -22,7 +22,7 @@ from hostile import Siege as Against
 from layout import PARTS, BenchError, environment, lay_out
 from load import Job
 from servers import Servers
-from soak import tallies
+from soak import part, tallies
 from targets import BODY, ECHOED
 
 if TYPE_CHECKING:
@@ -118,14 +118,14 @@ class _Run:
     def _honest(self, path: str) -> Iterator[None]:
         """As many honest clients more, for longer than any measurement."""
         job = self.job(path, self.plan.seconds + SLACK_S)
-        with _program("load.py", self.servers.folder) as load:
+        with part("load.py", self.servers.folder) as load:
             _stdin(load, json.dumps(asdict(job)), close=True)
             yield
 
     @contextlib.contextmanager
     def _hostile(self, _: str) -> Iterator[None]:
         against = Against(self.servers.ports["bus"], WORKER, self.token, self.plan.connections)
-        with _program("hostile.py", self.servers.folder) as besiegers:
+        with part("hostile.py", self.servers.folder) as besiegers:
             _stdin(besiegers, json.dumps(asdict(against)) + "\n", close=False)
             if _line(besiegers) != "begun\n":
                 raise BenchError("the hostile clients do not begin")
@@ -186,17 +186,6 @@ def _median_share(of: list[float], whole: list[float]) -> float:
 
 def _last(siege: _Run) -> str:
     return ", ".join(f"{path} {beside} {rates[-1]:,.0f}/s" for (path, beside), rates in siege.rates.items())
-
-
-@contextlib.contextmanager
-def _program(source: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
-    argv = [sys.executable, str(PARTS / source)]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(argv, stdin=pipe, stdout=pipe, text=True, cwd=folder, env=environment(folder)) as program:
-        try:
-            yield program
-        finally:
-            program.kill()
 
 
 def _stdin(program: subprocess.Popen[str], text: str, *, close: bool) -> None:

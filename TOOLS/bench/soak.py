@@ -144,7 +144,7 @@ def watch(job: Job, servers: Servers) -> Iterator[Moment]:
 
 def tallies(job: Job, folder: Path) -> Iterator[dict[str, Any]]:
     """What the load generator says, as it says it. It ends with whoever stops reading."""
-    with _load(folder) as load:
+    with part("load.py", folder) as load:
         assert load.stdin is not None
         assert load.stdout is not None
         load.stdin.write(json.dumps(asdict(job)))
@@ -156,14 +156,15 @@ def tallies(job: Job, folder: Path) -> Iterator[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _load(folder: Path) -> Iterator[subprocess.Popen[str]]:
-    argv = [sys.executable, str(PARTS / "load.py")]
+def part(source: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A program of the benchmark's own, spoken to over its pipes; it is ended with the block."""
+    argv = [sys.executable, str(PARTS / source)]
     pipe = subprocess.PIPE
-    with subprocess.Popen(argv, stdin=pipe, stdout=pipe, text=True, cwd=folder, env=environment(folder)) as load:
+    with subprocess.Popen(argv, stdin=pipe, stdout=pipe, text=True, cwd=folder, env=environment(folder)) as program:
         try:
-            yield load
+            yield program
         finally:
-            load.kill()
+            program.kill()
 
 
 HEADER = "  time s    calls  errors   p50 ms   p99 ms  bus RSS MB  tree PSS MB  fds  tree fds  processes"
