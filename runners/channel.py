@@ -43,8 +43,10 @@ def tell(channel: Any, verb: str, about: Any, fd: int | None = None) -> None:
 
 def text_of(value: Any) -> str:
     """The JSON text of numbers, strings, lists and objects (RFC 8259)."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
     if isinstance(value, str):
         return '"%s"' % "".join("\\u%04x" % ord(sign) if sign < " " or sign in '"\\' else sign for sign in value)
     if isinstance(value, dict):
@@ -56,8 +58,10 @@ def text_of(value: Any) -> str:
 
 def descriptors(ancillary: list[Any]) -> list[int]:
     """Those of an SCM_RIGHTS message."""
-    rights = b"".join(data for _, _, data in ancillary)
-    return [int.from_bytes(rights[at : at + 4], sys.byteorder) for at in range(0, len(rights), 4)]
+    found = []  # type: list[int]
+    for _, _, rights in ancillary:
+        found += memoryview(rights).cast("i")
+    return found
 
 
 def in_short(reasons: dict[str, str]) -> dict[str, str]:

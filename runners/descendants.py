@@ -35,7 +35,7 @@ class Family:
         while part:
             part = os.pread(self._list, 4096, len(text))
             text += part
-        return [int(pid) for pid in text.split()]
+        return list(map(int, text.split()))
 
     def descendants(self, roots: list[int]) -> list[int]:
         """These processes with their children and all that come from them, each once."""

@@ -35,7 +35,7 @@ def main() -> None:
     failed = take_late(channel, plan) if plan is not None and forks else {}
     folder = None if plan is None else folder_of(plan["scratch"]["root"], mark, os.getpid() == 1)
     program = load_program(channel, config, folder or UNPLANNED) if forks else None  # type: Any
-    scratch = None if folder is None else Scratch(folder, os.getpid() == 1)
+    scratch = None if folder is None else Scratch(os.fsencode(folder) if forks else folder, os.getpid() == 1)
     most = 0 if plan is None else plan["processes"]
     environment, ahead = config["environment"], config["ahead"]
     launcher = Launcher(channel, program, mark, environment=environment, ahead=ahead, scratch=scratch, most=most)

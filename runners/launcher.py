@@ -18,7 +18,7 @@ is not for what nobody can trust.
                                  what follows it (both None in mode spawn), modules to load before the calls and not to
                                  load, calls after which to fork ahead of the next
                       "run"      (call, argv, env, bytes of data that it may have (RLIMIT_DATA) or 0 for any number),
-                                 with stdin, stdout and stderr as SCM_RIGHTS
+                                 with stdin, stdout and stderr as SCM_RIGHTS; env is of bytes in mode fork
                       "kill"     (call, signal), to the group of the call
                       "measure"  call
     from containment  "contained" {"namespace": bool, "taken": [mechanism], "failed": {mechanism: why}}, with a pidfd of
@@ -98,9 +98,9 @@ class Launcher:
     After `ahead` calls a process is forked before its call comes, whenever none runs: a lone call then waits for no
     fork. It is the first to get a call, so that it never waits beside a program.
 
-    Spawned programs find `environment` beside that of this process. Each call has a folder of `scratch`, where that is
-    given, and is ended where it has more than `most` processes and threads; 0 is any number. Those that hide whose they
-    are may be as many, all together: else they are ended.
+    Spawned programs find `environment` beside that of this process; forked ones are given theirs in bytes. Each call
+    has a folder of `scratch`, where that is given, and is ended where it has more than `most` processes and threads; 0
+    is any number. Those that hide whose they are may be as many, all together: else they are ended.
     """
 
     def __init__(
@@ -116,7 +116,9 @@ class Launcher:
     ) -> None:
         self._channel = channel
         self._program = program
-        self._mark = mark
+        given = str if program is None else os.fsencode  # type: Any
+        self._mark_name, self._mark_of, self._mark = map(given, (MARK, "%s-%d", mark))
+        self._scratch_names = tuple(map(given, NAMES))
         self._scratch = scratch
         self._most = most
         self._count_at = 0.0
@@ -141,6 +143,7 @@ class Launcher:
         signal.set_wakeup_fd(self._alarm, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, _wake)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # so that the kernel keeps it from a process 1
+        self._highest_fd = max(self._alarm, self._wakeup, channel.fileno(), self._family.highest_fd)
         self._poll = select.poll()
         self._poll.register(channel.fileno(), select.POLLIN)
         self._poll.register(self._wakeup, select.POLLIN)
@@ -189,21 +192,18 @@ class Launcher:
 
     def _run(self, fds: list[int], number: int, argv: list[str], env: dict[Any, Any], data_bytes: int) -> Any:
         """Start a program. Returns None, but in a forked child what it is to run."""
-        env[MARK] = "%s-%d" % (self._mark, number)
+        env[self._mark_name] = self._mark_of % (self._mark, number)
         pid = failed = None
-        highest_fd = self._highest_fd(fds)
         try:
             if self._scratch is not None:
-                env.update(dict.fromkeys(NAMES, self._scratch.make(number)))
-            if self._program is not None:
-                env = {os.fsencode(name): os.fsencode(value) for name, value in env.items()}
+                env.update(dict.fromkeys(self._scratch_names, self._scratch.make(number)))
             pid = self._start(fds, argv, env, data_bytes)
         except (OSError, ValueError) as error:
             failed = (number, getattr(error, "errno", None), getattr(error, "strerror", None) or str(error))
         if pid == 0:
             os.setsid()
             self._become_child(self._pid, data_bytes)
-            _take_streams(fds, highest_fd)
+            _take_streams(fds, self._highest_fd)
             return argv, env
         for fd in fds:
             os.close(fd)
@@ -249,7 +249,7 @@ class Launcher:
         self._become_child(self._pid, 0)
         at = theirs.fileno()
         os.closerange(STREAMS, at)
-        os.closerange(at + 1, self._highest_fd([ours.fileno(), at]) + 1)
+        os.closerange(at + 1, max(self._highest_fd, ours.fileno()) + 1)
         ours.detach()
         size, ancillary, _, _ = theirs.recvmsg_into([self._buffer], _socket.CMSG_SPACE(12), _socket.MSG_CMSG_CLOEXEC)
         if not size:
@@ -257,7 +257,7 @@ class Launcher:
         argv, env, data_bytes = marshal.loads(self._buffer[:size])  # noqa: S302  # from our own process
         limit_data(0, data_bytes)
         fds = descriptors(ancillary) + [theirs.detach()]
-        _take_streams(fds, max(fds))
+        _take_streams(fds, 0)
         return argv, env
 
     def _hand_over(self, fds: list[int], argv: list[str], env: dict[bytes, bytes], data_bytes: int) -> int | None:
@@ -300,9 +300,6 @@ class Launcher:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def _highest_fd(self, fds: list[int]) -> int:
-        return max([self._alarm, self._wakeup, int(self._channel.fileno()), self._family.highest_fd, *fds])
 
     def _kill(self, number: int, signal_number: int) -> None:
         """The group; of a fork that has not yet made its own, the process."""
@@ -408,7 +405,7 @@ class Launcher:
 
         One that takes its time to end is no sweep: only another that has come since tells that they get away.
         """
-        orphans = [pid for pid in self._family.children() if not self._is_accounted_for(pid)]
+        orphans = list(filter(self._is_unaccounted_for, self._family.children()))
         if not orphans:
             return False
         if not self._killed.issuperset(orphans):
@@ -422,8 +419,8 @@ class Launcher:
             send_signal(pid, signal.SIGKILL)
         return True
 
-    def _is_accounted_for(self, child: int) -> bool:
-        return child in self._calls or self._is_spare(child) or self._call_of(child) is not None
+    def _is_unaccounted_for(self, child: int) -> bool:
+        return child not in self._calls and not self._is_spare(child) and self._call_of(child) is None
 
     def _is_spare(self, child: int) -> bool:
         return self._spare is not None and self._spare[0] == child
@@ -450,7 +447,7 @@ class Launcher:
 
     def _call_named_by(self, pid: int) -> int | None:
         """The running call that the environment of a process names. (Numbers begin with 1.)"""
-        name = ("%s=%s-" % (MARK, self._mark)).encode()
+        name = os.fsencode("%s=%s-" % (MARK, self._mark))
         try:
             with open("/proc/%d/environ" % pid, "rb") as file:
                 numbers = [text[len(name) :] for text in file.read().split(b"\0") if text.startswith(name)]
@@ -475,7 +472,7 @@ def _take_streams(fds: list[int], highest_fd: int) -> None:
     dup2(fds[0], 0)
     dup2(fds[1], 1)
     dup2(fds[2], 2)
-    os.closerange(STREAMS, highest_fd + 1)
+    os.closerange(STREAMS, max(highest_fd, *fds) + 1)
 
 
 def given_environment(more: dict[str, str]) -> dict[str, str]:

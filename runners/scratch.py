@@ -29,13 +29,15 @@ class Scratch:
     """Makes a folder for each call in `folder`, which no other helper uses.
 
     The programs of the same rights may do there whatever they like. With `shared_memory` that is the helper's own, too.
+    Paths are of the type of `folder`: str or bytes.
     """
 
-    def __init__(self, folder: str, shared_memory: bool) -> None:
+    def __init__(self, folder: str | bytes, shared_memory: bool) -> None:
         self._folder = folder
+        self._folder_of = b"%s/%d" if isinstance(folder, bytes) else "%s/%d"
         self._shared = SHARED_MEMORY if shared_memory and os.path.isdir(SHARED_MEMORY) else None
 
-    def make(self, call: int) -> str:
+    def make(self, call: int) -> str | bytes:
         """The new and empty folder of a call. Raises OSError."""
         path = self._path(call)
         try:
@@ -65,11 +67,11 @@ class Scratch:
             except OSError:
                 pass
 
-    def _path(self, call: int) -> str:
-        return "%s/%d" % (self._folder, call)
+    def _path(self, call: int) -> str | bytes:
+        return self._folder_of % (self._folder, call)
 
 
-def remove_tree(path: str) -> None:
+def remove_tree(path: str | bytes) -> None:
     """Remove what is at a path, if anything is: of a folder all that is in it, of a link the link.
 
     The folders may be of any depth and, where this process owns them, of any mode. It holds two descriptors at a time.
@@ -85,7 +87,7 @@ def remove_tree(path: str) -> None:
         pass
 
 
-def _is_folder(path: str) -> bool:
+def _is_folder(path: str | bytes) -> bool:
     return S_ISDIR(os.lstat(path).st_mode)
 
 
@@ -97,7 +99,7 @@ class _Level:
         self.left = _remove_most(fd)
 
 
-def _empty(path: str) -> None:
+def _empty(path: str | bytes) -> None:
     fd = _enter(path)
     try:
         levels = [_Level(fd)]
@@ -150,7 +152,7 @@ def _removed(name: str, is_folder: bool, fd: int) -> bool:
     return True
 
 
-def _enter(name: str, above: int | None = None) -> int:
+def _enter(name: str | bytes, above: int | None = None) -> int:
     """Open a folder, and no link to one, that its owner can use then. A path leads to any, a descriptor to this one."""
     held = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above)
     try:

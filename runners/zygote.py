@@ -167,11 +167,11 @@ class Program:
 
             self._run_module = _run_module_as_main
         self._renew = [renew for name, renew in RENEWALS if name in sys.modules]
+        self._late = _late_modules()
         self._end = End()
         _restore_signals()
         self.rehearse(self._rehearse)
         gc.collect()
-        gc.freeze()
 
     def run(self, next_call: Callable[[], tuple[list[str], dict[bytes, bytes]]]) -> NoReturn:
         """Serve calls, each in a child that is a new interpreter and runs the script, to its end.
@@ -180,11 +180,15 @@ class Program:
         call has added, and what to add to the environment.
         """
         self._next_call = next_call
-        gc.freeze()
-        if MAIN not in sys.modules:  # last, so that the collector of a child looks through it
-            sys.modules[MAIN] = new_main(self._script)
         sys.excepthook = self._begin
         raise _Unwind
+
+    def _set_out(self) -> None:
+        """Put among the modules what is to come last: the script's, which the collector of a child is to look through,
+        and what no child is to know of."""
+        if MAIN not in sys.modules:
+            sys.modules[MAIN] = new_main(self._script)
+        sys.modules.update(self._late)
 
     def _rehearse(self) -> None:
         self._become_new(sys.argv, {b"PATH": os.environb[b"PATH"]} if b"PATH" in os.environb else {})
@@ -209,6 +213,8 @@ class Program:
         """Called by the interpreter, on an empty stack. So it is one for the children, too, and none has to unwind."""
         sys.excepthook = sys.__excepthook__
         _forget_last_exception()
+        gc.freeze()
+        self._set_out()
         self._become_new(*self._next_call())
         status = 0
         try:
@@ -219,6 +225,14 @@ class Program:
         except BaseException as error:  # noqa: BLE001  # the outermost of the script
             status = _failed(error)
         self._end(status)
+
+
+def _late_modules() -> dict[str, Any]:
+    """What `os.wait4` imports, each time that it does not find it."""
+    if "resource" in sys.modules:
+        return {}
+    __import__("resource")
+    return {"resource": sys.modules.pop("resource")}
 
 
 def _failed(error: BaseException) -> int:

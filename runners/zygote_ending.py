@@ -86,6 +86,7 @@ class End:
         self._forgotten = []  # type: list[Any]
         self._last_builtin = next(reversed(vars(builtins)))
         self._tell = _make_teller()
+        self._never_finalized = _never_finalized()
         self._flush_c = _c_flusher() if _use_c(list(sys.modules)) else None
 
     def __call__(self, status: int) -> NoReturn:
@@ -113,7 +114,7 @@ class End:
         _flush(self._tell)
         _use_c(list(self._new_modules()))
         _let_go_of([])
-        any(_is_finalized(kind) for kind in (End, int))
+        any(map(_is_finalized, {End, int} - self._never_finalized))
 
     def forget_new_modules(self) -> None:
         """Of what the launcher has imported since (`os.wait4` wants `resource`) the script is to know nothing."""
@@ -137,7 +138,7 @@ class End:
         for name in list(_added(vars(builtins), self._last_builtin)):
             delattr(builtins, name)
         collect()
-        if any(_is_finalized(kind) for kind in set(map(type, objects()))):
+        if any(map(_is_finalized, set(map(type, objects())) - self._never_finalized)):
             unfreeze()
             alive = _let_go_of([name for name in modules if name not in ("sys", "builtins")]) + alive
             collect()
@@ -179,6 +180,18 @@ def _empty(namespace: dict[str, Any]) -> None:
 
 def _is_finalized(kind: type) -> bool:
     return any("__del__" in vars(base) for base in type.mro(kind))
+
+
+_HEAP_TYPE = 1 << 9
+"""`Py_TPFLAGS_HEAPTYPE`: not one of those that C has as they are, which nobody changes."""
+
+
+def _never_finalized() -> frozenset[type]:
+    """Types of which that is known without a look at them."""
+    kinds = [object]  # type: list[type]
+    for kind in kinds:  # it grows meanwhile
+        kinds += type.__subclasses__(kind)
+    return frozenset(kind for kind in kinds if not kind.__flags__ & _HEAP_TYPE and not _is_finalized(kind))
 
 
 def _join_threads(tell: Callable[[BaseException, object, str], None]) -> None:

@@ -92,6 +92,7 @@ CASES = [
     case("thread_pool_left.py"),
     case("at_exit.py", same_log=False),  # an address
     case("exits_at_exit.py", same_log=False),
+    case("objects.py"),
     case("finalizers.py"),
     case("finalizers_plain.py"),
     case("finalizers_held_elsewhere.py"),

@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib.util import cache_from_source
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -252,6 +253,17 @@ async def waiting(bench: Bench) -> tuple[Helper, int]:
 
 
 in_mode_fork = pytest.mark.parametrize("mode", ["fork"])
+
+
+@in_mode_fork
+async def test_what_a_helper_loads_when_it_may_write_no_more_is_compiled_before(bench: Bench) -> None:
+    compiled = [Path(cache_from_source(path)) for path in module.LAUNCH.parent.glob("zygote*.py")]
+    for path in compiled:
+        path.unlink(missing_ok=True)
+    module._compile_zygote.cache_clear()
+    await bench.helpers.pool(another(bench.home), bench.script).ready()
+    assert len(compiled) > 1
+    assert all(path.is_file() for path in compiled)
 
 
 @in_mode_fork
