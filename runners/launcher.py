@@ -251,6 +251,7 @@ class Launcher:
         os.closerange(STREAMS, at)
         os.closerange(at + 1, max(self._highest_fd, ours.fileno()) + 1)
         ours.detach()
+        self._program.touch()
         size, ancillary, _, _ = theirs.recvmsg_into([self._buffer], _socket.CMSG_SPACE(12), _socket.MSG_CMSG_CLOEXEC)
         if not size:
             os._exit(0)

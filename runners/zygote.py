@@ -183,6 +183,10 @@ class Program:
         sys.excepthook = self._begin
         raise _Unwind
 
+    def touch(self) -> None:
+        """In a child that has yet to wait for its call: have copied, meanwhile, much of what it will write to."""
+        self._rehearse()
+
     def _set_out(self) -> None:
         """Put among the modules what is to come last: the script's, which the collector of a child is to look through,
         and what no child is to know of."""
