@@ -63,6 +63,7 @@ def serve(settings: Settings, ready: Callable[[str, Bus], None]) -> None:
         _log_to_stderr(settings.log_level)
         files = _allow_many_files()
         bus = Bus(settings)
+        _redact_logs(bus.secrets.redact)
         server = _Server(_config(settings, bus, files), bus, lambda: ready(_address(listener), bus))
         with contextlib.suppress(SystemExit):  # uvicorn's word for a lifespan that failed; its log says why
             server.run(sockets=[listener])
@@ -140,6 +141,22 @@ def _log_to_stderr(level: str) -> None:
     logging.getLogger("watchfiles").setLevel(logging.WARNING)
     if level != "debug":
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
+
+
+class _RedactedFormatter(logging.Formatter):
+    """Takes secrets out of what is logged: the last words of a program that did not start may have one."""
+
+    def __init__(self, redact: Callable[[str], str]) -> None:
+        super().__init__(_LOG_FORMAT)
+        self._redact = redact
+
+    def format(self, record: logging.LogRecord) -> str:
+        return self._redact(super().format(record))
+
+
+def _redact_logs(redact: Callable[[str], str]) -> None:
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_RedactedFormatter(redact))
 
 
 def _allow_many_files() -> int:
