@@ -310,7 +310,7 @@ class _Reading:
             cost_cents=given.get("cost_cents", 0.0),
             idempotent=given.get("idempotent", False),
             read_paths=self._paths(rights, at, "read"),
-            write_paths=self._paths(rights, at, "write"),
+            write_paths=self._written(rights, at),
             network=network if isinstance(network, bool) else tuple(map(int, network)),
         )
 
@@ -367,6 +367,15 @@ class _Reading:
         """Absolute, and without links: who reads the manifest is to see where they lead."""
         return tuple(self._path(text, [*at, "rights", key, index]) for index, text in enumerate(rights.get(key, ())))
 
+    def _written(self, rights: Mapping[str, Any], at: tuple[str, ...]) -> tuple[str, ...]:
+        """The paths to write to. The manifest is not among them: an overlay would give itself what it then asks for."""
+        paths = self._paths(rights, at, "write")
+        manifest = os.path.realpath(self.folder / FILE)
+        for index, (text, path) in enumerate(zip(rights.get("write", ()), paths, strict=True)):
+            if _is_within(manifest, path):
+                self._fault([*at, "rights", "write", index], repr(text), "a path that has not the manifest in it")
+        return paths
+
     def _path(self, text: str, at: list[str | int]) -> str:
         if text.startswith("~"):
             self._fault(at, repr(text), "a path without ~, absolute or from the folder on")
@@ -393,7 +402,7 @@ class _Reading:
 
 
 def _is_within(path: str, folder: str) -> bool:
-    return path == folder or path.startswith(folder + os.sep)
+    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
 def _is_of_kernel(path: str) -> bool:

@@ -301,6 +301,20 @@ def test_no_right_is_to_what_the_kernel_shows_each_process_in_its_own_way(tmp_pa
     assert read(tmp_path, beside).capabilities["count"].read_paths == ("/system", "/procs")
 
 
+def test_no_right_is_to_write_the_manifest_that_the_rights_stand_in(tmp_path: Path) -> None:
+    (tmp_path / "tool/out").mkdir(parents=True)
+
+    def asking(right: str, path: str) -> dict[str, Any]:
+        return native(capabilities={"count": {"runner": "proc", "rights": {right: [path]}}})
+
+    for path in (".", "manifest.json", str(tmp_path / "tool"), str(tmp_path), "/"):
+        faults = faults_of(tmp_path, asking("write", path))
+        assert list(faults) == ["$.capabilities.count.rights.write[0]"], path
+        assert "a path that has not the manifest in it" in faults["$.capabilities.count.rights.write[0]"]
+        read(tmp_path, asking("read", path))
+    read(tmp_path, asking("write", "out"))
+
+
 def test_a_path_of_the_rights_that_cannot_be_followed_is_a_fault(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
