@@ -20,7 +20,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Match, Route
 
-from bus import envelopes, guard, openapi, provenance, resources
+from bus import envelopes, guard, openapi, policy, provenance, resources
 from bus import settings as bus_settings
 from bus.dispatch import Bus
 from bus.errors import BusError, CallerError, NotFoundError, RequestError
@@ -215,7 +215,7 @@ class Api:
     async def overlays(self, request: Request) -> Response:
         await self._bus.start()
         entries = self._entries_of(request.user)
-        return JsonResponse({"overlays": [entry.summary() | {"running": self._running(entry)} for entry in entries]})
+        return JsonResponse({"overlays": [entry.summary() | self._now(entry) for entry in entries]})
 
     async def overlay(self, request: Request) -> Response:
         await self._bus.start()
@@ -225,11 +225,18 @@ class Api:
             among = ", ".join(caller.overlays)
             raise NotFoundError("ERR_UNKNOWN_OVERLAY", f"no overlay {show(name)} among those of the token: {among}")
         entry = self._bus.registry.entry(name)
-        return JsonResponse(entry.detail() | {"running": self._running(entry)})
+        return JsonResponse(entry.detail() | self._now(entry))
 
     def _entries_of(self, caller: Caller) -> list[Entry]:
         """What there is of the overlays that the caller may call."""
         return [entry for entry in self._bus.registry.entries() if caller.has_overlay(entry.name)]
+
+    def _now(self, entry: Entry) -> dict[str, Any]:
+        """What no file says of an overlay: what of its rights this kernel cannot hold, and what of it runs."""
+        bus, manifest = self._bus, entry.manifest
+        starts = manifest is not None and (manifest.has_program or manifest.service)
+        missing = bus.confinement.gaps(policy.rights_in_use(manifest)) if manifest and starts else []
+        return {"sandbox": {"mode": bus.settings.sandbox, "missing": missing}, "running": self._running(entry)}
 
     def _running(self, entry: Entry) -> dict[str, Any]:
         """What the runners keep for an overlay from call to call: helpers, workers, service, circuit breaker.

@@ -118,6 +118,11 @@ class Manifest:
         object.__setattr__(self, "own_paths", tuple(written))  # once, not in each call
 
     @property
+    def has_program(self) -> bool:
+        """Whether a call of it may start one."""
+        return any(capability.argv for capability in self.capabilities.values())
+
+    @property
     def prefers_gpu(self) -> bool:
         return self.resources.get("prefers_gpu") is True
 

@@ -117,10 +117,9 @@ def _fault_as_json(fault: Fault) -> dict[str, str]:
 
 def _processes_as_json(manifest: Manifest) -> dict[str, Any]:
     """How the overlay's programs run; null for what it has not: a program, workers, a service that the bus starts."""
-    has_program = any(capability.argv for capability in manifest.capabilities.values())
     return {
-        "mode": manifest.mode if has_program else None,
-        "stdin": manifest.stdin if has_program else None,
+        "mode": manifest.mode if manifest.has_program else None,
+        "stdin": manifest.stdin if manifest.has_program else None,
         "preload": list(manifest.preload),
         "workers": asdict(manifest.workers) if manifest.mode == "worker" else None,
         "service": asdict(manifest.service) if manifest.service else None,

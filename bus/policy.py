@@ -58,12 +58,7 @@ def authorize(manifest: Manifest, capability: Capability, phase: Phase, payload:
 
 def service_rights(manifest: Manifest) -> Rights:
     """What the one process needs that answers all calls of an overlay: the union over its capabilities and phases."""
-    given = [
-        _rights(PHASES[phase], manifest, capability)
-        for capability in manifest.capabilities.values()
-        for phase in capability.phases
-        if PHASES[phase].needs in manifest.permissions
-    ]
+    given = rights_in_use(manifest)
     ports = {port for rights in given if isinstance(rights.network, tuple) for port in rights.network}
     return Rights(
         write=any(rights.write for rights in given),
@@ -74,6 +69,16 @@ def service_rights(manifest: Manifest) -> Rights:
         gpu=manifest.prefers_gpu,
         own_paths=manifest.own_paths,
     )
+
+
+def rights_in_use(manifest: Manifest) -> list[Rights]:
+    """Those of each of its capabilities in each of its phases."""
+    return [
+        _rights(PHASES[phase], manifest, capability)
+        for capability in manifest.capabilities.values()
+        for phase in capability.phases
+        if PHASES[phase].needs in manifest.permissions
+    ]
 
 
 def _rights(rule: PhaseRule, manifest: Manifest, capability: Capability) -> Rights:

@@ -52,10 +52,20 @@ _MB = 2**20
 
 
 class Held(NamedTuple):
-    """What became of a right: what holds it, nothing where it is not held, and what is missing, in words."""
+    """What became of a right: what holds it, nothing where it is not held, and what is missing, in words.
+
+    A gap is `bearable` where mode enforce runs with it: where less is given, or a service listens, which the operator
+    has trusted then.
+    """
 
     by: tuple[Mechanism, ...]
     gap: str | None = None
+    bearable: bool = False
+
+    @property
+    def suffices(self) -> bool:
+        """For mode enforce."""
+        return bool(self.by) and (self.gap is None or self.bearable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +155,19 @@ class Confinement:
         """
         if self.mode != "enforce":
             return None
+        return _first_gap(self._foreseen(rights))
+
+    def _foreseen(self, rights: Rights) -> dict[Right, Held]:
+        """What becomes of each right at best."""
         has = {mechanism for mechanism in MECHANISMS if _absent(mechanism, self.kernel) is None}
-        return _first_gap({right: _hold(right, Case(rights, forks=True), self.kernel, has) for right in RIGHTS})
+        return {right: _hold(right, Case(rights, forks=True), self.kernel, has) for right in RIGHTS}
+
+    def gaps(self, rights: Iterable[Rights]) -> list[str]:
+        """What this kernel is known to lack to hold these rights, before any process is started."""
+        if self.mode == "off":
+            return [f"{right}: off" for right in RIGHTS]
+        held = [(right, self._foreseen(one)[right].gap) for one in rights for right in RIGHTS]
+        return [f"{right}: {gap}" for right, gap in dict.fromkeys(held) if gap]
 
     def _own(self, rights: Rights, state: tuple[Path, ...]) -> tuple[Path, ...]:
         """What the overlay may write to in some call, real."""
@@ -249,7 +270,7 @@ def _within(value: int, hard: int) -> int:
 
 
 def _first_gap(held: dict[Right, Held]) -> str | None:
-    return next((f"{right}: {how.gap}" for right, how in held.items() if not how.by), None)
+    return next((f"{right}: {how.gap}" for right, how in held.items() if not how.suffices), None)
 
 
 def _absent(mechanism: Mechanism, machine: Kernel) -> str | None:
@@ -286,7 +307,11 @@ def _write(case: Case, machine: Kernel, got: Collection[str]) -> Held:
     if 0 < machine.landlock_abi < kernel.ABI_OF_TRUNCATE:
         return Held((), f"Landlock lets files be emptied (ABI {kernel.ABI_OF_TRUNCATE} does not)")
     by: tuple[Mechanism, ...] = ("landlock",) if case.rights.write else ("landlock", "seccomp")
-    return Held(by, None if "namespace" in got else "no shared memory (no pid namespace)")
+    return Held(by, None if "namespace" in got else "no shared memory (no pid namespace)", bearable=True)
+
+
+_LISTENS = "a service may listen on all addresses, and on a port that the kernel picks"
+"""seccomp cannot tell what a socket is bound to, and Landlock is not asked where one listens that is not."""
 
 
 def _network(case: Case, machine: Kernel, _got: Collection[str]) -> Held:
@@ -295,7 +320,9 @@ def _network(case: Case, machine: Kernel, _got: Collection[str]) -> Held:
     if case.rights.network is True or (case.rights.network is False and not case.listen):
         return Held(("seccomp",))
     if case.rights.network is False:
-        return Held(("landlock", "seccomp")) if has_ports else Held(("seccomp",), f"it listens on any port: {since}")
+        if has_ports:
+            return Held(("landlock", "seccomp"), _LISTENS, bearable=True)
+        return Held(("seccomp",), f"it may listen on any port: {since}")
     return Held(("landlock", "seccomp")) if has_ports else Held((), machine.no_landlock or since)
 
 

@@ -25,6 +25,7 @@ from bus.dispatch import Bus
 from bus.hookspecs import hookimpl
 from bus.model import Phase
 from bus.tokens import SCOPES, Rate, Tokens
+from runners.kernel import Kernel
 from tests.programs import running
 from tests.support import (
     PATIENCE_S,
@@ -725,6 +726,27 @@ def test_the_list_tells_what_runs_for_an_overlay(server: Server) -> None:
     listed = {one["name"]: one["running"] for one in server.get("/overlays").json()["overlays"]}
     assert [(helper["mode"], helper["running"]) for helper in listed["quick"]["helpers"]] == [("spawn", 0)]
     assert server.get("/overlays/quick").json()["running"]["helpers"][0]["pid"] > 0
+
+
+@pytest.mark.parametrize(
+    ("on", "missing"),
+    [
+        (Kernel(7, None, None), []),
+        (Kernel(2, None, None), ["write: Landlock lets files be emptied (ABI 3 does not)"]),
+        (Kernel(0, "no Landlock", None), ["read: no Landlock", "write: no Landlock", "exec: no Landlock"]),
+    ],
+)
+def test_the_list_tells_what_of_their_rights_the_kernel_cannot_hold_before_anything_runs(
+    client: TestClient, bus: Bus, settings: Settings, on: Kernel, missing: list[str]
+) -> None:
+    add_script(settings.overlays, "quick", say("done"), phases=["CLEAR", "ASCEND"], capabilities=["analysis", "exec"])
+    bus.confinement = replace(bus.confinement, mode="best-effort", kernel=on)
+    listed = {one["name"]: one["sandbox"] for one in client.get("/overlays").json()["overlays"]}
+    assert listed["quick"] == {"mode": settings.sandbox, "missing": missing}
+    assert listed["broken"]["missing"] == []
+    assert client.get("/overlays/quick").json()["sandbox"] == listed["quick"]
+    bus.confinement = replace(bus.confinement, mode="off")
+    assert len(client.get("/overlays/quick").json()["sandbox"]["missing"]) == 7
 
 
 async def test_each_client_that_leaves_is_heard_however_the_calls_overlap() -> None:

@@ -303,10 +303,22 @@ def test_what_the_kernel_refused_is_not_said_to_hold(home: Home, without: str, l
 
 def test_a_service_that_listens_is_held_to_its_port_where_landlock_has_ports(home: Home) -> None:
     service = replace(home, listen=(4000,))
-    assert said(plan(service, CLEAR)) == (ALL, set())
-    enforced, missing = said(plan(service, CLEAR, on=Kernel(3, None, None)))
+    held = plan(service, CLEAR)
+    assert said(held) == (ALL, {"network: a service may listen on all addresses, and on a port that the kernel picks"})
+    assert held.unheld(namespace=True, taken=MECHANISMS) is None, "the operator has trusted it by name"
+    old = plan(service, CLEAR, on=Kernel(3, None, None))
+    enforced, missing = said(old)
     assert "network" in enforced
-    assert missing == {"network: it listens on any port: this kernel has no Landlock for TCP ports (ABI 4)"}
+    assert missing == {"network: it may listen on any port: this kernel has no Landlock for TCP ports (ABI 4)"}
+    assert old.unheld(namespace=True, taken=MECHANISMS) in missing
+
+
+def test_enforce_refuses_what_is_held_but_for_a_part(home: Home) -> None:
+    made = plan(home, CLEAR)
+    without = made.unheld(namespace=False, taken=MECHANISMS)
+    assert without == "processes: those of others can be seen (no pid namespace)"
+    assert made.unheld(namespace=True, taken=MECHANISMS) is None
+    assert plan(home, CLEAR, mode="best-effort").unheld(namespace=False, taken=MECHANISMS) is None
 
 
 def test_a_stand_in_is_held_by_a_fork_alone(home: Home) -> None:

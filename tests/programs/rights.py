@@ -67,6 +67,12 @@ def listen(_: str = "") -> str:
         return "listening"
 
 
+def listen_unbound(_: str = "") -> str:
+    with socket.socket() as listener:
+        listener.listen()
+        return "listening"
+
+
 def execute(path: str) -> str:
     pid = os.posix_spawn(path, [path], {})
     return str(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
@@ -126,7 +132,22 @@ def leave(name: str) -> str:
 
 TRIES: dict[str, Callable[..., str]] = {
     function.__name__: function
-    for function in (read, write, write_in, link, tcp, udp, unix, listen, execute, kill, mode, unshare, limits)
+    for function in (
+        read,
+        write,
+        write_in,
+        link,
+        tcp,
+        udp,
+        unix,
+        listen,
+        listen_unbound,
+        execute,
+        kill,
+        mode,
+        unshare,
+        limits,
+    )
 }
 TRIES |= {function.__name__: function for function in (allocate, breed, leave)}
 
