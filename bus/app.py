@@ -20,12 +20,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Match, Route
 
-from bus import envelopes, guard, openapi, policy, provenance, resources
+from bus import envelopes, guard, openapi, provenance, resources
 from bus import settings as bus_settings
 from bus.dispatch import Bus
 from bus.errors import BusError, CallerError, NotFoundError, RequestError
 from bus.guard import Guard
 from bus.model import new_request_id
+from bus.plugins import cases_of
 from bus.schemas import show
 from runners.base import LARGE_BYTES
 
@@ -233,10 +234,9 @@ class Api:
 
     def _now(self, entry: Entry) -> dict[str, Any]:
         """What no file says of an overlay: what of its rights this kernel cannot hold, and what of it runs."""
-        bus, manifest = self._bus, entry.manifest
-        starts = manifest is not None and (manifest.has_program or manifest.service)
-        missing = bus.confinement.gaps(policy.rights_in_use(manifest)) if manifest and starts else []
-        return {"sandbox": {"mode": bus.settings.sandbox, "missing": missing}, "running": self._running(entry)}
+        confinement = self._bus.confinement
+        missing = [] if entry.manifest is None else confinement.gaps(cases_of(entry.manifest))
+        return {"sandbox": {"mode": confinement.mode, "missing": missing}, "running": self._running(entry)}
 
     def _running(self, entry: Entry) -> dict[str, Any]:
         """What the runners keep for an overlay from call to call: helpers, workers, service, circuit breaker.

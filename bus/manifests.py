@@ -368,11 +368,14 @@ class _Reading:
         return tuple(self._path(text, [*at, "rights", key, index]) for index, text in enumerate(rights.get(key, ())))
 
     def _written(self, rights: Mapping[str, Any], at: tuple[str, ...]) -> tuple[str, ...]:
-        """The paths to write to. The manifest is not among them: an overlay would give itself what it then asks for."""
+        """The paths to write to. The manifest is not among them: an overlay would give itself what it then asks for.
+
+        Nor is what the manifest is a link to, nor the folder where the link could be another.
+        """
         paths = self._paths(rights, at, "write")
-        manifest = os.path.realpath(self.folder / FILE)
+        manifests = (os.path.realpath(self.folder / FILE), f"{os.path.realpath(self.folder)}/{FILE}")
         for index, (text, path) in enumerate(zip(rights.get("write", ()), paths, strict=True)):
-            if _is_within(manifest, path):
+            if any(_is_within(manifest, path) for manifest in manifests):
                 self._fault([*at, "rights", "write", index], repr(text), "a path that has not the manifest in it")
         return paths
 

@@ -123,6 +123,11 @@ class Manifest:
         return any(capability.argv for capability in self.capabilities.values())
 
     @property
+    def starts_programs(self) -> bool:
+        """Whether the bus starts anything for it; else it is a service of somebody else's."""
+        return self.has_program or self.service is not None
+
+    @property
     def prefers_gpu(self) -> bool:
         return self.resources.get("prefers_gpu") is True
 

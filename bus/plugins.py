@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from bus import hookspecs, stress
+from bus import hookspecs, policy, stress
 from bus.canonical import shown
 from bus.errors import DeniedError
 from bus.hookspecs import hookimpl
 from bus.metrics import Metrics
 from runners import python_command, scratch_root
-from runners.confinement import Confinement
+from runners.confinement import Case, Confinement
 from runners.helpers import Helpers
 from runners.http import HttpRunner
 from runners.logs import OverlayLogs
@@ -58,8 +58,8 @@ class BuiltIn:
         scratch_root.sweep(settings.scratch)  # of a bus that was killed nothing stays beyond the next start
         logs = OverlayLogs(settings.overlay_logs, redact=self._redact)
         idle_s = settings.helper_idle_s
-        helpers = Helpers(idle_s=idle_s, confinement=self._confinement)
-        service_helpers = Helpers(idle_s=idle_s, confinement=self._confinement)  # each runner closes its own
+        held: dict[str, Any] = {"idle_s": idle_s, "confinement": self._confinement, "redact": self._redact}
+        helpers, service_helpers = Helpers(**held), Helpers(**held)  # each runner closes its own
         register(ProcessRunner(helpers, logs, kill_grace_s=settings.kill_grace_s, idle_s=idle_s))
         services = Services(service_helpers, logs, kill_grace_s=settings.kill_grace_s, drain_s=settings.drain_s)
         register(HttpRunner(services, targets=frozenset(settings.listed("targets"))))
@@ -99,6 +99,21 @@ def confinement_of(settings: Settings) -> Confinement:
 def _kept_by(settings: Settings) -> tuple[Path, ...]:
     """What the bus has for itself: tokens, secrets, the ledger, state and code of the overlays, its own settings."""
     return (settings.state, settings.logs, settings.overlays, settings.file)
+
+
+def cases_of(manifest: Manifest) -> Iterator[Case]:
+    """What the kernel has to hold of an overlay, by all that is known before it is called."""
+    for capability, rights in policy.in_use(manifest):
+        if capability.argv:
+            may_fork = manifest.mode in ("auto", "fork") and python_command.split(capability.argv) is not None
+            yield Case(rights, forks=may_fork)
+    if manifest.service is not None:
+        rights = policy.service_rights(manifest)
+        yield Case(rights, listen=() if rights.network is True else _ANY_PORT)
+
+
+_ANY_PORT = (1,)
+"""Which one it will be is not known yet."""
 
 
 def _paths_asked_for(manifest: Manifest) -> list[tuple[str, str]]:

@@ -12,7 +12,7 @@ from bus.schemas import show
 from runners.base import Rights
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from bus.model import Capability, Manifest
 
@@ -58,7 +58,7 @@ def authorize(manifest: Manifest, capability: Capability, phase: Phase, payload:
 
 def service_rights(manifest: Manifest) -> Rights:
     """What the one process needs that answers all calls of an overlay: the union over its capabilities and phases."""
-    given = rights_in_use(manifest)
+    given = [rights for _, rights in in_use(manifest)]
     ports = {port for rights in given if isinstance(rights.network, tuple) for port in rights.network}
     return Rights(
         write=any(rights.write for rights in given),
@@ -71,14 +71,12 @@ def service_rights(manifest: Manifest) -> Rights:
     )
 
 
-def rights_in_use(manifest: Manifest) -> list[Rights]:
-    """Those of each of its capabilities in each of its phases."""
-    return [
-        _rights(PHASES[phase], manifest, capability)
-        for capability in manifest.capabilities.values()
-        for phase in capability.phases
-        if PHASES[phase].needs in manifest.permissions
-    ]
+def in_use(manifest: Manifest) -> Iterator[tuple[Capability, Rights]]:
+    """Each of its capabilities with what that has in each of its phases."""
+    for capability in manifest.capabilities.values():
+        for phase in capability.phases:
+            if PHASES[phase].needs in manifest.permissions:
+                yield capability, _rights(PHASES[phase], manifest, capability)
 
 
 def _rights(rule: PhaseRule, manifest: Manifest, capability: Capability) -> Rights:

@@ -144,19 +144,20 @@ def _log_to_stderr(level: str) -> None:
 
 
 class _RedactedFormatter(logging.Formatter):
-    """Takes secrets out of what is logged: the last words of a program that did not start may have one."""
+    """Takes secrets out of what another one says."""
 
-    def __init__(self, redact: Callable[[str], str]) -> None:
-        super().__init__(_LOG_FORMAT)
+    def __init__(self, formatter: logging.Formatter, redact: Callable[[str], str]) -> None:
+        super().__init__()
+        self._formatter = formatter
         self._redact = redact
 
     def format(self, record: logging.LogRecord) -> str:
-        return self._redact(super().format(record))
+        return self._redact(self._formatter.format(record))
 
 
 def _redact_logs(redact: Callable[[str], str]) -> None:
     for handler in logging.getLogger().handlers:
-        handler.setFormatter(_RedactedFormatter(redact))
+        handler.setFormatter(_RedactedFormatter(handler.formatter or logging.Formatter(), redact))
 
 
 def _allow_many_files() -> int:

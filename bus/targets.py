@@ -91,7 +91,7 @@ class Targets:
     def _new_means(self, resolved: Resolved) -> _Means:
         manifest = resolved.manifest
         secrets = self._secrets.stamp() if manifest.secrets or manifest.env or self._passed else None
-        if not _starts_programs(manifest):
+        if not manifest.starts_programs:
             return _Means(resolved.edition, secrets)
         env = child_env(manifest, self._settings, self._secrets)
         return _Means(resolved.edition, secrets, env, env["OVERLAY_STATE"] + "/")
@@ -116,10 +116,6 @@ def _service_of(manifest: Manifest, service: Service, env: Mapping[str, str]) ->
         service.max_mb,
         policy.service_rights(manifest),
     )
-
-
-def _starts_programs(manifest: Manifest) -> bool:
-    return manifest.service is not None or any(one.argv for one in manifest.capabilities.values())
 
 
 def child_env(manifest: Manifest, settings: Settings, secrets: Secrets) -> dict[str, str]:

@@ -54,8 +54,7 @@ _MB = 2**20
 class Held(NamedTuple):
     """What became of a right: what holds it, nothing where it is not held, and what is missing, in words.
 
-    A gap is `bearable` where mode enforce runs with it: where less is given, or a service listens, which the operator
-    has trusted then.
+    A gap is `bearable` where mode enforce runs with it: where less is given, or a service listens, as it has to.
     """
 
     by: tuple[Mechanism, ...]
@@ -108,6 +107,10 @@ class Plan:
         enforced = tuple(right for right, how in held.items() if how.by)
         return Sandbox(scope, enforced, tuple(f"{right}: {how.gap}" for right, how in held.items() if how.gap))
 
+    def needs_namespace(self) -> str | None:
+        """Why it is not to run in mode enforce where the kernel gives no pid namespace, though it has all else."""
+        return self.unheld(False, MECHANISMS)
+
     def unheld(self, namespace: bool, taken: Collection[str]) -> str | None:
         """Why it is not to run in mode enforce; None where it is held, or need not be.
 
@@ -155,18 +158,18 @@ class Confinement:
         """
         if self.mode != "enforce":
             return None
-        return _first_gap(self._foreseen(rights))
+        return _first_gap(self._foreseen(Case(rights, forks=True)))
 
-    def _foreseen(self, rights: Rights) -> dict[Right, Held]:
+    def _foreseen(self, case: Case) -> dict[Right, Held]:
         """What becomes of each right at best."""
         has = {mechanism for mechanism in MECHANISMS if _absent(mechanism, self.kernel) is None}
-        return {right: _hold(right, Case(rights, forks=True), self.kernel, has) for right in RIGHTS}
+        return {right: _hold(right, case, self.kernel, has) for right in RIGHTS}
 
-    def gaps(self, rights: Iterable[Rights]) -> list[str]:
-        """What this kernel is known to lack to hold these rights, before any process is started."""
+    def gaps(self, cases: Iterable[Case]) -> list[str]:
+        """What this kernel is known to lack to hold these cases, before any process is started."""
         if self.mode == "off":
             return [f"{right}: off" for right in RIGHTS]
-        held = [(right, self._foreseen(one)[right].gap) for one in rights for right in RIGHTS]
+        held = [(right, how.gap) for case in dict.fromkeys(cases) for right, how in self._foreseen(case).items()]
         return [f"{right}: {gap}" for right, gap in dict.fromkeys(held) if gap]
 
     def _own(self, rights: Rights, state: tuple[Path, ...]) -> tuple[Path, ...]:
@@ -319,11 +322,11 @@ def _network(case: Case, machine: Kernel, _got: Collection[str]) -> Held:
     since = f"this kernel has no Landlock for TCP ports (ABI {kernel.ABI_OF_TCP})"
     if case.rights.network is True or (case.rights.network is False and not case.listen):
         return Held(("seccomp",))
+    if has_ports:
+        return Held(("landlock", "seccomp"), _LISTENS if case.listen else None, bearable=True)
     if case.rights.network is False:
-        if has_ports:
-            return Held(("landlock", "seccomp"), _LISTENS, bearable=True)
         return Held(("seccomp",), f"it may listen on any port: {since}")
-    return Held(("landlock", "seccomp")) if has_ports else Held((), machine.no_landlock or since)
+    return Held((), machine.no_landlock or since)
 
 
 def _exec(case: Case, _machine: Kernel, _got: Collection[str]) -> Held:

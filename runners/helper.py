@@ -38,7 +38,7 @@ from runners.wire import WORDS, Wire, as_error, as_figure, as_reasons, as_words,
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from runners.base import Rights
     from runners.confinement import Plan
@@ -76,8 +76,10 @@ def _compile_zygote() -> None:
     """Leave the bytecode of what a helper loads when it may write nothing any more; once, where it is not there.
 
     Each would compile the text. What that leaves in its memory lies between the things that every fork copies: it
-    takes a twentieth of the rate.
+    takes a twentieth of the rate. An interpreter of another version than the bus's own still does.
     """
+    if sys.dont_write_bytecode:
+        return
     for path in LAUNCH.parent.glob("zygote*.py"):
         compileall.compile_file(path, quiet=2)
 
@@ -183,6 +185,7 @@ class Helper:
         namespace: bool,
         skip: Iterable[str] = (),
         plan: Plan | None = None,
+        redact: Callable[[bytes], bytes] = bytes,
     ) -> None:
         loop = self._loop = asyncio.get_running_loop()
         self.home = home
@@ -195,6 +198,7 @@ class Helper:
         self.log = Log(LOG_BYTES)
         self._keeper = keeper
         self._mark = mark
+        self._redact = redact
         self._plan = plan
         self._wired = None if plan is None else plan.wire
         self._taken: tuple[str, ...] = ()
@@ -281,8 +285,7 @@ class Helper:
         """
         number = next(self._numbers)
         given = argv if self.script is None else argv[len(self.script.interpreter) :]  # which the helper is itself
-        may_have = 0 if self._wired is None else data_bytes
-        run = message("run", (number, list(given), self._in_its_words(env), may_have))
+        run = message("run", (number, list(given), dict(env), 0 if self._wired is None else data_bytes))
         if not self.is_open:
             raise GoneError
         try:
@@ -293,12 +296,6 @@ class Helper:
             raise GoneError from None
         process = self.processes[number] = Process(number, self, self._loop)
         return process
-
-    def _in_its_words(self, env: Mapping[str, str]) -> dict[Any, Any]:
-        """In bytes where it is for forks: what puts it into their environment is not to make any."""
-        if self.script is None:
-            return dict(env)
-        return {os.fsencode(name): os.fsencode(value) for name, value in env.items()}
 
     def signal(self, number: int, signal_number: signal.Signals) -> None:
         with contextlib.suppress(OSError):  # it is gone, and its processes with it
@@ -394,7 +391,7 @@ class Helper:
         self._said.drain()
         lost = f"the helper that ran it {self._fault or self._contained.how_it_ended()}"
         if not self.ready.done():
-            said = self.log.kept().decode("utf-8", "replace").strip()
+            said = self._redact(self.log.kept()).decode("utf-8", "replace").strip()
             self.ready.set_exception(OSError(errno.ECHILD, f"{lost} before it was ready: {said}"))
         if not self.ready.cancelled():
             self.ready.exception()  # seen, whether or not somebody waits for it

@@ -28,7 +28,7 @@ from runners.helper_errors import AnotherWayError, GoneError, UnheldError
 from runners.scratch_root import ScratchRoot
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from runners.confinement import Confinement, Plan
     from runners.helper import Process, Script
@@ -221,8 +221,12 @@ class Helpers:
         most: int | None = None,
         namespace: bool = True,
         confinement: Confinement | None = None,
+        redact: Callable[[bytes], bytes] = bytes,
     ) -> None:
-        """Without `confinement` the kernel holds programs to no rights."""
+        """Without `confinement` the kernel holds programs to no rights.
+
+        `redact` takes out of a helper's last words what nobody is to read.
+        """
         self.most = most or min(2, len(os.sched_getaffinity(0)))
         """Helpers of one pool."""
         self.closed = False
@@ -231,6 +235,7 @@ class Helpers:
         self._idle_s = idle_s
         self._namespace = namespace
         self._confinement = confinement
+        self._redact = redact
         self._mark = f"aal-{secrets.token_hex(8)}"
         self._scratch: ScratchRoot | None = None
         self._sweep: asyncio.Future[None] | None = None
@@ -317,7 +322,8 @@ class Helpers:
         self._make_room(1)
         mark = f"{self._mark}-{next(self._numbers)}"
         plan = self._plan(pool)
-        helper = Helper(pool.home, pool.script, pool, mark=mark, namespace=self._namespace, skip=pool.skip, plan=plan)
+        ways: dict[str, Any] = {"namespace": self._namespace, "skip": pool.skip, "plan": plan, "redact": self._redact}
+        helper = Helper(pool.home, pool.script, pool, mark=mark, **ways)
         self._alive.add(helper)
         helper.gone.add_done_callback(lambda _: self._alive.discard(helper))
         if self._looking is None:
@@ -329,6 +335,8 @@ class Helpers:
         if self._confinement is None:
             return None
         plan = self._confinement.plan(pool.home, forks=pool.script is not None)
+        if not self._namespace and (why := plan.needs_namespace()):
+            raise UnheldError(why)
         if plan.wire is not None:
             self._provide_scratch(Path(plan.wire["scratch"]["root"]))
         return plan

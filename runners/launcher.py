@@ -18,7 +18,7 @@ is not for what nobody can trust.
                                  what follows it (both None in mode spawn), modules to load before the calls and not to
                                  load, calls after which to fork ahead of the next
                       "run"      (call, argv, env, bytes of data that it may have (RLIMIT_DATA) or 0 for any number),
-                                 with stdin, stdout and stderr as SCM_RIGHTS; env is of bytes in mode fork
+                                 with stdin, stdout and stderr as SCM_RIGHTS
                       "kill"     (call, signal), to the group of the call
                       "measure"  call
     from containment  "contained" {"namespace": bool, "taken": [mechanism], "failed": {mechanism: why}}, with a pidfd of
@@ -98,9 +98,9 @@ class Launcher:
     After `ahead` calls a process is forked before its call comes, whenever none runs: a lone call then waits for no
     fork. It is the first to get a call, so that it never waits beside a program.
 
-    Spawned programs find `environment` beside that of this process; forked ones are given theirs in bytes. Each call
-    has a folder of `scratch`, where that is given, and is ended where it has more than `most` processes and threads; 0
-    is any number. Those that hide whose they are may be as many, all together: else they are ended.
+    Spawned programs find `environment` beside that of this process. Each call has a folder of `scratch`, where that is
+    given, and is ended where it has more than `most` processes and threads; 0 is any number. Those that hide whose they
+    are may be as many, all together: else they are ended. What a call adds to the environment is bytes for a fork.
     """
 
     def __init__(
@@ -116,8 +116,9 @@ class Launcher:
     ) -> None:
         self._channel = channel
         self._program = program
+        self._mark = mark
         given = str if program is None else os.fsencode  # type: Any
-        self._mark_name, self._mark_of, self._mark = map(given, (MARK, "%s-%d", mark))
+        self._mark_name, self._mark_of = given(MARK), given(mark + "-%d")
         self._scratch_names = tuple(map(given, NAMES))
         self._scratch = scratch
         self._most = most
@@ -192,7 +193,9 @@ class Launcher:
 
     def _run(self, fds: list[int], number: int, argv: list[str], env: dict[Any, Any], data_bytes: int) -> Any:
         """Start a program. Returns None, but in a forked child what it is to run."""
-        env[self._mark_name] = self._mark_of % (self._mark, number)
+        if env and self._program is not None:
+            env = {os.fsencode(name): os.fsencode(value) for name, value in env.items()}
+        env[self._mark_name] = self._mark_of % number
         pid = failed = None
         try:
             if self._scratch is not None:
@@ -448,7 +451,7 @@ class Launcher:
 
     def _call_named_by(self, pid: int) -> int | None:
         """The running call that the environment of a process names. (Numbers begin with 1.)"""
-        name = os.fsencode("%s=%s-" % (MARK, self._mark))
+        name = ("%s=%s-" % (MARK, self._mark)).encode()
         try:
             with open("/proc/%d/environ" % pid, "rb") as file:
                 numbers = [text[len(name) :] for text in file.read().split(b"\0") if text.startswith(name)]

@@ -26,6 +26,7 @@ from __future__ import annotations
 import _signal  # type: ignore[import-not-found]  # `signal` would bring `enum` with it
 import gc
 import os
+import resource  # now, while no module of the script's can stand in its place
 import sys
 from _weakref import ref
 
@@ -141,6 +142,10 @@ class Program:
         self.left = {}  # type: dict[str, str]
         self.unclean = {}  # type: dict[str, str]
         self._script = script
+        if script.module is not None:
+            from runpy import _run_module_as_main  # type: ignore[attr-defined]
+
+            self._run_module = _run_module_as_main
         self._options = list(getattr(sys, "orig_argv", ()))[: -len(sys.argv)]
         self._known = os.environ._data  # type: ignore[attr-defined]
         """What `os.environ` holds. All that it does beside, in Python, would be copied for each child."""
@@ -161,11 +166,7 @@ class Program:
             what()
 
     def settle(self) -> None:
-        """Nothing more will be loaded. The collector of a child is not to look through it: that would copy it."""
-        if self._script.module is not None:
-            from runpy import _run_module_as_main  # type: ignore[attr-defined]
-
-            self._run_module = _run_module_as_main
+        """Nothing more will be loaded."""
         self._renew = [renew for name, renew in RENEWALS if name in sys.modules]
         self._late = _late_modules()
         self._end = End()
@@ -188,8 +189,7 @@ class Program:
         self._rehearse()
 
     def _set_out(self) -> None:
-        """Put among the modules what is to come last: the script's, which the collector of a child is to look through,
-        and what no child is to know of."""
+        """Put among the modules what is to come last: the script's, and what no child is to know of."""
         if MAIN not in sys.modules:
             sys.modules[MAIN] = new_main(self._script)
         sys.modules.update(self._late)
@@ -214,7 +214,11 @@ class Program:
 
     @_unseen
     def _begin(self, _kind: type, _unwind: BaseException, _traceback: TracebackType) -> None:
-        """Called by the interpreter, on an empty stack. So it is one for the children, too, and none has to unwind."""
+        """Called by the interpreter, on an empty stack. So it is one for the children, too, and none has to unwind.
+
+        What is there by now, the exception that led here and its frames too, the collector of a child is not to look
+        through: that would copy it. It is to look through `__main__`, which therefore comes after.
+        """
         sys.excepthook = sys.__excepthook__
         _forget_last_exception()
         gc.freeze()
@@ -233,10 +237,7 @@ class Program:
 
 def _late_modules() -> dict[str, Any]:
     """What `os.wait4` imports, each time that it does not find it."""
-    if "resource" in sys.modules:
-        return {}
-    __import__("resource")
-    return {"resource": sys.modules.pop("resource")}
+    return {} if "resource" in sys.modules else {"resource": resource}
 
 
 def _failed(error: BaseException) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]  # `signal` would bring `enum` with it
 import builtins
+import ctypes  # now, while no module of the script's can stand in its place
 import gc
 import os
 import sys
@@ -189,9 +190,10 @@ _HEAP_TYPE = 1 << 9
 def _never_finalized() -> frozenset[type]:
     """Types of which that is known without a look at them."""
     kinds = [object]  # type: list[type]
-    for kind in kinds:  # it grows meanwhile
-        kinds += type.__subclasses__(kind)
-    return frozenset(kind for kind in kinds if not kind.__flags__ & _HEAP_TYPE and not _is_finalized(kind))
+    for kind in kinds:  # it grows meanwhile; what such a type comes from is one, too
+        below = type.__subclasses__(kind)  # type: list[type]
+        kinds += [found for found in below if not found.__flags__ & _HEAP_TYPE]
+    return frozenset(kind for kind in kinds if not _is_finalized(kind))
 
 
 def _join_threads(tell: Callable[[BaseException, object, str], None]) -> None:
@@ -264,12 +266,4 @@ def _use_c(names: Iterable[str]) -> bool:
 
 
 def _c_flusher() -> Any:
-    """`fflush`; None without `ctypes`. Nothing of what it takes stays among the modules."""
-    held = set(sys.modules)
-    try:
-        import ctypes
-    except ImportError:
-        return None
-    for name in set(sys.modules) - held:
-        del sys.modules[name]
     return ctypes.PyDLL(None).fflush

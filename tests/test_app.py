@@ -740,12 +740,16 @@ def test_the_list_tells_what_of_their_rights_the_kernel_cannot_hold_before_anyth
     client: TestClient, bus: Bus, settings: Settings, on: Kernel, missing: list[str]
 ) -> None:
     add_script(settings.overlays, "quick", say("done"), phases=["CLEAR", "ASCEND"], capabilities=["analysis", "exec"])
-    bus.confinement = replace(bus.confinement, mode="best-effort", kernel=on)
+    held = bus.confinement = replace(bus.confinement, mode="best-effort", kernel=on)
+    served = {"entrypoints": {"http": {"command": ["python3", "serve.py"]}}, "phases": ["CLEAR"]}
+    folder = add_native(settings.overlays, "served", {"ask": {"runner": "http"}}, **served)
+    (folder / "serve.py").touch()
     listed = {one["name"]: one["sandbox"] for one in client.get("/overlays").json()["overlays"]}
-    assert listed["quick"] == {"mode": settings.sandbox, "missing": missing}
+    assert listed["quick"] == {"mode": "best-effort", "missing": missing}
     assert listed["broken"]["missing"] == []
     assert client.get("/overlays/quick").json()["sandbox"] == listed["quick"]
-    bus.confinement = replace(bus.confinement, mode="off")
+    assert any(gap.startswith("network: ") and "may listen" in gap for gap in listed["served"]["missing"])
+    bus.confinement = replace(held, mode="off")
     assert len(client.get("/overlays/quick").json()["sandbox"]["missing"]) == 7
 
 

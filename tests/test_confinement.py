@@ -305,7 +305,7 @@ def test_a_service_that_listens_is_held_to_its_port_where_landlock_has_ports(hom
     service = replace(home, listen=(4000,))
     held = plan(service, CLEAR)
     assert said(held) == (ALL, {"network: a service may listen on all addresses, and on a port that the kernel picks"})
-    assert held.unheld(namespace=True, taken=MECHANISMS) is None, "the operator has trusted it by name"
+    assert held.unheld(namespace=True, taken=MECHANISMS) is None
     old = plan(service, CLEAR, on=Kernel(3, None, None))
     enforced, missing = said(old)
     assert "network" in enforced

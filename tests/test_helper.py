@@ -59,6 +59,9 @@ class APlan:
     def sandbox(self, scope: Any, namespace: bool, taken: Collection[str]) -> Sandbox:
         return Sandbox(scope, tuple(taken), ("namespace",) if namespace else ())
 
+    def needs_namespace(self) -> str | None:
+        return None
+
     def unheld(self, namespace: bool, taken: Collection[str]) -> str | None:
         return self.why
 

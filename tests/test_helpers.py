@@ -261,7 +261,9 @@ async def test_what_a_helper_loads_when_it_may_write_no_more_is_compiled_before(
     for path in compiled:
         path.unlink(missing_ok=True)
     module._compile_zygote.cache_clear()
-    await bench.helpers.pool(another(bench.home), bench.script).ready()
+    home = another(bench.home)
+    silent = dataclasses.replace(home, env={**home.env, "PYTHONDONTWRITEBYTECODE": "1"})
+    await bench.helpers.pool(silent, bench.script).ready()
     assert len(compiled) > 1
     assert all(path.is_file() for path in compiled)
 

@@ -313,6 +313,13 @@ def test_no_right_is_to_write_the_manifest_that_the_rights_stand_in(tmp_path: Pa
         assert "a path that has not the manifest in it" in faults["$.capabilities.count.rights.write[0]"]
         read(tmp_path, asking("read", path))
     read(tmp_path, asking("write", "out"))
+    (tmp_path / "real.json").write_text(json.dumps(asking("write", "../real.json")))
+    (tmp_path / "tool/manifest.json").unlink()
+    (tmp_path / "tool/manifest.json").symlink_to("../real.json")
+    for path in (".", "../real.json"):
+        (tmp_path / "real.json").write_text(json.dumps(asking("write", path)))
+        with pytest.raises(ManifestError, match="a path that has not the manifest in it"):
+            manifests.read(tmp_path / "tool")
 
 
 def test_a_path_of_the_rights_that_cannot_be_followed_is_a_fault(

@@ -451,3 +451,24 @@ async def test_a_compiled_program_answers(tmp_path: Path) -> None:
     subprocess.run(["cc", "-o", tmp_path / "echo", programs.FOLDER / "echo.c"], check=True)  # noqa: ASYNC221
     outcome = await start(("./echo",), {"text": "ahoj"}, folder=tmp_path)
     assert outcome.result == {"ok": True, "result": {"payload": {"text": "ahoj"}}}
+
+
+@pytest.mark.parametrize("command", [("python3", "run.py"), ("python3", "-m", "run")])
+async def test_modules_of_the_overlays_own_do_not_stand_in_for_those_that_a_fork_needs(
+    tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    """Not even where a library is loaded that has C's `printf` flushed at the end."""
+    for name in ("resource", "ctypes"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError(__name__)")
+    (tmp_path / "run.py").write_text("import _ctypes, mine\nprint(mine.HERE)")
+    (tmp_path / "mine.py").write_text("HERE = 7")
+    target = ProcessTarget(command, programs.ENV, mode="fork")
+    runner = ProcessRunner()
+    try:
+        for _ in range(3):
+            outcome = await runner.run(programs.make_job(target, folder=tmp_path))
+            assert (outcome.code, outcome.result, outcome.log) == (Code.OK, 7, "")
+        (helper,) = runner.state("test")["helpers"]
+    finally:
+        await runner.close()
+    assert helper["mode"] == "fork"

@@ -221,8 +221,11 @@ async def test_a_service_alone_may_listen_without_the_network_and_on_its_own_por
 
 @needs_landlock
 @each_kind
-async def test_where_a_service_may_listen_unasked_its_record_says_so(house: House, kind: str) -> None:
-    (found,), sandbox = await house.tried(kind, Rights(), ("listen_unbound",))
+@pytest.mark.parametrize("network", [False, (443,)])
+async def test_where_a_service_may_listen_unasked_its_record_says_so(
+    house: House, kind: str, network: bool | tuple[int, ...]
+) -> None:
+    (found,), sandbox = await house.tried(kind, Rights(network=network), ("listen_unbound",))
     assert "network" in sandbox.enforced
     assert found == ("listening" if kind == "service" else "EPERM")
     said = "network: a service may listen on all addresses, and on a port that the kernel picks"

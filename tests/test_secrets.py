@@ -422,6 +422,24 @@ async def test_a_value_that_an_overlay_says_is_in_no_record_no_error_no_argument
     assert VALUE.encode() not in every_file(settings.logs)
 
 
+async def test_the_last_words_of_a_helper_are_told_without_the_secret_that_they_say(
+    settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    program = {"entrypoints": {"proc": {"command": ["python3", "run.py"]}}, "secrets": ["KEY"]}
+    folder = add_native(settings.overlays, "lost", {"run": {"runner": "proc"}}, **program)
+    (folder / "run.py").touch()
+    interpreter = folder / ".venv/bin/python3"
+    interpreter.parent.mkdir(parents=True)
+    interpreter.write_text('#!/bin/sh\necho "no use for $KEY" >&2\nexit 1\n')
+    interpreter.chmod(0o755)
+    Secrets(settings.state).set("KEY", ["lost"], value=VALUE)
+    async with running_bus(settings) as bus:
+        assert not (await bus.invoke(a_call("lost"))).ok
+    assert "lost cannot be forked for calls" in caplog.text
+    assert "no use for [secret KEY]" in caplog.text
+    assert VALUE not in caplog.text
+
+
 async def test_a_code_of_an_overlays_own_that_is_a_secret_is_not_written(settings: Settings) -> None:
     add_overlay(settings.overlays, "echo")
     Secrets(settings.state).set("KEY", ["echo"], value="AKIAIOSFODNN7EXAMPLE")

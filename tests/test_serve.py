@@ -20,14 +20,13 @@ import pytest
 from bus import provenance
 from bus.errors import SettingError
 from bus.model import Phase
-from bus.secrets import Secrets
 from bus.serve import serve
 from bus.tokens import SCOPES, Tokens
 from tests.programs import running
 from tests.support import (
     PATIENCE_S,
+    REPO,
     Server,
-    add_native,
     add_overlay,
     add_script,
     eventually,
@@ -277,23 +276,18 @@ def test_beyond_loopback_each_request_needs_a_token_and_without_the_last_one_nob
         assert asked(at, "GET", "/health")[0] == 200
 
 
-def test_the_last_words_of_a_helper_are_in_the_log_without_the_secret_that_they_say(tmp_path: Path) -> None:
-    settings = settings_in(tmp_path)
-    program = {"entrypoints": {"proc": {"command": ["python3", "run.py"]}}, "secrets": ["KEY"]}
-    folder = add_native(settings.overlays, "lost", {"run": {"runner": "proc"}}, **program)
-    (folder / "run.py").touch()
-    interpreter = folder / ".venv/bin/python3"
-    interpreter.parent.mkdir(parents=True)
-    interpreter.write_text('#!/bin/sh\necho "no use for $KEY" >&2\nexit 1\n')
-    interpreter.chmod(0o755)
-    Secrets(settings.state).set("KEY", ["lost"], value="a value that nobody may see")
-    with serving(tmp_path) as (server, address):
-        assert asked(address, "POST", "/invoke/lost", '{"phase":"OPEN"}')[1]["ok"] is False
-        server.send_signal(signal.SIGTERM)
-        _, log = server.communicate(timeout=PATIENCE_S)
-    assert "lost cannot be forked for calls" in log
-    assert "no use for [secret KEY]" in log
-    assert "nobody may see" not in log
+def test_the_log_of_a_server_says_no_secret() -> None:
+    program = (
+        "import logging, bus.serve; bus.serve._log_to_stderr('info');"
+        "bus.serve._redact_logs(lambda text: text.replace('hidden', '[secret KEY]'));"
+        "logging.getLogger('bus').warning('it said %s', 'hidden')\n"
+        "try: raise ValueError('hidden')\n"
+        "except ValueError: logging.getLogger('a.library').exception('so')"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], cwd=REPO, capture_output=True, text=True, check=True)
+    assert " WARNING bus: it said [secret KEY]\n" in ran.stderr
+    assert "ValueError: [secret KEY]" in ran.stderr
+    assert "hidden" not in ran.stderr.replace("raise ValueError('hidden')", "")
 
 
 def is_ready(address: str) -> bool:
