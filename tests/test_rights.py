@@ -19,6 +19,7 @@ import pytest
 
 from bus.model import Phase
 from bus.policy import PHASES, authorize
+from runners import helpers
 from runners.base import Code, HttpTarget, Job, ProcessTarget, Rights, Sandbox, ServiceTarget, Workers
 from runners.confinement import RIGHTS, Confinement
 from runners.helpers import Helpers
@@ -316,6 +317,18 @@ async def test_under_enforce_what_cannot_be_held_does_not_start(outside: Outside
     assert (outcome.code, outcome.retryable, outcome.sandbox) == (Code.SANDBOX, False, None)
     assert "this kernel has no Landlock" in (outcome.error or "")
     assert outside.is_untouched
+
+
+@each_kind
+async def test_under_enforce_without_a_namespace_nothing_of_an_overlay_is_started(
+    outside: Outside, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even its interpreter, which would otherwise be one before anybody looks at what was given."""
+    monkeypatch.setattr(helpers, "Helper", lambda *_, **__: pytest.fail("a helper was started"))
+    async with a_house(outside, "enforce", namespace=False) as house:
+        outcome = await house.run(kind, Rights(), ("read", outside.secret))
+    assert (outcome.code, outcome.retryable) == (Code.SANDBOX, False)
+    assert "no pid namespace" in (outcome.error or "")
 
 
 @needs_landlock
