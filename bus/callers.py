@@ -8,7 +8,6 @@ of the event loop had all arrived before the first of them was, and share its lo
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import math
 import re
@@ -21,8 +20,10 @@ from bus.errors import CallerError, Fault, SettingError, say
 from bus.model import Phase
 from bus.schemas import show
 from bus.tokens import SCOPES, Rate, Scope, Token, Tokens, digest_of
+from runners.base import running_loop
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable, Iterable
     from pathlib import Path
 
@@ -121,7 +122,7 @@ class Callers:
 
         Raises `CallerError` (401), and `SettingError` where the file of tokens makes no sense: then nobody gets in.
         """
-        known = self._known if self._looked_in is _running_loop() is not None else self._look()
+        known = self._known if self._looked_in is running_loop() is not None else self._look()
         if not known:
             return self._without_tokens()
         if authorization is None:
@@ -162,7 +163,7 @@ class Callers:
             self._seen = tokens
             names = {token.name for token in tokens}
             self._buckets = {name: bucket for name, bucket in self._buckets.items() if name in names}
-        if loop := _running_loop():
+        if loop := running_loop():
             loop.call_soon(self._look_again)
             self._looked_in = loop
         return self._known
@@ -187,13 +188,6 @@ class Callers:
         if found.expires_s <= self._now_s():
             raise CallerError("ERR_UNAUTHORIZED", f"the token {found.caller.name} has expired")
         return found.caller
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
 
 
 def _known(token: Token) -> _Known:

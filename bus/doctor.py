@@ -98,10 +98,8 @@ def containment() -> Finding:
     hint = (
         "Allow user namespaces (sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone), or serve as root."
     )
-    return Finding("containment", "warn", f"{_WITHOUT_NAMESPACE}; AAL_SANDBOX=enforce refuses all calls", hint)
-
-
-_WITHOUT_NAMESPACE = "no pid namespace: orphans are found by their parent and environment"
+    found = "no pid namespace: orphans are found by parent and environment, AAL_SANDBOX=enforce refuses all calls"
+    return Finding("containment", "warn", found, hint)
 
 
 def try_rights() -> dict[str, Findings]:

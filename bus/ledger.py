@@ -23,6 +23,7 @@ from bus.chain import FILE_MODE, PROBE_BYTES, Chain, Fsync, Group, Receipt, writ
 from bus.errors import OverloadError
 from bus.filesync import FileSync
 from bus.records import BrokenLineError, draft_call
+from runners.base import running_loop
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -83,7 +84,7 @@ class _Ear(NamedTuple):
 
     def close(self) -> None:
         """In its loop, so that the number of the descriptor is not given to another while that still reads it."""
-        if _running_loop() is self.loop:
+        if running_loop() is self.loop:
             self.loop.remove_reader(self.eventfd)
             os.close(self.eventfd)
             return
@@ -290,7 +291,7 @@ class Ledger:
 
     def _sync_by_kernel(self, group: list[_Waiting], written: Group) -> bool:
         """Have a group synced that the loop wrote. False where a thread has to."""
-        loop, fd = _running_loop(), self._chain.fd_to_sync()
+        loop, fd = running_loop(), self._chain.fd_to_sync()
         if self._kernel is None or loop is None or fd is None:
             return False
         try:
@@ -406,7 +407,7 @@ class Ledger:
         by_loop: dict[asyncio.AbstractEventLoop, _Answers] = defaultdict(list)
         for one, answer in zip(group, answers, strict=True):
             by_loop[one.future.get_loop()].append((one, answer))
-        woken, here = False, _running_loop()
+        woken, here = False, running_loop()
         for loop, settled in by_loop.items():
             if loop is here:
                 self._settle(settled)
@@ -449,15 +450,7 @@ class Ledger:
 
 def _tell_places(group: Sequence[_Waiting], written: Group) -> None:
     """Let the callers of this loop use the time in which their group is synced."""
-    here = _running_loop()
+    here = running_loop()
     for one, receipt in zip(group, written.receipts(), strict=True):
         if one.placed and one.future.get_loop() is here and not one.future.done():
             one.placed(receipt)
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    """Of this thread; None where it runs none."""
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None

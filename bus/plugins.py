@@ -58,8 +58,9 @@ class BuiltIn:
         scratch_root.sweep(settings.scratch)  # of a bus that was killed nothing stays beyond the next start
         logs = OverlayLogs(settings.overlay_logs, redact=self._redact)
         idle_s = settings.helper_idle_s
-        held: dict[str, Any] = {"idle_s": idle_s, "confinement": self._confinement, "redact": self._redact}
-        helpers, service_helpers = Helpers(**held), Helpers(**held)  # each runner closes its own
+        helpers, service_helpers = (  # each runner closes its own
+            Helpers(idle_s=idle_s, confinement=self._confinement, redact=self._redact) for _ in range(2)
+        )
         register(ProcessRunner(helpers, logs, kill_grace_s=settings.kill_grace_s, idle_s=idle_s))
         services = Services(service_helpers, logs, kill_grace_s=settings.kill_grace_s, drain_s=settings.drain_s)
         register(HttpRunner(services, targets=frozenset(settings.listed("targets"))))

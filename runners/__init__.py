@@ -6,6 +6,7 @@ Read `base` first, the words of it all. Then, by the way in which a call is carr
     workers             programs that take call after call: worker_pool, worker
     http                services that are called; http_client is one exchange, breaker leaves a sick one alone
     services            those that the bus starts: service, probe, ports, faults
+    alarm               one timer for the deadlines of many calls
     logs                what all of them wrote
     unstarted           why one could not be started
 

@@ -6,6 +6,7 @@ An overlay's failure is a value here. Whatever a started process or a called ser
 
 from __future__ import annotations
 
+import asyncio
 import enum
 import json
 from dataclasses import dataclass, field
@@ -25,8 +26,12 @@ LARGE_BYTES = 256 * 1024
 """JSON text above this is read and walked in a thread, so that other calls go on meanwhile."""
 
 
-TICK_S = 0.001
-"""The clocks of event loops are that coarse, in seconds: a timer may fire so much too early."""
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """Of this thread; None where it runs none."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 class Code(enum.StrEnum):

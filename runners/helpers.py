@@ -322,8 +322,16 @@ class Helpers:
         self._make_room(1)
         mark = f"{self._mark}-{next(self._numbers)}"
         plan = self._plan(pool)
-        ways: dict[str, Any] = {"namespace": self._namespace, "skip": pool.skip, "plan": plan, "redact": self._redact}
-        helper = Helper(pool.home, pool.script, pool, mark=mark, **ways)
+        helper = Helper(
+            pool.home,
+            pool.script,
+            pool,
+            mark=mark,
+            namespace=self._namespace,
+            skip=pool.skip,
+            plan=plan,
+            redact=self._redact,
+        )
         self._alive.add(helper)
         helper.gone.add_done_callback(lambda _: self._alive.discard(helper))
         if self._looking is None:

@@ -32,7 +32,7 @@ from aiohttp.abc import AbstractResolver
 from aiohttp.http_exceptions import ContentEncodingError, HttpProcessingError
 from yarl import URL
 
-from runners.base import TICK_S
+from runners.alarm import Alarm
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -160,8 +160,7 @@ class HttpClient:
         self._connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S, resolver=self._resolver)
         self._watches: weakref.WeakKeyDictionary[ResponseHandler, select.poll] = weakref.WeakKeyDictionary()
         self._exchanges: set[_Exchange] = set()
-        self._due = math.inf
-        self._timer: asyncio.TimerHandle | None = None
+        self._alarm = Alarm(self._loop, self._expire)
         self._address = functools.lru_cache(ADDRESSES)(_Address)
 
     async def fetch(self, request: Request, *, deadline: float, limit: int) -> Answer:
@@ -176,8 +175,7 @@ class HttpClient:
         head = address.head(url, request)
         exchange = _Exchange(await self._connect(address, deadline), deadline)
         self._exchanges.add(exchange)
-        if deadline < self._due:
-            self._expire_at(deadline)
+        self._alarm.set(deadline)
         try:
             exchange.send(head, request.body)
             return await exchange.receive(url, limit)
@@ -189,27 +187,16 @@ class HttpClient:
         """End what runs, with `ClosedError`, and close every connection."""
         for exchange in self._exchanges:
             exchange.abort(ClosedError())
-        if self._timer is not None:
-            self._timer.cancel()
+        self._alarm.cancel()
         await self._connector.close()
         await self._resolver.close()
 
-    def _expire_at(self, deadline: float) -> None:
-        """One timer serves all exchanges: nearly all end long before it does."""
-        if self._timer is not None:
-            self._timer.cancel()
-        self._due = deadline
-        self._timer = self._loop.call_later(deadline - time.monotonic(), self._expire)
-
-    def _expire(self) -> None:
-        now = time.monotonic() + TICK_S
-        self._timer, self._due = None, math.inf
+    def _expire(self, now: float) -> float:
         for exchange in self._exchanges:
             if exchange.deadline <= now:
                 exchange.abort(DeadlineError())
-        to_come = [exchange.deadline for exchange in self._exchanges if exchange.deadline > now]
-        if to_come:
-            self._expire_at(min(to_come))
+        left = (exchange.deadline for exchange in self._exchanges if exchange.deadline > now)
+        return min(left, default=math.inf)
 
     async def _connect(self, address: _Address, deadline: float) -> Connection:
         """An idle connection that is still good, or a new one. Raises `ExchangeError`."""

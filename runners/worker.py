@@ -30,7 +30,8 @@ import termios
 import time
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from runners.base import LARGE_BYTES, TICK_S, Code, JsonError, Outcome, parse_json
+from runners.alarm import TICK_S
+from runners.base import LARGE_BYTES, Code, JsonError, Outcome, parse_json
 from runners.logs import Voice
 from runners.output import READ_SIZE, Log, close_all, describe, preview
 from runners.unstarted import unstarted

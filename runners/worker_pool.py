@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from runners.base import TICK_S, Code, Outcome
+from runners.alarm import TICK_S, Alarm
+from runners.base import Code, Outcome
 from runners.helper import Home
 from runners.output import MEMORY_EVERY_S, data_limit, excess
 from runners.worker import Worker
@@ -106,8 +106,7 @@ class WorkerPool:
         self._last_failure = Outcome(Code.START)
         self._not_before = -math.inf
         self._used = self.loop.time()
-        self._due = math.inf
-        self._due_timer: asyncio.TimerHandle | None = None
+        self._alarm = Alarm(self.loop, self._expire)
         self._idle_timer = self.loop.call_later(means.idle_s, self._look_if_idle)
         self._weighing: asyncio.Task[None] | None = None
 
@@ -116,8 +115,7 @@ class WorkerPool:
     def submit(self, call: WorkerCall) -> None:
         """Give the call to a free worker, or let it wait for one."""
         self._hard_mb = max(self._hard_mb, call.job.hard_mb)
-        if call.job.deadline < self._due:
-            self._expire_at(call.job.deadline)
+        self._alarm.set(call.job.deadline)
         if self._weighing is None:
             self._weighing = self._means.spawn(self._weigh())
         if self._free:
@@ -151,14 +149,7 @@ class WorkerPool:
 
     # Deadlines
 
-    def _expire_at(self, deadline: float) -> None:
-        if self._due_timer is not None:
-            self._due_timer.cancel()
-        self._due = deadline
-        self._due_timer = self.loop.call_later(deadline - time.monotonic(), self._expire)
-
-    def _expire(self) -> None:
-        now = time.monotonic() + TICK_S
+    def _expire(self, now: float) -> float:
         for worker in list(self._workers):
             if (call := worker.awaited) is not None and call.job.deadline <= now:
                 self._time_out(worker, call)
@@ -166,9 +157,7 @@ class WorkerPool:
         self._waiting = deque(call for call in self._waiting if call.job.deadline > now)
         for call in overdue:
             call.finish(Outcome(Code.TIMEOUT, error=self._none_was_free(call)))
-        self._due = math.inf
-        if (due := min(self._deadlines(), default=math.inf)) < math.inf:
-            self._expire_at(due)
+        return min(self._deadlines(), default=math.inf)
 
     def _time_out(self, worker: Worker, call: WorkerCall) -> None:
         error = f"the worker had not answered within the call's {call.allowed_s:.3f} s, "
@@ -333,8 +322,7 @@ class WorkerPool:
 
     def _stop_watching(self) -> None:
         self._idle_timer.cancel()
-        if self._due_timer is not None:
-            self._due_timer.cancel()
+        self._alarm.cancel()
         if self._weighing is not None:
             self._weighing.cancel()
 

@@ -171,7 +171,7 @@ class Program:
         self._late = _late_modules()
         self._end = End()
         _restore_signals()
-        self.rehearse(self._rehearse)
+        self.rehearse(self.touch)
         gc.collect()
 
     def run(self, next_call: Callable[[], tuple[list[str], dict[bytes, bytes]]]) -> NoReturn:
@@ -184,17 +184,14 @@ class Program:
         sys.excepthook = self._begin
         raise _Unwind
 
-    def touch(self) -> None:
-        """In a child that has yet to wait for its call: have copied, meanwhile, much of what it will write to."""
-        self._rehearse()
-
     def _set_out(self) -> None:
         """Put among the modules what is to come last: the script's, and what no child is to know of."""
         if MAIN not in sys.modules:
             sys.modules[MAIN] = new_main(self._script)
         sys.modules.update(self._late)
 
-    def _rehearse(self) -> None:
+    def touch(self) -> None:
+        """Write to much of what a child will write to: a rehearsal here; in a child that waits it is copied by then."""
         self._become_new(sys.argv, {b"PATH": os.environb[b"PATH"]} if b"PATH" in os.environb else {})
         self._end.rehearse()
 

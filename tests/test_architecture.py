@@ -44,7 +44,7 @@ PROGRAMS += ["zygote_script", "zygote_reading", "zygote_loading", "zygote_ending
 RUNNER_FLOORS = [
     ["base", "launch", "inside", "launcher", "channel", "execution"],
     ["sandbox", "scratch", "containment", "descendants", "zygote"],
-    ["bpf", "syscalls", "kernel", "programs", "probe_rights"],
+    ["alarm", "bpf", "syscalls", "kernel", "programs", "probe_rights"],
     ["zygote_script", "zygote_reading", "zygote_loading", "zygote_ending"],
     ["output", "logs", "ports", "breaker", "http_client", "python_command", "strays", "seccomp"],
     ["exits", "sealed_file", "helper_errors"],
