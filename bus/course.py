@@ -181,7 +181,7 @@ class Course:
             "status": outcome.status,
             "message": None if ok else known.message,
             "detail": None if ok else _text(self._detail(outcome)),
-            "hint": None if ok else known.hint,
+            "hint": None if ok else outcome.hint or known.hint,
             "retryable": not ok and (known.retryable if outcome.retryable is None else outcome.retryable),
             "timestamp_ms": self.timestamp_ms,
             "duration_ms": measured["duration_ms"],

@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import enum
 import json
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
 _BOM = b"\xef\xbb\xbf"
@@ -21,6 +22,9 @@ _SHOWN = 80
 MAX_DEPTH = 64
 """How many objects and arrays JSON may nest. Deeper text is refused before anything walks it."""
 
+
+GROWN = 1.125
+"""How many times as much memory as ever before a job must have to count as having grown."""
 
 LARGE_BYTES = 256 * 1024
 """JSON text above this is read and walked in a thread, so that other calls go on meanwhile."""
@@ -49,6 +53,7 @@ class Code(enum.StrEnum):
     HTTP_STATUS = "ERR_HTTP_STATUS"
     CIRCUIT_OPEN = "ERR_CIRCUIT_OPEN"
     MEMORY_LIMIT = "ERR_MEMORY_LIMIT"
+    EVICTED = "ERR_EVICTED"
     PROCESS_LIMIT = "ERR_PROCESS_LIMIT"
     SANDBOX = "ERR_SANDBOX"
 
@@ -154,12 +159,37 @@ class HttpTarget:
     service: ServiceTarget | None = None
 
 
+class Meter:
+    """What the processes of one job have of memory, as far as anybody has looked; and how to end them for others' sake.
+
+    `used_mb` is what they had at the last look, `peak_mb` the most of all looks, in MiB, and `grown_at` when that was
+    last a good deal more than before, on the clock of `time.monotonic`; all are 0 until the first look. `evict` is set
+    by a runner while it can end the job with `Code.EVICTED`, and says why in words that go on from "was ended".
+    """
+
+    __slots__ = ("evict", "grown_at", "peak_mb", "used_mb")
+
+    def __init__(self) -> None:
+        self.used_mb = 0.0
+        self.peak_mb = 0.0
+        self.grown_at = 0.0
+        self.evict: Callable[[str], None] | None = None
+
+    def see(self, mb: float) -> None:
+        """They have so much now."""
+        if mb > GROWN * self.peak_mb:
+            self.grown_at = time.monotonic()
+        self.used_mb = mb
+        self.peak_mb = max(self.peak_mb, mb)
+
+
 class Job(NamedTuple):
     """An admitted invocation, as a runner gets it. `deadline` and `limit` are seconds on the `time.monotonic` clock.
 
     `limit` is the deadline that the overlay's own timeout gives; the caller may have brought `deadline` nearer.
     `edition` counts what its overlay has been: code, manifest and folder. A higher number is a later one. What keeps
-    running from call to call serves only jobs of the edition that it was started for.
+    running from call to call serves only jobs of the edition that it was started for. `meter` is kept up to date by a
+    runner that can look at what it started for this job alone.
     """
 
     request_id: str
@@ -176,6 +206,7 @@ class Job(NamedTuple):
     max_log_bytes: int = 64 * 1024
     edition: int = 0
     limit: float = 0.0
+    meter: Meter | None = None
 
 
 class Outcome(NamedTuple):
@@ -199,6 +230,8 @@ class Outcome(NamedTuple):
     """True where `ok`, `code` and `error` are the overlay's own words, from a protocol reply."""
     retryable: bool | None = None
     """None where the error catalogue decides."""
+    hint: str | None = None
+    """What to do about it; None where the error catalogue decides."""
     cost_cents: float | None = None
     side_effects: tuple[Any, ...] = ()
     sandbox: Sandbox | None = None

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-TOO_MANY = "too many processes"
-"""How `Exit.lost` begins of what had more processes than it may."""
+TOO_MANY, TOO_MUCH = "too many processes", "too much memory"
+"""How `Exit.lost` begins of what had more of either than it may."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,11 @@ class Exit:
     """The helper's own size, below which the kernel puts no peak."""
     lost: str | None = None
     failed: OSError | None = None
+
+    @property
+    def had_too_much(self) -> bool:
+        """Whether it was ended since it had more memory than it may: then `peak_mb` is what it had."""
+        return self.lost is not None and self.lost.startswith(TOO_MUCH)
 
     @property
     def had_too_many(self) -> bool:

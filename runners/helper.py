@@ -135,6 +135,19 @@ class Process:
         self.ended: asyncio.Future[Exit] = loop.create_future()
         self._number = number
         self._helper = helper
+        self._on_use: Callable[[float], None] | None = None
+
+    def watch(self, on_use: Callable[[float], None]) -> None:
+        """Have `on_use` called with what it has of memory, with all that it started, in MiB, whenever that changes.
+
+        A program that ends soon is not looked at.
+        """
+        self._on_use = on_use
+
+    def uses(self, mb: float) -> None:
+        """Its helper has looked at it."""
+        if self._on_use is not None:
+            self._on_use(mb)
 
     @property
     def helper_pid(self) -> int:
@@ -277,15 +290,22 @@ class Helper:
     # Programs
 
     def launch(
-        self, argv: Sequence[str], fds: tuple[int, int, int], env: Mapping[str, str], data_bytes: int = 0
+        self,
+        argv: Sequence[str],
+        fds: tuple[int, int, int],
+        env: Mapping[str, str],
+        data_bytes: int = 0,
+        most_kib: int = 0,
     ) -> Process:
         """Have a program started: `Process.ended` tells if it could not be. `data_bytes` is its RLIMIT_DATA; 0 none.
 
-        Raises OSError where the command is too long, `GoneError` where the helper has ended.
+        It is ended where it has more than `most_kib` in memory, with all that it starts; 0 is any number. Raises
+        OSError where the command is too long, `GoneError` where the helper has ended.
         """
         number = next(self._numbers)
         given = argv if self.script is None else argv[len(self.script.interpreter) :]  # which the helper is itself
-        run = message("run", (number, list(given), dict(env), 0 if self._wired is None else data_bytes))
+        limits = 0 if self._wired is None else data_bytes, most_kib
+        run = message("run", (number, list(given), dict(env), limits))
         if not self.is_open:
             raise GoneError
         try:
@@ -470,6 +490,10 @@ class Helper:
             number, kib = given
             mb = None if kib is None else as_figure(kib) / 1024
             self._measured.pop(number).set_result(mb)
+        elif verb == "using":
+            for number, kib in given:
+                if (process := self.processes.get(number)) is not None:
+                    process.uses(as_figure(kib) / 1024)
         elif self.ready.done():
             raise ValueError(verb)
         else:

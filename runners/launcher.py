@@ -17,8 +17,9 @@ is not for what nobody can trust.
                                  (`sandbox.py`) or None; of mode fork the interpreter with its options, the script and
                                  what follows it (both None in mode spawn), modules to load before the calls and not to
                                  load, calls after which to fork ahead of the next
-                      "run"      (call, argv, env, bytes of data that it may have (RLIMIT_DATA) or 0 for any number),
-                                 with stdin, stdout and stderr as SCM_RIGHTS
+                      "run"      (call, argv, env, (bytes of data that it may have (RLIMIT_DATA), KiB that it may have
+                                 in memory with all that it starts)), 0 for any number; with stdin, stdout and stderr
+                                 as SCM_RIGHTS
                       "kill"     (call, signal), to the group of the call
                       "measure"  call
     from containment  "contained" {"namespace": bool, "taken": [mechanism], "failed": {mechanism: why}}, with a pidfd of
@@ -31,8 +32,9 @@ is not for what nobody can trust.
                                  "unfit" why, "unclean" {module: why} or "unheld" {mechanism: why}
                       "failed"   (call, errno, words): it did not start
                       "ended"    [(call, wait status, cpu ms, peak KiB, why), ...]: None, `LOST`, or that it
-                                 had "too many processes"
+                                 had "too many processes" or "too much memory"
                       "memory"   (call, KiB or None)
+                      "using"    [(call, KiB), ...]: what calls that run for a while have of memory, if that changed
 
 Nothing outlives its call. It has ended once its process was reaped and every orphan is gone that no running call can
 account for; only then is its exit told. When the bus goes, the socket closes, and everything ends.
@@ -48,7 +50,6 @@ import os
 import select
 import sys
 from resource import RLIMIT_DATA, getrlimit
-from time import monotonic
 
 import _signal as signal  # type: ignore[import-not-found]  # `signal` would bring `enum` with it
 
@@ -60,11 +61,13 @@ if TYPE_CHECKING:
     from runners.descendants import Family, resident_kib, send_signal, share_kib, signal_group, signal_group_of, tasks
     from runners.execution import STREAMS, fork_and_execute, limit_data, spawn
     from runners.scratch import NAMES, Scratch
+    from runners.watching import Seen, Watch
 else:
     from channel import MARSHAL, MESSAGE_BYTES, descriptors, tell
     from descendants import Family, resident_kib, send_signal, share_kib, signal_group, signal_group_of, tasks
     from execution import STREAMS, fork_and_execute, limit_data, spawn
     from scratch import NAMES, Scratch
+    from watching import Watch
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 """Of <linux/prctl.h>."""
@@ -78,14 +81,12 @@ SWEEPS_ALONE, SWEEPS = 10, 100
 MARK = "OVERLAY_CALL"
 """The environment variable that tells whose a process is that has left its group and lost its parent."""
 
-COUNT_S = 0.25
-"""How often, in seconds, the processes of the calls are counted."""
-
 NOBODY = 0
 """Instead of the number of a call, which begin with 1: what no running call can account for."""
 
 LOST = "a program of the same overlay left processes behind that could only be ended together with this call"
 TOO_MANY = "too many processes: it had %d, with their threads, where %d are allowed"
+TOO_MUCH = "too much memory: %d KiB, with all that it had started"
 """Why a call was ended from here."""
 
 prctl = ctypes.CDLL(None).prctl
@@ -99,8 +100,9 @@ class Launcher:
     fork. It is the first to get a call, so that it never waits beside a program.
 
     Spawned programs find `environment` beside that of this process. Each call has a folder of `scratch`, where that is
-    given, and is ended where it has more than `most` processes and threads; 0 is any number. Those that hide whose they
-    are may be as many, all together: else they are ended. What a call adds to the environment is bytes for a fork.
+    given, and is ended where it has more than `most` processes and threads, 0 being any number, or more memory than its
+    own limit. Processes that hide whose they are may be as many, all together: else they are ended. What a call adds to
+    the environment is bytes for a fork.
     """
 
     def __init__(
@@ -122,8 +124,8 @@ class Launcher:
         self._scratch_names = tuple(map(given, NAMES))
         self._scratch = scratch
         self._most = most
-        self._count_at = 0.0
-        self._crowded = {}  # type: dict[int, str]  # calls that had too many processes, and why that is so
+        self._watch = Watch()
+        self._excessive = {}  # type: dict[int, str]  # calls that are ended for what they had, and what that was
         self._pid = os.getpid()
         self.in_namespace = self._pid == 1
         self._buffer = bytearray(MESSAGE_BYTES)
@@ -166,12 +168,12 @@ class Launcher:
                 elif verb == "measure":
                     tell(self._channel, "memory", (given, self._memory_kib(given)))
             self._reap()
-            self._end_crowds()
+            self._look()
 
     def _wait(self) -> bool:
-        """Whether the bus has said something; else a process has ended, or it is time to count them."""
+        """Whether the bus has said something; else a process has ended, or it is time to look at them."""
         heard = False
-        for fd, _ in self._poll.poll(COUNT_S * 1000 if self._most and self._calls else None):
+        for fd, _ in self._poll.poll(self._watch.left_ms()):
             if fd == self._wakeup:
                 os.read(fd, 4096)
             else:
@@ -191,11 +193,12 @@ class Launcher:
         verb, given = marshal.loads(self._buffer[:size])  # noqa: S302  # only the bus has the other end
         return verb, given, descriptors(ancillary)
 
-    def _run(self, fds: list[int], number: int, argv: list[str], env: dict[Any, Any], data_bytes: int) -> Any:
+    def _run(self, fds: list[int], number: int, argv: list[str], env: dict[Any, Any], limits: tuple[int, int]) -> Any:
         """Start a program. Returns None, but in a forked child what it is to run."""
         if env and self._program is not None:
             env = {os.fsencode(name): os.fsencode(value) for name, value in env.items()}
         env[self._mark_name] = self._mark_of % number
+        data_bytes, most_kib = limits
         pid = failed = None
         try:
             if self._scratch is not None:
@@ -217,6 +220,7 @@ class Launcher:
             self._calls[pid] = number
             self._pids[number] = pid
             self._calls_alone -= 1
+            self._watch.begin(number, most_kib)
         return None
 
     def _start(self, fds: list[int], argv: list[str], env: dict[Any, Any], data_bytes: int) -> int:
@@ -316,8 +320,7 @@ class Launcher:
         roots = self._roots().get(number)
         if roots is None:
             return None
-        pids = self._family.descendants(roots)
-        return resident_kib(pids[0]) if len(pids) == 1 else sum(map(share_kib, pids))
+        return _size_kib(self._family.descendants(roots))
 
     def _roots(self) -> dict[int, list[int]]:
         """Of each running call its process, and those that have come to this one when they lost their parent.
@@ -331,22 +334,44 @@ class Launcher:
                 roots[self._call_of(child) or NOBODY].append(child)
         return roots
 
-    def _end_crowds(self) -> None:
-        """Kill each call that has too many processes, as a whole, and again if some of it got away.
+    def _look(self) -> None:
+        """Kill each call that has too much, as a whole, and again if some of it got away. Tell what the others have.
 
         Of orphans that are too many all are killed, until none is left, as at the end of a call.
         """
-        now = monotonic()
-        if not self._most or not self._calls or now < self._count_at:
+        now, due = self._watch.look()
+        if not due:
             return
-        self._count_at = now + COUNT_S
-        for number, roots in self._roots().items():
-            count = sum(map(tasks, self._family.descendants(roots)))
-            if count > self._most and number == NOBODY:
-                self._orphans_crowd = self._orphans_left()
-            elif count > self._most:
-                self._crowded.setdefault(number, TOO_MANY % (count, self._most))
-                self._end_roots(roots)
+        using = []
+        roots = self._roots()
+        for number, seen in due.items():
+            pids = self._family.descendants(roots[number])
+            kib = _size_kib(pids) or 0
+            if seen.take(kib, now):
+                using.append((number, kib))
+            excess = self._excess(pids, kib, seen)
+            if excess is not None:
+                self._excessive.setdefault(number, excess)
+                self._end_roots(roots[number])
+        self._watch.rest()
+        if self._are_too_many(self._count(self._family.descendants(roots[NOBODY]))):
+            self._orphans_crowd = self._orphans_left()
+        while using:
+            tell(self._channel, "using", using[:TOLD_AT_ONCE])
+            del using[:TOLD_AT_ONCE]
+
+    def _excess(self, pids: list[int], kib: int, seen: Seen) -> str | None:
+        """What these processes of a call have that they may not."""
+        if seen.most_kib and kib > seen.most_kib:
+            return TOO_MUCH % kib
+        count = self._count(pids)
+        return TOO_MANY % (count, self._most) if self._are_too_many(count) else None
+
+    def _count(self, pids: list[int]) -> int:
+        return sum(map(tasks, pids)) if self._most else 0
+
+    def _are_too_many(self, count: int) -> bool:
+        return 0 < self._most < count
 
     @staticmethod
     def _end_roots(pids: list[int]) -> None:
@@ -394,13 +419,14 @@ class Launcher:
         if number is not None:
             del self._pids[number]
             cpu_ms = round((usage.ru_utime + usage.ru_stime) * 1000, 3)
-            self._ended.append((number, status, cpu_ms, usage.ru_maxrss, self._why(number, status)))
+            peak_kib = max(usage.ru_maxrss, self._watch.end(number))
+            self._ended.append((number, status, cpu_ms, peak_kib, self._why(number, status)))
 
     def _why(self, number: int, status: int) -> str | None:
         """What ended it from here."""
-        crowded = self._crowded.pop(number, None)
-        if crowded is not None:
-            return crowded
+        excess = self._excessive.pop(number, None)
+        if excess is not None:
+            return excess
         by_us = self.in_namespace and self._sweeps > SWEEPS and os.WIFSIGNALED(status)
         return LOST if by_us and os.WTERMSIG(status) == signal.SIGKILL else None
 
@@ -464,6 +490,11 @@ class Launcher:
         if not self.in_namespace:
             self._family.end()
         os._exit(0)
+
+
+def _size_kib(pids: list[int]) -> int | None:
+    """What processes have in memory: of one what is resident, of several their shares; None of one that has ended."""
+    return resident_kib(pids[0]) if len(pids) == 1 else sum(map(share_kib, pids))
 
 
 def _wake(_number: int, _frame: Any) -> None:

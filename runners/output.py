@@ -9,7 +9,7 @@ import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from runners.base import Code, JsonError, parse_json
+from runners.base import Code, JsonError, Outcome, parse_json
 
 if TYPE_CHECKING:
     import asyncio
@@ -233,9 +233,44 @@ def excess(memory_mb: float, may_mb: int) -> str:
     return f"used {memory_mb:.1f} MiB of memory, more than the {may_mb} that it may"
 
 
+def excess_at_end(memory_mb: float, floor_mb: float, may_mb: int) -> str | None:
+    """The same of one that has ended, None where it had no more. A peak at its floor is the helper's."""
+    return excess(memory_mb, may_mb) if memory_mb > may_mb and memory_mb > floor_mb else None
+
+
 def data_limit(mb: int | None) -> int:
     """RLIMIT_DATA, in bytes, of what may hold so many MiB: twice that, as a backstop behind who looks at its memory."""
     return 0 if mb is None else 2 * mb * 2**20
+
+
+_OF_NO_MEMORY = frozenset({signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS})
+"""By which programs die that do not check what malloc(3) gives them."""
+
+_WORDS_OF_NO_MEMORY = ("MemoryError", "Cannot allocate memory", "out of memory", "bad_alloc")
+"""What Python, the C library, Node and Go, and C++ say."""
+
+
+def with_hint(outcome: Outcome, hard_mb: int) -> Outcome:
+    """A program that was given no more memory says so at most in its own words; and who killed it, nobody says.
+
+    Nothing of the bus kills without a word, so a KILL is the kernel's, for want of memory, or some person's.
+    """
+    if outcome.exit_code == -signal.SIGKILL and outcome.code == Code.CRASH:
+        error = f"{outcome.error}, and not by the bus: the kernel does so where memory has run out"
+        return outcome._replace(error=error, retryable=True)
+    if _may_lack_memory(outcome):
+        hint = f"It may have run out of memory: of its own data it can have twice its HARD of {hard_mb} MiB at most."
+        return outcome._replace(hint=hint)
+    return outcome
+
+
+def _may_lack_memory(outcome: Outcome) -> bool:
+    failed = isinstance(outcome.result, dict) and outcome.result.get("ok") is False
+    if outcome.ok and not failed:
+        return False
+    died = outcome.exit_code is not None and -outcome.exit_code in _OF_NO_MEMORY
+    said = str(outcome.result) if failed else outcome.log
+    return died or any(words in said for words in _WORDS_OF_NO_MEMORY)
 
 
 def join_log(noise: bytes, log: Log) -> str:

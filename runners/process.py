@@ -24,7 +24,20 @@ from runners.base import LARGE_BYTES, Code, Outcome, ProcessTarget
 from runners.helper import Home, Script
 from runners.helper_errors import GoneError
 from runners.helpers import IDLE_S, Helpers, UnfitError
-from runners.output import Input, Log, Output, Reply, close_all, data_limit, join_log, judge, read_reply
+from runners.output import (
+    Input,
+    Log,
+    Output,
+    Reply,
+    close_all,
+    data_limit,
+    excess,
+    excess_at_end,
+    join_log,
+    judge,
+    read_reply,
+    with_hint,
+)
 from runners.sealed_file import sealed_file
 from runners.unstarted import unstarted
 from runners.workers import WorkerPools
@@ -34,6 +47,9 @@ if TYPE_CHECKING:
     from runners.exits import Exit
     from runners.helper import Helper, Process
     from runners.logs import OverlayLogs
+
+KIB = 1024
+"""In a MiB."""
 
 QUICK_S = 0.02
 """How long, in seconds, a call runs before its pipes are watched. Most have ended by then, and are read once."""
@@ -157,7 +173,8 @@ def _start(helper: Helper, job: Job, target: ProcessTarget, kill_grace_s: float)
         else:
             theirs.append(sealed_file(job.envelope))
         stdout, stderr = _output_pipe(ours, theirs), _output_pipe(ours, theirs)
-        process = helper.launch(target.argv, (theirs[0], theirs[1], theirs[2]), {}, data_limit(job.hard_mb))
+        fds = theirs[0], theirs[1], theirs[2]
+        process = helper.launch(target.argv, fds, {}, data_limit(job.hard_mb), job.hard_mb * KIB)
         return _Run(process, _Pipes(stdin, stdout, stderr), job, kill_grace_s)
     except BaseException:
         close_all(ours)
@@ -189,15 +206,17 @@ class _Pipes(NamedTuple):
 class _Run:
     """One running program, from its start until nothing of it is left; then `ended` holds how it ended.
 
-    `reason` says why it was ended from outside: TIMEOUT, OUTPUT_TOO_LARGE or CANCELLED; None where it ended by itself.
-    `size` counts the bytes that it wrote to stdout.
+    `reason` says why it was ended from outside: TIMEOUT, OUTPUT_TOO_LARGE, CANCELLED or EVICTED, and `why` of the last
+    for what; None where it ended by itself. `size` counts the bytes that it wrote to stdout.
     """
 
     def __init__(self, process: Process, pipes: _Pipes, job: Job, kill_grace_s: float) -> None:
         loop = self._loop = asyncio.get_running_loop()
         self._deadline = job.deadline
+        self.hard_mb = job.hard_mb
         self.allowed_s = job.deadline - time.monotonic()
         self.reason: Code | None = None
+        self.why = ""
         self.log = Log(job.max_log_bytes)
         self.max_output_bytes = job.max_output_bytes
         self.size = 0
@@ -211,6 +230,10 @@ class _Run:
         self._stdin = None if pipes.stdin is None else Input(loop, pipes.stdin, job.envelope)
         self._timer = loop.call_later(min(QUICK_S, self.allowed_s), self._attend)
         process.ended.add_done_callback(self._end)
+        self._meter = job.meter
+        if job.meter is not None:
+            process.watch(job.meter.see)
+            job.meter.evict = self._evict
 
     @property
     def sandbox(self) -> Sandbox:
@@ -254,6 +277,11 @@ class _Run:
         self._process.signal(signal.SIGTERM)
         self._timer = self._loop.call_later(self._kill_grace_s, self._process.signal, signal.SIGKILL)
 
+    def _evict(self, why: str) -> None:
+        """Its memory is needed at once, so there is no grace."""
+        self.why = self.why or why
+        self.stop(Code.EVICTED, at_once=True)
+
     def _take(self, data: bytes) -> None:
         self.size += len(data)
         if self.size <= self.max_output_bytes:
@@ -266,6 +294,8 @@ class _Run:
 
     def _end(self, ended: asyncio.Future[Exit]) -> None:
         self._timer.cancel()
+        if self._meter is not None:
+            self._meter.evict = None
         if self._stdin is not None:
             self._stdin.close()
         self._stdout.drain()
@@ -280,12 +310,22 @@ async def _outcome(run: _Run, exit_: Exit) -> Outcome:
         return _outcome_of(run, exit_, run.reason, _ended_early(run, run.reason))
     if exit_.had_too_many:
         return _outcome_of(run, exit_, Code.PROCESS_LIMIT, exit_.lost)
-    if exit_.lost is not None:
+    if exit_.lost is not None and not exit_.had_too_much:
         return _outcome_of(run, exit_, Code.CRASH, exit_.lost)._replace(retryable=True)
+    if why := _too_much(run, exit_):
+        return _outcome_of(run, exit_, Code.MEMORY_LIMIT, f"the program {why}")
     stdout = run.stdout
     reply = read_reply(stdout) if len(stdout) <= LARGE_BYTES else await asyncio.to_thread(read_reply, stdout)
     code, error = judge(reply, exit_.code or 0)
-    return _outcome_of(run, exit_, code, error, reply)
+    return with_hint(_outcome_of(run, exit_, code, error, reply), run.hard_mb)
+
+
+def _too_much(run: _Run, exit_: Exit) -> str | None:
+    """What it had more than it may: when it was looked at, or by the kernel's account, whoever looked."""
+    peak_mb = exit_.peak_mb or 0.0
+    if exit_.had_too_much:
+        return f"{excess(peak_mb, run.hard_mb)}, and was ended"
+    return excess_at_end(peak_mb, exit_.peak_floor_mb or 0.0, run.hard_mb)
 
 
 def _outcome_of(run: _Run, exit_: Exit, code: Code, error: str | None, reply: Reply | None = None) -> Outcome:
@@ -307,6 +347,8 @@ def _outcome_of(run: _Run, exit_: Exit, code: Code, error: str | None, reply: Re
 def _ended_early(run: _Run, reason: Code) -> str:
     if reason == Code.OUTPUT_TOO_LARGE:
         return f"the program wrote more than {run.max_output_bytes} bytes to stdout, and was ended"
+    if reason == Code.EVICTED:
+        return f"the program was ended {run.why}"
     if reason == Code.TIMEOUT:
         return f"the program had not ended within its {run.allowed_s:.3f} s, and was ended"
     return "the program still ran when the runner was closed, and was ended"

@@ -40,10 +40,10 @@ MODULES = sorted((REPO / "bus").rglob("*.py"))
 RUNNERS = sorted((REPO / "runners").rglob("*.py"))
 # The programs that run as a helper import nothing of ours but each other, by their bare names; nobody imports them.
 PROGRAMS = ["launch", "inside", "launcher", "channel", "execution", "sandbox", "containment", "descendants", "zygote"]
-PROGRAMS += ["zygote_script", "zygote_reading", "zygote_loading", "zygote_ending"]
+PROGRAMS += ["watching", "zygote_script", "zygote_reading", "zygote_loading", "zygote_ending"]
 RUNNER_FLOORS = [
     ["base", "launch", "inside", "launcher", "channel", "execution"],
-    ["sandbox", "scratch", "containment", "descendants", "zygote"],
+    ["sandbox", "scratch", "containment", "descendants", "watching", "zygote"],
     ["alarm", "bpf", "syscalls", "kernel", "programs", "probe_rights"],
     ["zygote_script", "zygote_reading", "zygote_loading", "zygote_ending"],
     ["output", "logs", "ports", "breaker", "http_client", "python_command", "strays", "seccomp"],

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from runners.helper import LAUNCH
-from runners.launcher import COUNT_S
+from runners.watching import RARELY_S
 from tests.programs import a_plan
 from tests.programs.a_bare_helper import BareHelper
 from tests.programs.a_home import children
@@ -423,7 +423,7 @@ import os, signal, time
 for _ in range({MOST - 1}):
     if not os.fork():
         signal.pause()
-time.sleep({3 * COUNT_S})
+time.sleep({3 * RARELY_S})
 print("done")
 """
     with a_helper(a_plan.a_plan(tmp_path / "root", processes=MOST), namespace=False) as helper:

@@ -87,7 +87,7 @@ class BareHelper:
         """The number of the call. Its stdin is empty, its stderr this process's."""
         self.calls += 1
         null = os.open(os.devnull, os.O_RDONLY)
-        self._send("run", (self.calls, list(argv), {}, data_bytes), (null, stdout, 2))
+        self._send("run", (self.calls, list(argv), {}, (data_bytes, 0)), (null, stdout, 2))
         os.close(null)
         return self.calls
 
@@ -103,6 +103,8 @@ class BareHelper:
     def ended(self) -> list[Any]:
         """What is told of the end of the only call: number, wait status, cpu ms, peak KiB, why."""
         verb, given = self.heard()
+        while verb == "using":
+            verb, given = self.heard()
         assert verb == "ended", given
         (end,) = given
         return list(end)

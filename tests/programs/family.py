@@ -83,6 +83,7 @@ def as_lost_only_what_was_killed_with_the_rest() -> None:
         ours._sweeps = sweeps
         pid = ours._pids[number] = a_child()
         ours._calls[pid] = number
+        ours._watch.begin(number, 0)
         os.kill(pid, by)
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         ours._bury(pid)
