@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from bus import provenance, records, stress
+from bus import memory as memory_files
+from bus import provenance, records
 from bus.policy import PHASES
 from runners import trial
 from runners.base import Rights
@@ -74,13 +75,13 @@ def kernel() -> Finding:
 
 
 def pressure() -> Finding:
-    if stress.pressure_stress() is None:
+    if memory_files.read().waiting is None:
         return Finding("pressure", "warn", "the kernel reports no memory pressure (PSI)", "Boot with psi=1.")
     return Finding("pressure", "ok", "the kernel reports memory pressure (PSI)")
 
 
 def memory() -> Finding:
-    machine = stress.read_machine()
+    machine = memory_files.read().machine
     limit = "no cgroup limit" if machine.limit_mb is None else f"cgroup limit {machine.limit_mb} MiB"
     found = f"{machine.used_mb} of {machine.total_mb} MiB used, {limit}"
     if machine.usable_mb < _TIGHT_MB:

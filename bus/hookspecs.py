@@ -32,7 +32,11 @@ class RegisterRunner(Protocol):
 
 
 class RegisterStressSource(Protocol):
-    """Adds a source of stress. `read` gives 0.0 to 1.0, or None where it has nothing to say."""
+    """Adds a source of stress. `read` gives 0.0 to 1.0, or None where it has nothing to say.
+
+    It is called in a thread of its own, one call at a time, and may take a while: until then its last answer counts,
+    and none once it takes seconds. One named `memory` or `pressure` takes the place of the bus's own.
+    """
 
     def __call__(self, name: str, read: Callable[[], float | None]) -> None: ...
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from bus import hookspecs, policy, stress
+from bus import hookspecs, policy
 from bus.canonical import shown
 from bus.errors import DeniedError
 from bus.hookspecs import hookimpl
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from starlette.routing import BaseRoute
 
     from bus.dispatch import Bus
-    from bus.hookspecs import RegisterRunner, RegisterStressSource
+    from bus.hookspecs import RegisterRunner
     from bus.model import Invocation, Manifest, Record
     from bus.settings import Settings
     from runners.base import Runner
@@ -45,7 +45,7 @@ _KEPT_BACK = frozenset({"payload", "result"})
 
 
 class BuiltIn:
-    """What every bus has: the two runners, the two sources of stress, and a look at what a manifest asks of them."""
+    """What every bus has: the two runners, and a look at what a manifest asks of them."""
 
     def __init__(self, settings: Settings, confinement: Confinement, redact: Callable[[bytes], bytes]) -> None:
         self._settings = settings
@@ -79,11 +79,6 @@ class BuiltIn:
         for name, path in asked:
             if kept.is_reached_by(Path(path)):
                 yield f"a right of {name} to {shown(path)}, where the bus keeps what is its own"
-
-    @hookimpl
-    def aal_stress_sources(self, register: RegisterStressSource) -> None:
-        register("memory", stress.memory_stress)
-        register("pressure", stress.pressure_stress)
 
 
 def confinement_of(settings: Settings) -> Confinement:
@@ -169,6 +164,7 @@ class Plugins:
         return found
 
     def stress_sources(self) -> dict[str, Callable[[], float | None]]:
+        """Those of plug-ins by name. The monitor has its own, of which one with the same name takes the place."""
         found: dict[str, Callable[[], float | None]] = {}
 
         def register(name: str, read: Callable[[], float | None]) -> None:

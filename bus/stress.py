@@ -1,7 +1,13 @@
 """The stress signal, 0.0 to 1.0: how short memory is. The largest of its sources, smoothed over a window.
 
-A source is a plain callable that gives 0.0 to 1.0, or None where it has nothing to say. The two built in read `/proc`
-and the cgroup v2 files that bound this process; page cache is not counted, since the kernel gives it back when asked.
+The monitor has two sources of its own: `memory`, the used share of the fullest room (the machine, the cgroups that
+bound us, further bounds such as a budget), and `pressure`, how long tasks wait for memory. Both, what is free, and what
+people are shown come from one reading of the kernel's files a sample. A plug-in's source of one of these two names
+takes its place.
+
+The kernel's files are read on the event loop: measured on one core of a virtual machine without a cgroup limit, a
+sample takes 0.06 ms, which at two a second is 0.012 % of the core; a thread for it would cost as much again. What a
+plug-in reads may be slow, so each such source has a thread.
 """
 
 from __future__ import annotations
@@ -10,21 +16,25 @@ import asyncio
 import logging
 import math
 import statistics
+import time
 from bisect import bisect_right
 from collections import deque
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from bus import memory
+from bus.memory import MIB, Reading, Room
+from bus.stress_sources import PluggedSource, within_unit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
-    Source = Callable[[], float | None]
+    from bus.stress_sources import Source
+
+__all__ = ["Band", "Reading", "Room", "StressMonitor", "band_after", "pressure_stress", "stress_of_share"]
 
 log = logging.getLogger(__name__)
 
-PROC = Path("/proc")
-CGROUPS = Path("/sys/fs/cgroup")
 MIN_SAMPLES = 3
 """Samples before the signal says anything: a single one decides nothing."""
 
@@ -35,45 +45,34 @@ KNEE = 0.6
 FULL = 0.95
 """Used shares of memory at which stress begins to rise steeply, and at which it is 1.0."""
 
+HYSTERESIS = 0.05
+"""How far below its bound the signal has to fall for its band to be left, so that a band does not flutter."""
+
+HISTORY_S = 120.0
+HISTORY = 240
+"""How far back the samples that are kept reach, and how many there are at most; of more frequent ones not all are."""
+
+ANSWER_S = 1.0
+"""How long a plug-in's source is waited for where somebody waits for the sample, in seconds."""
+
+Read = TypeVar("Read")
 Band = Literal["LOW", "MODERATE", "HIGH", "CRITICAL"]
 
-_MIB = 2**20
-_BOUNDS = (0.25, 0.50, 0.75)
+_TOLERANCE_S = 0.05
+"""How much too early, in seconds, a sample is still kept: timers are not exact."""
+
 _BANDS: tuple[Band, ...] = ("LOW", "MODERATE", "HIGH", "CRITICAL")
+_ENTERED = (0.25, 0.50, 0.75)
+_LEFT = tuple(round(bound - HYSTERESIS, 3) for bound in _ENTERED)
+_THRESHOLDS = {
+    band: {"entered_at": at, "left_below": below} for band, at, below in zip(_BANDS[1:], _ENTERED, _LEFT, strict=True)
+}
 
 
-@dataclass(frozen=True, slots=True)
-class Room:
-    """One bound on memory and what is used of it, in bytes, page cache not counted."""
-
-    total: int
-    used: int
-
-    @property
-    def share(self) -> float:
-        return self.used / self.total if self.total else 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class MachineMemory:
-    """For people, in MiB. `limit_mb` is the smallest cgroup limit below the machine's memory, None without one."""
-
-    total_mb: int
-    used_mb: int
-    limit_mb: int | None = None
-    limit_used_mb: int | None = None
-
-    @property
-    def usable_mb(self) -> int:
-        return self.total_mb if self.limit_mb is None else self.limit_mb
-
-
-def memory_stress(proc: Path = PROC, cgroups: Path = CGROUPS) -> float:
-    """Stress from the used share of memory: of the machine or of a cgroup that bounds us, whichever is fuller.
-
-    Raises `OSError` or `ValueError` where `/proc/meminfo` cannot be read.
-    """
-    return stress_of_share(max(room.share for room in _rooms(proc, cgroups)))
+def band_after(before: Band, value: float) -> Band:
+    """The band of a value that follows on a band: entered at its bound, left only below that less `HYSTERESIS`."""
+    highest = bisect_right(_LEFT, value)  # the highest that this value keeps
+    return _BANDS[max(bisect_right(_ENTERED, value), min(_BANDS.index(before), highest))]
 
 
 def stress_of_share(used: float) -> float:
@@ -84,149 +83,172 @@ def stress_of_share(used: float) -> float:
     return min(1.0, 0.5 * KNEE + (1.0 - 0.5 * KNEE) * rise)
 
 
-def pressure_stress(proc: Path = PROC) -> float | None:
-    """Stress from the kernel's pressure stall information: memory, `some avg10`. None where the kernel has none."""
-    try:
-        text = (proc / "pressure" / "memory").read_text("ascii")
-    except OSError:  # an old kernel has no such file, and one with psi=0 refuses to read it
-        return None
-    some = next(line for line in text.splitlines() if line.startswith("some "))
-    fields = dict(field.split("=", 1) for field in some.split()[1:])
-    return min(1.0, float(fields["avg10"]) / PSI_FULL_SCALE)
+def pressure_stress(waiting: float | None) -> float | None:
+    """Stress from the share of time, in percent, that some task waited for memory; None where that is not known."""
+    return None if waiting is None else min(1.0, waiting / PSI_FULL_SCALE)
 
 
-def read_machine(proc: Path = PROC, cgroups: Path = CGROUPS) -> MachineMemory:
-    """What the machine has and what bounds us, now."""
-    machine, *limits = _rooms(proc, cgroups)
-    tightest = min(limits, key=lambda room: room.total, default=None)
-    if tightest is None:
-        return MachineMemory(machine.total // _MIB, machine.used // _MIB)
-    return MachineMemory(machine.total // _MIB, machine.used // _MIB, tightest.total // _MIB, tightest.used // _MIB)
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One sample that is kept. `timestamp_ms` is since the epoch, `free_mb` MiB, None where nothing is known of it."""
+
+    timestamp_ms: int
+    stress: float
+    band: Band
+    free_mb: float | None
 
 
-def _rooms(proc: Path, cgroups: Path) -> Iterator[Room]:
-    """The machine, then each cgroup of ours, inmost first, whose limit is below the machine's memory."""
-    machine = _machine_room(proc)
-    yield machine
-    for folder in _own_cgroups(proc, cgroups):
-        room = _cgroup_room(folder)
-        if room and room.total < machine.total:
-            yield room
-
-
-def _machine_room(proc: Path) -> Room:
-    figures = _figures(proc / "meminfo")
-    total = figures["MemTotal:"] * 1024
-    return Room(total, total - figures["MemAvailable:"] * 1024)
-
-
-def _own_cgroups(proc: Path, cgroups: Path) -> Iterator[Path]:
-    """Our cgroup v2 folder and those above it. One that a namespace hides is left out; the root stands last."""
-    try:
-        lines = (proc / "self" / "cgroup").read_text().splitlines()
-    except OSError:
-        return
-    names = [name for line in lines if line.startswith("0::") for name in line[3:].split("/") if name]
-    for depth in range(0 if ".." in names else len(names), -1, -1):
-        yield cgroups.joinpath(*names[:depth])
-
-
-def _cgroup_room(folder: Path) -> Room | None:
-    """The room under this cgroup's `memory.max`; None where it sets none or is gone by now."""
-    try:
-        limit = (folder / "memory.max").read_text().strip()
-        if limit == "max":
-            return None
-        current = int((folder / "memory.current").read_text())
-        figures = _figures(folder / "memory.stat")
-    except OSError:
-        return None
-    cache = sum(figures.get(name, 0) for name in ("active_file", "inactive_file", "slab_reclaimable"))
-    return Room(int(limit), max(0, current - cache))
-
-
-def _figures(file: Path) -> dict[str, int]:
-    """The lines `name number ...` of a kernel file."""
-    rows = (line.split(maxsplit=2) for line in file.read_text("ascii").splitlines())
-    return {row[0]: int(row[1]) for row in rows if len(row) > 1}
+def _nothing() -> None:
+    pass
 
 
 class StressMonitor:
     """Samples the sources and keeps the smoothed signal: the median over the window of the largest of the sources.
 
-    The value is 0.0 until `MIN_SAMPLES` were taken (fewer in a smaller window). For one event loop; no locks.
+    `value` is 0.0 until `MIN_SAMPLES` were taken (fewer in a smaller window). After each sample, over all rooms:
+    `free_mb` is the smallest of what is left, in MiB, 0 or more, infinite where no room is known; `total_mb` the
+    smallest total, in MiB, 0 before the first sample; `sampled` counts samples; `changed` says whether the last one
+    changed the `band`.
+
+    `sources` are those of plug-ins, `read` gives what the kernel says, `rooms` further bounds, at every sample; `clock`
+    is monotonic, in seconds. For one event loop; no locks.
     """
 
     def __init__(
         self,
         sources: Mapping[str, Source],
         window: int = 5,
-        machine: Callable[[], MachineMemory] = read_machine,
+        *,
+        read: Callable[[], Reading] = memory.read,
+        rooms: Callable[[], Iterable[Room]] = tuple,
+        answer_s: float = ANSWER_S,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.value = 0.0
-        self._sources = dict(sources)
-        self._last: dict[str, float | None] = dict.fromkeys(self._sources)
+        self.band: Band = "LOW"
+        self.changed = False
+        self.sampled = 0
+        self.free_mb = 0.0
+        self.total_mb = 0
+        self._plugged = [PluggedSource(name, source, clock) for name, source in sources.items()]
+        self._read_kernel = read
+        self._read_further = rooms
+        self._answer_s = answer_s
+        self._clock = clock
+        self._reading = Reading(())
+        self._further: tuple[Room, ...] = ()
+        self._rooms: tuple[Room, ...] = ()
+        self._last: dict[str, float | None] = {}
         self._window: deque[float] = deque(maxlen=window)
         self._needed = min(MIN_SAMPLES, window)
         self._failed: set[str] = set()
-        self._machine = machine
-        self._total_mb: int | None = None
-
-    @property
-    def band(self) -> Band:
-        return _BANDS[bisect_right(_BOUNDS, self.value)]
-
-    @property
-    def total_mb(self) -> int:
-        """Memory that this process may use, in MiB; read once, since a bound is set before the process starts."""
-        if self._total_mb is None:
-            self._total_mb = self._machine().usable_mb
-        return self._total_mb
+        self._timestamp_ms = 0
+        self._history: deque[Point] = deque(maxlen=HISTORY)
+        self._kept_at = -math.inf
 
     def sample(self) -> float:
-        """Take one sample of each source; gives the smoothed value."""
-        self._last = {name: self._ask(name, source) for name, source in self._sources.items()}
-        self._window.append(max((value for value in self._last.values() if value is not None), default=0.0))
-        if len(self._window) >= self._needed:
-            self.value = statistics.median(self._window)
-        return self.value
+        """Take one sample, for which plug-ins are waited for, up to `answer_s` each; gives the smoothed value.
+
+        For where no call can be delayed: a start, and a program without an event loop.
+        """
+        for source in self._plugged:
+            source.ask()
+        for source in self._plugged:
+            source.wait(self._answer_s)
+        return self._take()
 
     def prime(self) -> None:
         """Take as many samples as the signal needs before it says anything."""
         while len(self._window) < self._needed:
             self.sample()
 
-    async def run(self, period_s: float) -> None:
-        """Sample every `period_s` seconds until cancelled. A sample is microseconds of reading, so no thread."""
+    async def run(self, period_s: float, on_sample: Callable[[], None] = _nothing) -> None:
+        """Sample every `period_s` seconds until cancelled, and call `on_sample` after each.
+
+        Nothing is waited for: of a plug-in's source the last answer counts, which is a period old or more.
+        """
         self.prime()
         while True:
             await asyncio.sleep(period_s)
-            self.sample()
+            self._take()
+            for source in self._plugged:
+                source.ask()
+            try:
+                on_sample()
+            except Exception:  # whoever listens: the signal must not freeze, since admission hangs on it
+                log.exception("what follows on a sample of the stress failed")
 
     def report(self) -> dict[str, Any]:
-        """For `GET /stress`: `{stress, band, sources: {name: value}, machine: {total_mb, used_mb, limit_mb, ...}}`."""
-        sources = {name: None if value is None else round(value, 3) for name, value in self._last.items()}
+        """For `GET /stress` and its events, as `schemas/stress.schema.json` has it."""
         return {
+            "timestamp_ms": self._timestamp_ms,
+            "sampled": self.sampled,
             "stress": round(self.value, 3),
             "band": self.band,
-            "sources": sources,
-            "machine": asdict(self._machine()),
+            "changed": self.changed,
+            "sources": {name: None if value is None else round(value, 3) for name, value in self._last.items()},
+            "free_mb": _figure(self.free_mb),
+            "total_mb": self.total_mb,
+            "rooms": [
+                {"name": room.name, "total_mb": room.total // MIB, "used_mb": room.used // MIB} for room in self._rooms
+            ],
+            "machine": asdict(self._reading.machine) if self._reading.rooms else None,
+            "thresholds": _THRESHOLDS,
         }
 
-    def _ask(self, name: str, source: Source) -> float | None:
-        """One source's value. It may be a plugin's: whatever it does, the others still count."""
+    def history(self) -> list[dict[str, Any]]:
+        """The samples of the last `HISTORY_S` seconds, oldest first, `HISTORY` at most."""
+        return [asdict(point) for point in self._history]
+
+    def _take(self) -> float:
+        """Read the kernel's files, and make one sample of that and of what plug-ins said last."""
+        self._read()
+        self._last = self._own() | {source.name: source.value for source in self._plugged}
+        self._window.append(max((value for value in self._last.values() if value is not None), default=0.0))
+        if len(self._window) >= self._needed:
+            self.value = statistics.median(self._window)
+        before, self.band = self.band, band_after(self.band, self.value)
+        self.changed = self.band != before
+        self.sampled += 1
+        self._timestamp_ms = time.time_ns() // 1_000_000
+        self._keep()
+        return self.value
+
+    def _read(self) -> None:
+        """What the rooms are now. Of what cannot be read, as when descriptors are short, the last reading counts."""
+        self._reading = self._asked("the kernel's files", self._read_kernel, self._reading)
+        self._further = self._asked("further rooms", lambda: tuple(self._read_further()), self._further)
+        self._rooms = (*self._reading.rooms, *self._further)
+        self.free_mb = min((room.free_mb for room in self._rooms), default=math.inf)
+        self.total_mb = min((room.total for room in self._rooms), default=0) // MIB
+
+    def _asked(self, what: str, read: Callable[[], Read], before: Read) -> Read:
         try:
-            return _within_unit(source())
+            return read()
         except Exception:
-            if name not in self._failed:
-                self._failed.add(name)
-                log.exception("the stress source %r failed and does not count; further failures are not logged", name)
-            return None
+            if what not in self._failed:
+                self._failed.add(what)
+                log.exception("%s cannot be read for the stress; further failures are not logged", what)
+            return before
+
+    def _own(self) -> dict[str, float | None]:
+        fullest = max((room.share for room in self._rooms), default=None)
+        return {
+            "memory": None if fullest is None else within_unit(stress_of_share(fullest)),
+            "pressure": pressure_stress(self._reading.waiting),
+        }
+
+    def _keep(self) -> None:
+        """Add the sample to the history, unless the last there is too young, and drop what is too old."""
+        now = self._clock()
+        if now - self._kept_at < HISTORY_S / HISTORY - _TOLERANCE_S:
+            return
+        self._kept_at = now
+        self._history.append(Point(self._timestamp_ms, round(self.value, 3), self.band, _figure(self.free_mb)))
+        while self._timestamp_ms - self._history[0].timestamp_ms > HISTORY_S * 1000:
+            self._history.popleft()
 
 
-def _within_unit(value: float | None) -> float | None:
-    if value is None:
-        return None
-    if math.isnan(value):
-        raise ValueError("NaN is no stress")
-    return min(1.0, max(0.0, float(value)))
+def _figure(size_mb: float) -> float | None:
+    """For JSON, which has no infinity."""
+    return round(size_mb, 3) if math.isfinite(size_mb) else None

@@ -257,8 +257,11 @@ async def test_the_stress_of_the_bus_is_the_largest_of_its_sources(settings: Set
         assert bus.stress.report()["sources"] == {"memory": 0.1, "pressure": None, "gpu": 0.625}
 
 
-def test_a_bus_measures_memory_and_pressure_by_itself(settings: Settings) -> None:
-    assert set(Plugins(settings).stress_sources()) == {"memory", "pressure"}
+async def test_a_bus_measures_memory_and_pressure_by_itself(settings: Settings) -> None:
+    assert Plugins(settings).stress_sources() == {}
+    async with running_bus(settings) as bus:
+        assert set(bus.stress.report()["sources"]) == {"memory", "pressure"}
+        assert 0 < bus.stress.free_mb <= bus.stress.total_mb
 
 
 async def test_an_observer_sees_each_record_as_it_stands_in_the_ledger(settings: Settings) -> None:
