@@ -11,8 +11,10 @@ written to a hash-chained ledger. Read `dispatch` first: `Bus.invoke` is the sto
     manifests           one manifest.json, whatever its shape, as a Manifest; manifest_form says what is wrong with it
     policy              phases times permissions -> rights
     targets             where its calls go, and with what environment; with secrets and redaction
-    scheduler           slots, queue, degradation; with runes (the memory language) and stress (the signal), which is
-                        made of memory (what the kernel says) and stress_sources (what plug-ins say)
+    scheduler           admission behind an event loop: slots, memory, queue, eviction; with runes (the language),
+                        needs (what was measured), balance (what is done where memory is short), degradation (what a
+                        call is told then), and stress (the signal), which is made of memory (what the kernel tells) and
+                        stress_sources (what plug-ins say)
     runners/            a process or an HTTP service: job in, outcome out
     ledger, provenance  writing and reading the ledger; chain is its file, filesync makes it last, records says what a
                         line is, canonical its JSON

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from bus.model import Invocation, Record, Told
     from bus.overlays import Resolved
     from bus.redaction import Redactor
+    from bus.scheduler import Admission
 
 _ERROR_LIMIT = 4096
 _NAME_LIMIT = 129
@@ -58,6 +59,9 @@ class Course:
     run_id: str | None = None
     timeout_ms: int | None = None
     queue_ms: float | None = None
+    admission: Admission | None = None
+    evictions: int = 0
+    retry_after_s: int | None = None
     told: Told | None = None
     result_json: bytes | None = None
     result_hash: str | None = None
@@ -82,6 +86,11 @@ class Course:
         """Of a request that could not be read, or was not."""
         name, part = _name(overlay), capability and _name(capability)
         return cls(new_request_id(), now_ms(), time.monotonic(), name, part, caller=caller)
+
+    @property
+    def deadline(self) -> float:
+        """On the clock of `time.monotonic`; of a call without a timeout it has passed."""
+        return self.received + (self.timeout_ms or 0) / 1000
 
     def keep_result(self, result_json: bytes | None) -> None:
         """The canonical bytes of what the overlay answered, None where it answered nothing that has them."""
@@ -186,6 +195,7 @@ class Course:
             "timestamp_ms": self.timestamp_ms,
             "duration_ms": measured["duration_ms"],
             "queue_ms": measured["queue_ms"],
+            "admission": measured["admission"],
             "payload_hash": self.payload_hash,
             "result_hash": self.result_hash,
             "cost_cents": measured["cost_cents"],
@@ -199,9 +209,20 @@ class Course:
             if self.refusal.faults:
                 body["faults"] = self.refusal.body()["faults"]
         http_status = 200 if ok or outcome.replied else known.http_status
-        return Answer(
-            http_status, body, orjson.dumps(body), record, self.refusal.retry_after_s if self.refusal else None
-        )
+        retry_after_s = self.refusal.retry_after_s if self.refusal else self.retry_after_s
+        return Answer(http_status, body, orjson.dumps(body), record, retry_after_s)
+
+    def _explained(self, admission: Admission) -> dict[str, Any]:
+        """Why the call waited, behind how many, and what it reserved; nothing where it was refused at the door."""
+        ticket, need = admission.ticket, admission.wish.need
+        has_run = ticket is not None and ticket.started > 0
+        return {
+            "reserved_mb": figure(need.mb) if has_run else 0,
+            "basis": need.basis,
+            "waited_for": [] if ticket is None else ticket.waited_for,
+            "ahead": 0 if ticket is None else ticket.ahead,
+            "evictions": self.evictions,
+        }
 
     def _type(self) -> str:
         if self.call and self.call.replay_of:
@@ -222,6 +243,7 @@ class Course:
         return {
             "duration_ms": figure((time.monotonic() - self.received) * 1000),
             "queue_ms": self.queue_ms,
+            "admission": None if self.admission is None else self._explained(self.admission),
             "cost_cents": figure(declared if outcome.cost_cents is None else outcome.cost_cents),
             "memory": memory,
         }

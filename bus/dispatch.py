@@ -16,28 +16,33 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
-from bus import envelopes, policy, runes, schemas
+from bus import envelopes, policy, provenance, runes, schemas
+from bus.admission import NO_NEED
+from bus.balance import Balance
 from bus.callers import Callers
 from bus.canonical import figure
 from bus.course import Course
+from bus.degradation import memory_block
 from bus.errors import BusError, DeniedError
 from bus.ledger import Ledger, LedgerError
 from bus.model import Phase, Told, now_ms
+from bus.needs import Needs
 from bus.overlays import Registry
 from bus.plugins import Plugins
 from bus.records import collect_environment, environment_hash
-from bus.scheduler import Scheduler, memory_block
+from bus.scheduler import Scheduler
 from bus.secrets import Secrets
 from bus.settings import stores_payload
 from bus.stress import StressMonitor
 from bus.targets import Targets
-from runners.base import LARGE_BYTES, Code, Job, Outcome, Sandbox
+from runners.base import LARGE_BYTES, Code, Job, Outcome, Sandbox, shared_by
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Set
 
     from jsonschema import Draft202012Validator
 
+    from bus.admission import Need
     from bus.callers import Caller
     from bus.course import Answer
     from bus.ledger import Receipt
@@ -50,6 +55,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 VALIDATORS_KEPT = 1024
+RECALLED = 5000
+"""The last lines of the ledger that tell what calls needed of memory."""
 LAST_LINES_S = 5.0
 """How long closing waits for the lines of calls that were ended."""
 _HELD_PHASES = frozenset({Phase.CLEAR, Phase.SEAL})
@@ -93,10 +100,16 @@ class Bus:
             runners=self.runners.keys(),
         )
         self.targets = Targets(settings, self.secrets)
-        self.stress = StressMonitor(self.plugins.stress_sources())
+        self.balance = Balance(settings, self.runners)
+        self.stress = StressMonitor(self.plugins.stress_sources(), rooms=self.balance.rooms)
         self.scheduler = Scheduler(
-            slots=settings.slots, queue_limit=settings.queue_limit, stress=lambda: self.stress.value
+            slots=settings.slots,
+            queue_limit=settings.queue_limit,
+            stress=lambda: self.stress.value,
+            is_short=self.balance.is_short,
         )
+        self.balance.between(self.stress, self.scheduler)
+        self.needs = Needs()
         self.environment = collect_environment(settings.overlays.parent)
         self.environment_hash = environment_hash(self.environment)
         self.ledger = Ledger(
@@ -131,10 +144,15 @@ class Bus:
         self.registry.load()
         self.ledger.open()
         self.stress.prime()
+        self.balance.sampled()
+        with contextlib.suppress(OSError):  # a ledger that cannot be read: then no call starts either
+            self.needs.recall(provenance.tail(self.settings.ledger, RECALLED))
         if watch:
             self._tasks = [
                 asyncio.create_task(self.registry.watch(on_look=self._forget_all_but), name="watch overlays"),
-                asyncio.create_task(self.stress.run(self.settings.stress_period_s), name="sample stress"),
+                asyncio.create_task(
+                    self.stress.run(self.settings.stress_period_s, self.balance.sampled), name="sample stress"
+                ),
             ]
         self.is_started = True
 
@@ -306,19 +324,60 @@ class Bus:
             raise LedgerError(self.ledger.reason or "the ledger is not open", self.ledger.hint)
 
     async def _admit_and_run(self, course: Course, call: Invocation, resolved: Resolved, rights: Rights) -> Outcome:
-        """Wait for room, then run. Waiting counts against the deadline, which a caller may only bring nearer."""
-        manifest, capability = resolved.manifest, resolved.capability
+        """Wait for room, then run, and again where it was ended to free memory and running twice does no harm.
+
+        Waiting counts against the deadline, which a caller may only bring nearer.
+        """
+        capability = resolved.capability
         profile = runes.resolve(call.profile) if call.profile else capability.memory
         course.timeout_ms = min(max(1, round(capability.timeout_s * 1000)), call.timeout_ms or sys.maxsize)
-        deadline = call.received + course.timeout_ms / 1000
-        async with self.scheduler.admit(
-            f"{manifest.name}.{capability.name}", profile.priority, deadline, capability.concurrency
-        ) as grant:
-            course.queue_ms = figure(grant.queued_s * 1000)
+        while True:
+            outcome = await self._run_once(course, call, resolved, rights, profile)
+            if outcome.code != Code.EVICTED:
+                return outcome
+            course.evictions += 1
+            may_repeat = call.phase is Phase.CLEAR or capability.idempotent or resolved.manifest.deterministic
+            if not may_repeat or course.evictions > self.settings.eviction_retries or self.is_closing:
+                course.retry_after_s = self.scheduler.retry_after_s()
+                return outcome
+
+    async def _run_once(
+        self, course: Course, call: Invocation, resolved: Resolved, rights: Rights, profile: MemoryProfile
+    ) -> Outcome:
+        manifest, capability = resolved.manifest, resolved.capability
+        key = f"{manifest.name}.{capability.name}"
+        need = self._need(key, manifest, capability, call.phase, profile)
+        admission = course.admission = self.scheduler.admit(
+            key,
+            profile.priority,
+            course.deadline,
+            capability.concurrency,
+            overlay=manifest.name,
+            need=need,
+            arrived=call.received,
+        )
+        async with admission as ticket:
+            course.queue_ms = figure((course.queue_ms or 0.0) + ticket.queued_s * 1000)
             told = course.told = self._tell(call, capability, profile, str(course.run_id))
-            outcome = await self.runners[capability.runner].run(self._job(call, resolved, told, rights, deadline))
+            job = self._job(call, resolved, told, rights, course.deadline)._replace(meter=ticket.meter)
+            outcome = await self.runners[capability.runner].run(job)
             course.sandbox = self._sandbox_of(outcome)
-            return await self._judge(course, resolved, outcome)  # within the slot: closing waits for slots
+            outcome = await self._judge(course, resolved, outcome)  # within the slot: closing waits for slots
+            if outcome.peak_mb is not None and call.replay_of is None:
+                self.needs.learn(
+                    key, outcome.peak_mb, outcome.code, told.memory["applied"], ticket.grew_s(time.monotonic())
+                )
+            return outcome
+
+    def _need(self, key: str, manifest: Manifest, capability: Capability, phase: Phase, profile: MemoryProfile) -> Need:
+        """What the call takes of memory: nothing of ours where another's service does the work."""
+        if self.settings.admission == "slots" or (capability.runner == "http" and manifest.service is None):
+            return NO_NEED
+        if capability.runner == "http":
+            return self.needs.of(key, profile, shared=shared_by(manifest.name))
+        if manifest.mode == "worker":
+            return self.needs.of(key, profile, shared=shared_by(manifest.name, phase), processes=manifest.workers.count)
+        return self.needs.of(key, profile)
 
     def _tell(self, call: Invocation, capability: Capability, profile: MemoryProfile, run_id: str) -> Told:
         """What the overlay is told; a replay tells it what it was told the first time, so that it degrades alike."""

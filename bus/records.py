@@ -47,8 +47,8 @@ _HOLES: Mapping[str, Any] = {"v": VERSION, "seq": _HOLE, "prev": _HOLE, "hash": 
 _CALL: Mapping[str, Any] = dict.fromkeys((
     "type", "timestamp_ms", "request_id", "run_id", "caller", "overlay", "version", "manifest_hash", "code_hash",
     "capability", "phase", "runner", "payload_hash", "result_hash", "ok", "code", "error", "exit_code", "duration_ms",
-    "queue_ms", "cpu_ms", "memory", "sandbox", "deterministic", "seed", "environment_hash", "prev_size", "cost_cents",
-    "replay_of", "session", "profile", "timeout_ms",
+    "queue_ms", "admission", "cpu_ms", "memory", "sandbox", "deterministic", "seed", "environment_hash", "prev_size",
+    "cost_cents", "replay_of", "session", "profile", "timeout_ms",
 ))  # fmt: skip
 _STORED = frozenset({"payload", "result"})
 _HASH_MEMBER = b'"hash":'

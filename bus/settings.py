@@ -72,6 +72,15 @@ class Settings:
     logs: Path = _setting(Path("logs"), "folder of the ledger")
     state: Path = _setting(Path(".aal"), "folder of the bus's own state")
     slots: int = _number(64, "calls that run at once", 1, 4096)
+    admission: Literal["memory", "slots"] = _setting(
+        "memory", "what a call needs to start: a slot and its memory, or a slot alone"
+    )
+    memory_mb: int = _number(
+        0, "memory that overlays may have altogether, in MiB; 0 is what the machine or the cgroup has", 0, 1_000_000_000
+    )
+    eviction_retries: int = _number(
+        3, "how often a call that was ended to free memory is run again by itself, where that does no harm", 0, 100
+    )
     queue_limit: int = _number(256, "calls that wait at once before one is refused", 0, 100_000)
     timeout_s: float = _number(30.0, "timeout of a capability that declares none, in seconds", 0.001, 86_400)
     kill_grace_s: float = _number(2.0, "seconds between TERM and KILL of a call that is over", 0, 60)

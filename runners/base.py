@@ -159,17 +159,34 @@ class HttpTarget:
     service: ServiceTarget | None = None
 
 
+class Share(NamedTuple):
+    """What processes that calls have in common have now: how many there are, and their memory in MiB."""
+
+    processes: int
+    used_mb: float
+
+
+HELPERS = ""
+"""The name of the share that helpers have, which are processes of no overlay's calls."""
+
+
+def shared_by(overlay: str, phase: str = "") -> str:
+    """What the calls of an overlay have in common: the workers of a phase, or its service."""
+    return f"{overlay} {phase}".rstrip()
+
+
 class Meter:
     """What the processes of one job have of memory, as far as anybody has looked; and how to end them for others' sake.
 
     `used_mb` is what they had at the last look, `peak_mb` the most of all looks, in MiB, and `grown_at` when that was
-    last a good deal more than before, on the clock of `time.monotonic`; all are 0 until the first look. `evict` is set
+    last a good deal more than before, on its clock; all are 0 until the first look. `evict` is set
     by a runner while it can end the job with `Code.EVICTED`, and says why in words that go on from "was ended".
     """
 
-    __slots__ = ("evict", "grown_at", "peak_mb", "used_mb")
+    __slots__ = ("_clock", "evict", "grown_at", "peak_mb", "used_mb")
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self.used_mb = 0.0
         self.peak_mb = 0.0
         self.grown_at = 0.0
@@ -178,7 +195,7 @@ class Meter:
     def see(self, mb: float) -> None:
         """They have so much now."""
         if mb > GROWN * self.peak_mb:
-            self.grown_at = time.monotonic()
+            self.grown_at = self._clock()
         self.used_mb = mb
         self.peak_mb = max(self.peak_mb, mb)
 
@@ -262,6 +279,12 @@ class Runner(Protocol):
 
     def state(self, overlay: str) -> dict[str, Any]:
         """What it keeps for an overlay from call to call, as JSON for people; empty where nothing."""
+
+    def shares(self) -> dict[str, Share]:
+        """The processes that it keeps for more than one call, by what `shared_by` gives for them, and its helpers."""
+
+    def relieve(self, idle_s: float) -> None:
+        """Memory is short: end what is kept and was without a call for so many seconds."""
 
     def forget(self, overlay: str) -> None:
         """The overlay was removed or disabled: what is kept for it ends, each as soon as its calls have ended."""

@@ -185,7 +185,7 @@ class Helper:
     """One helper, from its start until nothing of it is left; then `gone` is done.
 
     `ready` fails with `AnotherWayError`, `UnheldError`, or another OSError where it cannot be had. `namespace` says
-    whether it is contained by a pid namespace; None until it said so.
+    whether it is contained by a pid namespace; None until it said so. `floor_mb` is its own size, once it is ready.
     """
 
     def __init__(
@@ -216,7 +216,7 @@ class Helper:
         self._wired = None if plan is None else plan.wire
         self._taken: tuple[str, ...] = ()
         self._sandboxes: dict[Scope, Sandbox] = {}
-        self._floor_mb = 0.0
+        self.floor_mb = 0.0
         self._fault: str | None = None
         self._numbers = itertools.count(1)
         self._measured: dict[int, asyncio.Future[float | None]] = {}
@@ -502,7 +502,7 @@ class Helper:
     def _take_start(self, verb: str, given: Any) -> None:  # noqa: ANN401
         if verb == "ready":
             ready = Ready(tuple(map(as_words, given["loaded"])), as_reasons(given["left"]))
-            self._floor_mb = round(as_figure(given["floor_kib"]) / 1024, 3)
+            self.floor_mb = round(as_figure(given["floor_kib"]) / 1024, 3)
             late, failed = self._wired is not None and self._wired["late"], as_reasons(given["failed"])
             self._hold((LATE,) if late and not failed else (), failed)
             self.idle_since = time.monotonic()
@@ -522,7 +522,7 @@ class Helper:
 
     def _exit(self, status: int, cpu_ms: float, peak_kib: int, lost: str | None) -> Exit:
         peak_mb = round(as_figure(peak_kib) / 1024, 3)
-        floor_mb = min(peak_mb, self._floor_mb)
+        floor_mb = min(peak_mb, self.floor_mb)
         why = None if lost is None else as_words(lost)
         return Exit(os.waitstatus_to_exitcode(status), as_figure(cpu_ms), peak_mb, floor_mb, why)
 

@@ -22,7 +22,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runners.base import Rights
+from runners.base import Rights, Share
 from runners.helper import Helper, Home
 from runners.helper_errors import AnotherWayError, GoneError, UnheldError
 from runners.scratch_root import ScratchRoot
@@ -293,6 +293,18 @@ class Helpers:
         self._editions.pop(overlay, None)
         self._retire(pool for pool in self._pools.values() if pool.home.overlay == overlay)
 
+    @property
+    def share(self) -> Share:
+        """How many there are, and what they have for themselves."""
+        return Share(len(self._alive), sum(helper.floor_mb for helper in self._alive))
+
+    def relieve(self, idle_s: float) -> None:
+        """End the helpers that were idle for so many seconds."""
+        since = time.monotonic() - idle_s
+        for helper in list(self._alive):
+            if helper.is_idle and helper.idle_since <= since:
+                helper.close()
+
     def let_go(self, home: Home) -> None:
         """Nothing more is to be started there: its helpers end as soon as their processes have."""
         self._retire(pool for pool in self._pools.values() if pool.home == home)
@@ -407,10 +419,7 @@ class Helpers:
 
     def _look(self) -> None:
         """End the helpers that were idle for long."""
-        since = time.monotonic() - self._idle_s
-        for helper in list(self._alive):
-            if helper.is_idle and helper.idle_since <= since:
-                helper.close()
+        self.relieve(self._idle_s)
         loop = asyncio.get_running_loop()
         self._looking = loop.call_later(self._idle_s / 2, self._look) if self._alive else None
 

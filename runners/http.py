@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractAsyncContextManager
 
-    from runners.base import Job, ServiceTarget
+    from runners.base import Job, ServiceTarget, Share
     from runners.breaker import Admission
     from runners.faults import End
     from runners.http_client import Answer
@@ -71,6 +71,9 @@ class RunningService(Protocol):
     def url(self) -> str:
         """Its base URL."""
 
+    memory_mb: float | None
+    """What it had when it was last looked at, in MiB."""
+
     @property
     def sandbox(self) -> Sandbox | None:
         """What the kernel holds it to."""
@@ -89,6 +92,10 @@ class ServiceStarter(Protocol):
         """
 
     def state(self, overlay: str) -> dict[str, Any]: ...
+
+    def shares(self) -> dict[str, Share]: ...
+
+    def relieve(self, idle_s: float) -> None: ...
 
     def forget(self, overlay: str) -> None: ...
 
@@ -144,6 +151,13 @@ class HttpRunner:
         breaker = {} if found is None else {"breaker": found[1].to_json()}
         return breaker if self._services is None else breaker | self._services.state(overlay)
 
+    def shares(self) -> dict[str, Share]:
+        return {} if self._services is None else self._services.shares()
+
+    def relieve(self, idle_s: float) -> None:
+        if self._services is not None:
+            self._services.relieve(idle_s)
+
     def forget(self, overlay: str) -> None:
         """Keep nothing of the overlay from now on; a service that was started for it ends once its calls have."""
         self._breakers.pop(overlay, None)
@@ -193,10 +207,11 @@ class HttpRunner:
                 tried = await self._exchange(_Call(job, target, service.url + target.url, service.sandbox))
                 broke_off = tried.fault is not None and not tried.answered
                 ended = await _end_of(service, job.deadline) if broke_off else None
-                sandbox = service.sandbox
+                sandbox, peak_mb = service.sandbox, service.memory_mb
         except ServiceError as error:
             return _Tried(error.outcome)
-        return (tried if ended is None else _of_end(ended, tried)).held_to(sandbox)
+        tried = (tried if ended is None else _of_end(ended, tried)).held_to(sandbox)
+        return tried._replace(outcome=tried.outcome._replace(peak_mb=peak_mb))
 
     async def _exchange(self, call: _Call) -> _Tried:
         """Send it, and judge what came of it."""

@@ -20,7 +20,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from runners import python_command
-from runners.base import LARGE_BYTES, Code, Outcome, ProcessTarget
+from runners.base import HELPERS, LARGE_BYTES, Code, Outcome, ProcessTarget
 from runners.helper import Home, Script
 from runners.helper_errors import GoneError
 from runners.helpers import IDLE_S, Helpers, UnfitError
@@ -43,7 +43,7 @@ from runners.unstarted import unstarted
 from runners.workers import WorkerPools
 
 if TYPE_CHECKING:
-    from runners.base import Job, Sandbox
+    from runners.base import Job, Sandbox, Share
     from runners.exits import Exit
     from runners.helper import Helper, Process
     from runners.logs import OverlayLogs
@@ -112,6 +112,13 @@ class ProcessRunner:
     def state(self, overlay: str) -> dict[str, Any]:
         helpers = self._helpers.state(overlay)
         return ({"helpers": helpers} if helpers else {}) | self._workers.state(overlay)
+
+    def shares(self) -> dict[str, Share]:
+        return {HELPERS: self._helpers.share} | self._workers.shares()
+
+    def relieve(self, idle_s: float) -> None:
+        self._workers.relieve(idle_s)
+        self._helpers.relieve(idle_s)
 
     def forget(self, overlay: str) -> None:
         self._workers.forget(overlay)

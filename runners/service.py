@@ -125,7 +125,7 @@ class _Program:
 
 
 class Service:
-    """One service. `up` tells whether it came up, `gone` that nothing of it is left.
+    """One service. `up` tells whether it came up, `gone` that nothing of it is left; `memory_mb` is what it has.
 
     Its rights are those of its target, whatever call it is started for. Without a right to the network it may listen on
     its port, and so has a home of its own with each port.
@@ -156,7 +156,7 @@ class Service:
         self._signalled = False
         self._calls = 0
         self._hard_mb = job.hard_mb
-        self._memory_mb: float | None = None
+        self.memory_mb: float | None = None
         self._began = house.clock()
         self._ready_at = self._idle_since = 0.0
 
@@ -169,6 +169,20 @@ class Service:
     def sandbox(self) -> Sandbox | None:
         """What the kernel holds it to; None before it was started."""
         return None if self._program is None else self._program.process.sandbox_for("service")
+
+    def idle_for_s(self) -> float:
+        """For how many seconds it is up and without a call; negative where it is not."""
+        if self.state != "ready" or self._calls:
+            return -1.0
+        return self._house.clock() - self._idle_since
+
+    def evict(self, why: str) -> None:
+        """End it at once, as memory is short. `why` goes on from "was ended"."""
+        if not self._retired.done():
+            self._ending = Outcome(Code.EVICTED, error=f"the service was ended {why}", log=self._last_words())
+            self.retire(f"is ended {why}", Code.EVICTED)
+            if not self._at_once.done():
+                self._at_once.set_result(None)
 
     def enter(self, hard_mb: int) -> None:
         """A call begins. Without a cap of its own, the service may hold what the largest of its calls may."""
@@ -217,8 +231,8 @@ class Service:
             told["uptime_s"] = round(self._house.clock() - self._began, 3)
         if (held := self.sandbox) is not None:
             told["sandbox"] = {"enforced": list(held.enforced), "missing": list(held.missing)}
-        if self._memory_mb is not None:
-            told["memory_mb"] = round(self._memory_mb, 1)
+        if self.memory_mb is not None:
+            told["memory_mb"] = round(self.memory_mb, 1)
         return told
 
     async def live(self) -> None:
@@ -416,7 +430,7 @@ class Service:
             memory_mb = await program.process.memory_mb()
             may_mb = self._target.max_mb or self._hard_mb
             if memory_mb is not None:
-                self._memory_mb = memory_mb
+                self.memory_mb = memory_mb
                 if memory_mb > may_mb:
                     self.state = "draining"  # as above
                     raise FaultError(excess(memory_mb, may_mb), code=Code.MEMORY_LIMIT)

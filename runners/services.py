@@ -14,7 +14,7 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, Any
 
-from runners.base import Code, Outcome
+from runners.base import HELPERS, Code, Outcome, Share, shared_by
 from runners.faults import ServiceError
 from runners.service import House, Pace, Service
 
@@ -53,10 +53,14 @@ class Services:
         """
         service = await self._ready(job, target)
         service.enter(job.hard_mb)
+        if job.meter is not None:
+            job.meter.evict = service.evict
         try:
             yield service
         finally:
             service.leave()
+            if job.meter is not None:
+                job.meter.evict = None
 
     def state(self, overlay: str) -> dict[str, Any]:
         """`{}`, or `{"service": {"state", "starts", "failures", "last_error", ...}}` once there was a call.
@@ -66,6 +70,22 @@ class Services:
         """
         place = self._places.get(overlay)
         return {} if place is None else {"service": place.state()}
+
+    def shares(self) -> dict[str, Share]:
+        """The services that live and their helpers, as `Runner.shares`."""
+        services = ((overlay, place.service) for overlay, place in self._places.items())
+        return {HELPERS: self._house.helpers.share} | {
+            shared_by(overlay): Share(1, service.memory_mb or 0.0)
+            for overlay, service in services
+            if service is not None and service.state != "gone"
+        }
+
+    def relieve(self, idle_s: float) -> None:
+        """End the services that were idle for so many seconds."""
+        for place in self._places.values():
+            if place.service is not None and place.service.idle_for_s() >= idle_s:
+                place.retire("is stopped: memory is short")
+        self._house.helpers.relieve(idle_s)
 
     def forget(self, overlay: str) -> None:
         """Let the overlay's service end as soon as its calls have. A later call has a new one."""

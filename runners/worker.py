@@ -133,16 +133,18 @@ class Owner(Protocol):
 class Worker:
     """One process that loops, from before its start until nothing of it is left; then `ended` is done.
 
-    `calls` counts its replies, `memory_mb` is what it had when it was last looked at, `sandbox` what the kernel
-    holds it to once it has started. `number` is how the overlay's log calls it.
+    `calls` counts its replies, `memory_mb` is what it had when it was last looked at, `peak_mb` the most of all looks,
+    `sandbox` what the kernel holds it to once it has started. `number` is how the overlay's log calls it.
     """
 
     def __init__(self, number: int, owner: Owner, means: Means) -> None:
         self.overlay = owner.home.overlay
+        self.phase = owner.home.phase
         self.process: Process | None = None
         self.call: WorkerCall | None = None
         self.calls = 0
         self.memory_mb: float | None = None
+        self.peak_mb: float | None = None
         self.sandbox: Sandbox | None = None
         self._loop = asyncio.get_running_loop()
         self.ended: asyncio.Future[None] = self._loop.create_future()
@@ -192,6 +194,7 @@ class Worker:
         if self.process is None or (memory_mb := await self.process.memory_mb()) is None:
             return None
         self.memory_mb = memory_mb
+        self.peak_mb = max(memory_mb, self.peak_mb or 0.0)
         return memory_mb
 
     # Start
@@ -260,6 +263,8 @@ class Worker:
         """Send a call to this worker, which must be free."""
         self.call = call
         call.worker = self
+        if call.job.meter is not None:
+            call.job.meter.evict = functools.partial(self._evict, call)
         self._log = None
         self._size = self._written = 0
         line = call.job.envelope + b"\n"
@@ -267,6 +272,10 @@ class Worker:
         if done < len(line):
             self._rest = memoryview(line)[done:]
             self._loop.add_writer(self._stdin, self._write_on)
+
+    def _evict(self, call: WorkerCall, why: str) -> None:
+        if self.call is call:
+            self.stop(Code.EVICTED, f"was ended {why}", at_once=True)
 
     def _write(self, data: bytes | memoryview) -> int:
         """Write as much as the pipe takes. How much is done with: all of it where nobody can read it any more."""
@@ -366,7 +375,8 @@ class Worker:
             if self._timer is not None:
                 self._set_timer(None)
             self._owner.free(self)
-        call.finish(Outcome(result=reply, log=log, output_bytes=size, sandbox=self.sandbox))
+        peak_mb = self.peak_mb
+        call.finish(Outcome(result=reply, log=log, output_bytes=size, sandbox=self.sandbox, peak_mb=peak_mb))
 
     def _patience_s(self) -> float:
         """Seconds for which its reply is worth waiting for, though its caller may not: 0 where it has had its time."""
@@ -508,6 +518,7 @@ class Worker:
             code,
             error=f"the worker {what}",
             exit_code=exit_.code,
+            peak_mb=self.peak_mb,
             log=self._kept_log(),
             output_bytes=self._size,
             retryable=True if code is Code.CRASH and exit_.lost is not None else None,

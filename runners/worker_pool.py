@@ -292,6 +292,12 @@ class WorkerPool:
         else:
             worker.stop(Code.MEMORY_LIMIT, f"{excess(memory_mb, may_mb)}, and was ended")
 
+    def relieve(self, idle_s: float) -> None:
+        """Memory is short: end the free workers, where no call has come for so many seconds."""
+        if self.loop.time() - self._used >= idle_s:
+            for worker in list(self._free):
+                worker.end("is let go: memory is short")
+
     # Ends
 
     def drain(self, why: str) -> None:

@@ -12,7 +12,7 @@ import functools
 import time
 from typing import TYPE_CHECKING, Any
 
-from runners.base import Code, Outcome, ProcessTarget
+from runners.base import Code, Outcome, ProcessTarget, Share, shared_by
 from runners.worker import WorkerCall
 from runners.worker_pool import Means, WorkerPace, WorkerPool
 
@@ -70,6 +70,20 @@ class WorkerPools:
         """
         workers = [worker.told() for worker in self._means.alive if worker.overlay == overlay]
         return {"workers": workers} if workers else {}
+
+    def shares(self) -> dict[str, Share]:
+        """The workers that there are, by what their calls have in common, as `Runner.shares`."""
+        found: dict[str, Share] = {}
+        for worker in self._means.alive:
+            name = shared_by(worker.overlay, worker.phase)
+            so_far = found.get(name, Share(0, 0.0))
+            found[name] = Share(so_far.processes + 1, so_far.used_mb + (worker.memory_mb or 0.0))
+        return found
+
+    def relieve(self, idle_s: float) -> None:
+        """End the workers of every pool that was without a call for so many seconds."""
+        for pool in list(self._living):
+            pool.relieve(idle_s)
 
     def forget(self, overlay: str) -> None:
         """Let all workers of the overlay end, each as soon as its calls have. A later call has a new pool."""

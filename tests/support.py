@@ -25,7 +25,7 @@ from bus.envelopes import make_invocation
 from bus.hookspecs import hookimpl
 from bus.model import Capability, Manifest, Permission, Phase
 from bus.settings import Settings
-from runners.base import Job, Outcome
+from runners.base import Job, Outcome, Share
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
@@ -166,6 +166,7 @@ class InProcessRunner:
     name: str = "proc"
     jobs: list[Job] = field(default_factory=list)
     forgotten: list[str] = field(default_factory=list)
+    relieved: list[float] = field(default_factory=list)
     closed: bool = False
 
     @hookimpl
@@ -179,6 +180,12 @@ class InProcessRunner:
 
     def state(self, overlay: str) -> dict[str, Any]:
         return {}
+
+    def shares(self) -> dict[str, Share]:
+        return {}
+
+    def relieve(self, idle_s: float) -> None:
+        self.relieved.append(idle_s)
 
     def forget(self, overlay: str) -> None:
         self.forgotten.append(overlay)

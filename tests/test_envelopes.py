@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from bus import envelopes, runes, schemas
 from bus.canonical import CanonicalError, canonical
+from bus.degradation import memory_block
 from bus.envelopes import (
     check_input,
     check_result,
@@ -24,7 +25,6 @@ from bus.envelopes import (
 )
 from bus.errors import InputError, RequestError
 from bus.model import Degradation, Invocation, Phase, Told
-from bus.scheduler import memory_block
 from runners.base import Outcome
 from tests.support import a_call, a_capability, a_manifest, misfits
 

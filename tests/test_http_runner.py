@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
     from pathlib import Path
 
-    from runners.base import Job
+    from runners.base import Job, Share
     from tests.runner_fixtures import Clock
 
 
@@ -983,6 +983,7 @@ class FakeService:
     url: str
     ends: tuple[End | None, ...] = (None,)
     sandbox: Sandbox | None = None
+    memory_mb: float | None = None
 
     def end(self) -> End | None:
         known, *later = self.ends
@@ -1017,6 +1018,12 @@ class FakeServices:
 
     def state(self, overlay: str) -> dict[str, Any]:
         return {"service": {"state": "ready"}} if self.used else {}
+
+    def shares(self) -> dict[str, Share]:
+        return {}
+
+    def relieve(self, idle_s: float) -> None:
+        pass
 
     def forget(self, overlay: str) -> None:
         self.forgotten.append(overlay)

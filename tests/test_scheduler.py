@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bus import runes
+from bus.admission import AGING_S
+from bus.degradation import memory_block
 from bus.errors import DeadlineError, OverloadError
 from bus.model import Degradation
-from bus.scheduler import AGING_S, Scheduler, memory_block
+from bus.scheduler import Scheduler
 
 NEVER = 1e9
 
@@ -386,7 +388,9 @@ async def test_the_report_shows_what_runs_waits_and_was_refused() -> None:
         "running": 1,
         "waiting": 1,
         "started": 1,
+        "evictions": 0,
         "refused": {},
+        "memory": {"room_mb": None, "claimed_mb": 0},
         "keys": {"k": {"running": 1, "waiting": 1, "limit": 1}},
     }
     await second.cancel()

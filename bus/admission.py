@@ -1,0 +1,599 @@
+"""Admission control: which call runs now, which waits and for what, which is refused, and which has to go.
+
+It has a clock and no event loop, so that a simulation runs the very same code; `scheduler` puts it behind one.
+
+What a call needs is a slot, its capability's leave (`concurrency`) and memory. What has to wait is ordered thus: calls
+of one capability by their `place`, the time of arrival less `AGING_S` for each point of priority; so priority counts
+first, then age, and nothing starves. Of capabilities whose next call has the same priority those go first whose overlay
+had the fewest turns since it began to wait (start-time fair queueing, Goyal et al. 1996). A capability at its limit
+offers nothing, so it never holds up others.
+
+A running call claims memory: what it was admitted with, or what it has if that is more; and once it has run for longer
+than its kind takes to grow, what it has, with some to spare. It fits if the claims together stay within the room: the
+memory that is free, and what our calls hold of what is not. Where the first in line does not fit, those that came up to
+`PASSING_S` after it may pass it; then the room is kept for it. What needs more than there is runs alone.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from bisect import bisect_left, insort
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from bus.errors import BusError, DeadlineError, OverloadError
+from runners.base import Meter, Share
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+AGING_S = 2.0
+"""Seconds of waiting that weigh as much as one point of priority."""
+
+FAIR_S = 2.0
+"""Seconds of waiting that weigh as much as one turn which an overlay had and another has yet to have."""
+
+PASSING_S = 1.0
+"""How much later, in seconds of their places, calls may pass one that waits for memory."""
+
+PASSING_LOOKS = 32
+"""How many capabilities are looked at, at most, for one whose call fits beside what waits for memory."""
+
+MARGIN = 0.08
+"""The share of all memory that is never given away, so that calls alone do not bring the stress to refuse any."""
+
+NOTHING_MB = 0.5
+"""Claims below this are what rounding left."""
+
+REFUSING_STRESS = 0.98
+REFUSED_PRIORITY = 3
+"""At `REFUSING_STRESS` calls of this priority or a lower one are refused."""
+
+EVICTING_AFTER_S, EVICTING_AGAIN_S = 10.0, 1.0
+"""How long the stress stays at `REFUSING_STRESS` before a call is ended, and after its end before the next is."""
+
+RETRY_MIN_S = 1
+RETRY_MAX_S = 60
+RETRY_LATER_S = 5
+"""Retry-After of a refusal that the queue has no part in."""
+
+_RECENT = 64
+"""Completions from which the rate is taken."""
+
+Basis = Literal["none", "declared", "measured"]
+Reason = Literal["slot", "concurrency", "memory", "turn", "stress"]
+
+
+class Need(NamedTuple):
+    """What a call takes of memory, in MiB, and how that is known.
+
+    `mb` is reserved for it, and it may never have more than `hard_mb`. After `settle_s` seconds it is taken to have
+    grown as far as it will: then `spare` times what it has is reserved, where that is less. Calls with the same
+    `shared` run in common processes, at most so many as `processes`, and each of these reserves `mb` once.
+    """
+
+    mb: float = 0.0
+    hard_mb: float = 0.0
+    basis: Basis = "none"
+    settle_s: float = math.inf
+    spare: float = 1.0
+    shared: str | None = None
+    processes: int = 1
+
+
+NO_NEED = Need()
+
+
+NOTHING_SHARED = Share(0, 0.0)
+
+
+class Wish(NamedTuple):
+    """A call that wants to run. `deadline` and `arrived` are times on the admission's clock, priority is 0 to 9.
+
+    `key` is its capability, `concurrency` how many calls of that may run at once (None: any number).
+    """
+
+    key: str
+    overlay: str
+    priority: int
+    deadline: float
+    arrived: float
+    concurrency: int | None = None
+    need: Need = NO_NEED
+
+
+@dataclass(slots=True, eq=False)
+class _Lane:
+    """The calls of one capability. `offer` is its place in the scheduler's order, while a call of it could start."""
+
+    key: str
+    overlay: str
+    limit: int | None = None
+    running: int = 0
+    waiting: list[Ticket] = field(default_factory=list)
+    offer: tuple[float, int, _Lane] | None = None
+    offered: Ticket | None = None
+
+    @property
+    def has_room(self) -> bool:
+        return self.limit is None or self.running < self.limit
+
+
+@dataclass(slots=True, eq=False)
+class _Common:
+    """Processes that calls have in common: `claim_mb` is what all of them claim."""
+
+    need: Need
+    running: int = 0
+    share: Share = NOTHING_SHARED
+    claim_mb: float = 0.0
+
+    def claim_with(self, running: int) -> float:
+        processes = max(self.share.processes, min(running, self.need.processes))
+        return max(processes * self.need.mb, self.share.used_mb)
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """A call that asked. `decided` is called once where it has to wait: with None for leave to run, or the refusal.
+
+    `asked` and `started` are times on the admission's clock. `ahead` is how many waited when it came, `waited_for` what
+    it waited for, in order; `claim_mb` what it claims.
+    """
+
+    wish: Wish
+    lane: _Lane
+    place: tuple[float, int]
+    decided: Callable[[BusError | None], None]
+    meter: Meter
+    state: Literal["waiting", "running", "over"] = "waiting"
+    asked: float = 0.0
+    started: float = 0.0
+    claim_mb: float = 0.0
+    ahead: int = 0
+    waited_for: list[Reason] = field(default_factory=list)
+
+    def __lt__(self, other: Ticket) -> bool:
+        return self.place < other.place
+
+    @property
+    def queued_s(self) -> float:
+        """How long it waited, once it runs."""
+        return self.started - self.asked
+
+    def grew_s(self, now: float) -> float:
+        """How long it has run until it grew no more; of one that nobody looked at, how long it has run."""
+        return (self.meter.grown_at or now) - self.started
+
+
+class Admissions:
+    """Slots, memory and a bounded queue. `stress` gives 0.0 to 1.0 and `clock` seconds.
+
+    Whoever owns it calls `sampled` every now and then, and `expire` for a ticket whose deadline passes. `is_short` is
+    called, at most once a decision, where a call waits for memory: somebody may have some to give back.
+    """
+
+    def __init__(
+        self,
+        *,
+        slots: int,
+        queue_limit: int,
+        stress: Callable[[], float],
+        clock: Callable[[], float] = time.monotonic,
+        is_short: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.running: dict[Ticket, None] = {}
+        self.waiting = 0
+        self.closed = False
+        self.room_mb = math.inf
+        self.claimed_mb = 0.0
+        self.evictions = 0
+        self._slots = slots
+        self._queue_limit = queue_limit
+        self._stress = stress
+        self._clock = clock
+        self._is_short = is_short
+        self._lanes: dict[str, _Lane] = {}
+        self._lanes_of: dict[str, set[_Lane]] = {}
+        self._classes: dict[int, list[tuple[float, int, _Lane]]] = {}
+        self._turns: dict[tuple[str, int], float] = {}
+        self._turn: dict[int, float] = {}
+        self._common: dict[str, _Common] = {}
+        self._blocked_at = math.inf
+        self._arrivals = 0
+        self._started = 0
+        self._refused: Counter[str] = Counter()
+        self._completions = deque([clock()], maxlen=_RECENT)
+        self._critical_since = math.inf
+        self._evicting: Ticket | None = None
+        self._evict_from = 0.0
+        self._evicted_priority = -1
+
+    # Asking and ending
+
+    def ask(self, wish: Wish, decided: Callable[[BusError | None], None]) -> Ticket:
+        """Have it run now (`state` is then "running"), or wait; then `decided` is called, if it is not withdrawn.
+
+        Raises `OverloadError` (ERR_BUSY, ERR_STRESS, ERR_SHUTTING_DOWN) and `DeadlineError` (ERR_DEADLINE).
+        """
+        refusal = self._refusal(wish)
+        if refusal:
+            raise self._counted(refusal)
+        lane = self._lane(wish)
+        self._arrivals += 1
+        place = (wish.arrived - wish.priority * AGING_S, self._arrivals)
+        ticket = Ticket(wish, lane, place, decided, Meter(self._clock), asked=self._clock())
+        reason = self._obstacle(ticket)
+        if reason is None:
+            self._start(ticket)
+        else:
+            self._enqueue(ticket, reason)
+        return ticket
+
+    def leave(self, ticket: Ticket) -> None:
+        """A running call has ended."""
+        ticket.state = "over"
+        del self.running[ticket]
+        lane = ticket.lane
+        lane.running -= 1
+        self._completions.append(self._clock())
+        self._let_go(ticket)
+        if ticket is self._evicting:
+            self._evicting = None
+            self._evict_from = self._clock() + EVICTING_AGAIN_S
+        self._update(lane)
+        if self.waiting:
+            self.dispatch()
+
+    def withdraw(self, ticket: Ticket) -> None:
+        """A waiting call is not wanted any more; nothing happens where it waits no longer."""
+        if ticket.state == "waiting":
+            self._dequeue(ticket)
+            ticket.state = "over"
+            self.dispatch()  # what was kept for it is free
+
+    def expire(self, ticket: Ticket) -> None:
+        """The deadline of a waiting call has passed."""
+        if ticket.state == "waiting":
+            self._refuse(ticket, DeadlineError("ERR_DEADLINE", f"the deadline passed {self._waited(ticket)}"))
+            self.dispatch()
+
+    def close(self) -> None:
+        """Refuse what waits and what comes. What runs goes on."""
+        self.closed = True
+        for lane in list(self._lanes.values()):
+            for ticket in list(lane.waiting):
+                self._refuse(ticket, _shutting_down())
+
+    def _refusal(self, wish: Wish) -> BusError | None:
+        """Why a call may not start at all; asked when it comes and again when its turn comes."""
+        if self.closed:
+            return _shutting_down()
+        late_s = self._clock() - wish.deadline
+        if late_s >= 0:
+            return DeadlineError("ERR_DEADLINE", f"the deadline passed {late_s:.3f} s before the call could start")
+        stress = self._stress()
+        if stress >= REFUSING_STRESS and wish.priority <= REFUSED_PRIORITY:
+            needed = f"from {REFUSING_STRESS} on only priority {REFUSED_PRIORITY + 1} and above is admitted"
+            detail = f"stress is {stress:.3f}, and {needed}, not {wish.priority}"
+            return OverloadError("ERR_STRESS", detail, retry_after_s=RETRY_LATER_S)
+        return None
+
+    def _counted(self, refusal: BusError) -> BusError:
+        self._refused[refusal.code] += 1
+        return refusal
+
+    def _refuse(self, ticket: Ticket, refusal: BusError) -> None:
+        self._dequeue(ticket)
+        ticket.state = "over"
+        ticket.decided(self._counted(refusal))
+
+    def _waited(self, ticket: Ticket) -> str:
+        """For what a call waits, in words and figures that go on from what became of it."""
+        need, reason = ticket.wish.need, ticket.waited_for[-1]
+        if reason == "memory":
+            free_mb = max(0.0, self.room_mb - self.claimed_mb)
+            needed = f"it needs {need.mb:.0f} MiB ({need.basis}), and of {self.room_mb:.0f} there were {free_mb:.0f}"
+            return f"while the call waited for memory: {needed} that no running call claims"
+        return f"while the call waited for {_AWAITED[reason]}"
+
+    # The line
+
+    def _lane(self, wish: Wish) -> _Lane:
+        """The lane of a capability, with the limit that its newest call gives: a reload may change it."""
+        lane = self._lanes.get(wish.key)
+        if lane is None:
+            return _Lane(wish.key, wish.overlay, wish.concurrency)
+        if lane.limit != wish.concurrency:
+            lane.limit = wish.concurrency
+            self._update(lane)
+            self.dispatch()
+        return lane
+
+    def _enqueue(self, ticket: Ticket, reason: Reason) -> None:
+        if self.waiting >= self._queue_limit:
+            raise self._counted(self._busy())
+        if not self.waiting:
+            self._completions.clear()
+            self._completions.append(self._clock())
+        ticket.ahead = self.waiting
+        ticket.waited_for.append(reason)
+        insort(ticket.lane.waiting, ticket)
+        self.waiting += 1
+        self._update(ticket.lane)
+        if reason == "memory":
+            self._blocked_at = min(self._blocked_at, ticket.place[0])
+            self._is_short()
+
+    def _dequeue(self, ticket: Ticket) -> None:
+        lane = ticket.lane
+        del lane.waiting[bisect_left(lane.waiting, ticket)]
+        self.waiting -= 1
+        self._update(lane)
+
+    def _update(self, lane: _Lane) -> None:
+        """After each change of a lane: keep it while it has calls, and offer its first one while it has room."""
+        if lane.running or lane.waiting:
+            self._lanes[lane.key] = lane
+        else:
+            self._lanes.pop(lane.key, None)
+        best = lane.waiting[0] if lane.waiting and lane.has_room else None
+        if best is not lane.offered:
+            self._offer(lane, best)
+
+    def _offer(self, lane: _Lane, best: Ticket | None) -> None:
+        """Put a call in the place of the one that a lane offered, or none."""
+        if lane.offer is not None and lane.offered is not None:
+            offers = self._classes[lane.offered.wish.priority]
+            del offers[bisect_left(offers, lane.offer)]
+            self._forget_turns(lane)
+        lane.offered = best
+        lane.offer = None
+        if best is not None:
+            priority = best.wish.priority
+            self._lanes_of.setdefault(lane.overlay, set()).add(lane)
+            turns = self._turns.setdefault((lane.overlay, priority), self._turn.get(priority, 0.0))
+            lane.offer = (best.place[0] + FAIR_S * turns, best.place[1], lane)
+            insort(self._classes.setdefault(priority, []), lane.offer)
+
+    def _forget_turns(self, lane: _Lane) -> None:
+        """A lane offers nothing for the moment. An overlay that waits no more begins anew when it does."""
+        lanes = self._lanes_of[lane.overlay]
+        lanes.discard(lane)
+        if not lanes and not lane.waiting:
+            del self._lanes_of[lane.overlay]
+            for priority in range(10):
+                self._turns.pop((lane.overlay, priority), None)
+
+    def _count_turn(self, ticket: Ticket) -> None:
+        """A call goes from the line to work: the next one of its overlay and priority stands further back."""
+        flow = ticket.lane.overlay, ticket.wish.priority
+        turns = self._turns.get(flow)
+        if turns is None:
+            return
+        self._turn[flow[1]] = turns
+        self._turns[flow] = turns + 1
+        for lane in list(self._lanes_of.get(flow[0], ())):
+            if lane.offered is not None and lane.offered.wish.priority == flow[1]:
+                self._offer(lane, lane.offered)
+
+    def _in_order(self) -> Iterator[Ticket]:
+        """The calls that are offered, best first: of each priority by turns, and of these by place."""
+        at = dict.fromkeys((priority for priority, offers in self._classes.items() if offers), 0)
+        while at:
+            best = min(at, key=lambda priority: self._classes[priority][at[priority]][2].waiting[0].place)
+            lane = self._classes[best][at[best]][2]
+            at[best] += 1
+            if at[best] == len(self._classes[best]):
+                del at[best]
+            yield lane.waiting[0]
+
+    def dispatch(self) -> None:
+        """Start what may start."""
+        while self.waiting and (ticket := self._next()) is not None:
+            refusal = self._refusal(ticket.wish)
+            if refusal:
+                self._refuse(ticket, refusal)
+            else:
+                self._count_turn(ticket)
+                self._dequeue(ticket)
+                self._start(ticket)
+                ticket.decided(None)
+
+    def _next(self) -> Ticket | None:
+        """Who is to start now; None where nobody can."""
+        self._blocked_at = math.inf
+        if len(self.running) >= self._slots:
+            return None
+        looks = PASSING_LOOKS
+        for ticket in self._in_order():
+            if self._refusal(ticket.wish):
+                return ticket
+            reason = self._obstacle(ticket)
+            if reason is None:
+                return ticket
+            if reason not in ticket.waited_for:
+                ticket.waited_for.append(reason)
+            if reason == "memory":
+                self._blocked_at = min(self._blocked_at, ticket.place[0])
+            looks -= 1
+            if not looks:
+                break
+        if self._blocked_at < math.inf:
+            self._is_short()
+        return None
+
+    def _obstacle(self, ticket: Ticket) -> Reason | None:
+        """What a call has to wait for; None where it may start now."""
+        wish = ticket.wish
+        if not ticket.lane.has_room:
+            return "concurrency"
+        if len(self.running) >= self._slots:
+            return "slot"
+        if wish.priority <= self._evicted_priority:
+            return "stress"
+        more_mb = self._more_mb(wish.need)
+        if more_mb <= 0 or self.claimed_mb < NOTHING_MB:
+            return None
+        if self.claimed_mb + more_mb > self.room_mb:
+            return "memory"
+        return "turn" if ticket.place[0] > self._blocked_at + PASSING_S else None
+
+    # Memory
+
+    def _more_mb(self, need: Need) -> float:
+        """What a call would claim that is not claimed yet."""
+        if need.shared is None:
+            return need.mb
+        common = self._common.get(need.shared)
+        if common is None:
+            return need.mb
+        return common.claim_with(common.running + 1) - common.claim_mb
+
+    def _start(self, ticket: Ticket) -> None:
+        ticket.state = "running"
+        ticket.started = self._clock()
+        self.running[ticket] = None
+        self._started += 1
+        lane = ticket.lane
+        lane.running += 1
+        need = ticket.wish.need
+        if need.shared is not None:
+            common = self._common.setdefault(need.shared, _Common(need))
+            common.need = need
+            common.running += 1
+            self._reclaim(common)
+        else:
+            ticket.claim_mb = need.mb
+            self.claimed_mb += need.mb
+        self._update(lane)
+
+    def _let_go(self, ticket: Ticket) -> None:
+        """What a call claimed. Processes in common may stay, and what they are then is seen at the next sample."""
+        shared = ticket.wish.need.shared
+        if shared is not None:
+            self._common[shared].running -= 1
+            self._reclaim(self._common[shared])
+        self.claimed_mb -= ticket.claim_mb
+        if not self.running:
+            self.claimed_mb = sum(common.claim_mb for common in self._common.values())  # without what rounding left
+
+    def _reclaim(self, common: _Common) -> None:
+        claim_mb = common.claim_with(common.running)
+        self.claimed_mb += claim_mb - common.claim_mb
+        common.claim_mb = claim_mb
+
+    @property
+    def held_mb(self) -> float:
+        """What running calls were last seen to have, but for processes that they have in common."""
+        return sum(map(_used_mb, self.running))
+
+    def sampled(self, free_mb: float, total_mb: float, shares: Mapping[str, Share]) -> None:
+        """So much memory is free, of so much in all, in MiB; and these are all processes in common."""
+        held_mb = self.held_mb + sum(share.used_mb for share in shares.values())
+        self.room_mb = max(0.0, free_mb + held_mb - MARGIN * total_mb)
+        for name, common in list(self._common.items()):
+            common.share = shares.get(name, NOTHING_SHARED)
+            if not common.running and not common.share.processes:
+                self.claimed_mb -= common.claim_mb
+                del self._common[name]
+            else:
+                self._reclaim(common)
+        self._look_at_stress()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Claim anew what each running call has by now, and start what may start."""
+        now = self._clock()
+        for ticket in self.running:
+            ticket.claim_mb = _claim_mb(ticket, now)
+        claims = sum(ticket.claim_mb for ticket in self.running)
+        self.claimed_mb = claims + sum(common.claim_mb for common in self._common.values())
+        if self.waiting:
+            self.dispatch()
+
+    # Eviction
+
+    def _look_at_stress(self) -> None:
+        """Under lasting critical stress end one call, and admit nothing like it until the stress has passed."""
+        now = self._clock()
+        if self._stress() < REFUSING_STRESS:
+            self._critical_since = math.inf
+            self._evicted_priority = -1
+            return
+        self._critical_since = min(self._critical_since, now)
+        lasted_s = now - self._critical_since
+        if lasted_s < EVICTING_AFTER_S or now < self._evict_from or self._evicting is not None:
+            return
+        victim = self._victim()
+        if victim is not None and victim.meter.evict is not None:
+            self._evicting = victim
+            self._evicted_priority = max(self._evicted_priority, victim.wish.priority)
+            self.evictions += 1
+            victim.meter.evict(f"to free memory: the stress was {self._stress():.3f} for {lasted_s:.1f} s")
+
+    def _victim(self) -> Ticket | None:
+        """The youngest of the lowest priority, of those that can be ended."""
+        able = (ticket for ticket in self.running if ticket.meter.evict is not None)
+        return min(able, key=lambda ticket: (ticket.wish.priority, -ticket.started), default=None)
+
+    # For people
+
+    def report(self) -> dict[str, Any]:
+        """For metrics and `GET /stress`. `refused` counts by error code, `keys` shows what runs and waits now."""
+        return {
+            "slots": self._slots,
+            "queue_limit": self._queue_limit,
+            "running": len(self.running),
+            "waiting": self.waiting,
+            "started": self._started,
+            "evictions": self.evictions,
+            "refused": dict(self._refused),
+            "memory": {
+                "room_mb": None if math.isinf(self.room_mb) else round(self.room_mb, 1),
+                "claimed_mb": round(self.claimed_mb, 1),
+            },
+            "keys": {
+                lane.key: {"running": lane.running, "waiting": len(lane.waiting), "limit": lane.limit}
+                for lane in self._lanes.values()
+            },
+        }
+
+    def _busy(self) -> OverloadError:
+        detail = f"{len(self.running)} calls run and {self.waiting} wait, which is all that may"
+        return OverloadError("ERR_BUSY", detail, retry_after_s=self.retry_after_s())
+
+    def retry_after_s(self) -> int:
+        """Seconds until the line will be gone at the rate of the last completions, counted since the line formed."""
+        between_s = (self._clock() - self._completions[0]) / max(1, len(self._completions) - 1)
+        return max(RETRY_MIN_S, min(RETRY_MAX_S, math.ceil((self.waiting + 1) * between_s)))
+
+
+_AWAITED: dict[Reason, str] = {
+    "slot": "a slot",
+    "concurrency": "others of its capability to end",
+    "memory": "memory",
+    "turn": "its turn: memory was kept for one that had waited for longer",
+    "stress": "the stress to pass",
+}
+
+
+def _claim_mb(ticket: Ticket, now: float) -> float:
+    """What a running call claims by now; nothing for itself where it runs in processes in common."""
+    need, used_mb = ticket.wish.need, _used_mb(ticket)
+    if need.shared is not None:
+        return 0.0
+    has_settled = ticket.meter.grown_at and now - ticket.started > need.settle_s
+    return max(used_mb, min(need.mb, need.spare * used_mb) if has_settled else need.mb)
+
+
+def _used_mb(ticket: Ticket) -> float:
+    """What a running call was seen to have, but no more than it can: who looked may be the overlay's own process."""
+    need = ticket.wish.need
+    return min(ticket.meter.used_mb, max(need.mb, need.hard_mb))
+
+
+def _shutting_down() -> OverloadError:
+    return OverloadError("ERR_SHUTTING_DOWN", "the bus is shutting down", retry_after_s=RETRY_LATER_S)

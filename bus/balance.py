@@ -1,0 +1,99 @@
+"""The balance of memory: what the monitor finds goes to the scheduler, and where it is short the runners let go.
+
+Between two samples of the stress nothing is read anew; the scheduler keeps account of what it has given away.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from bus.memory import MIB, Room
+from runners.base import HELPERS, Share
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from bus.scheduler import Scheduler
+    from bus.settings import Settings
+    from bus.stress import StressMonitor
+    from runners.base import Runner
+
+log = logging.getLogger(__name__)
+
+CRITICAL = "CRITICAL"
+"""The band of stress in which everything goes that is kept and idle."""
+
+IDLE_S = 2.0
+"""How long, in seconds, what is kept must be idle to go where a call waits for memory: it may be between two calls."""
+
+AGAIN_S = 1.0
+"""How often, in seconds, the runners are asked at most."""
+
+
+class Balance:
+    """Of one bus. `sampled` is to be called after each sample of the monitor, `is_short` where a call waits."""
+
+    def __init__(
+        self, settings: Settings, runners: Mapping[str, Runner], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._settings = settings
+        self._runners = runners
+        self._clock = clock
+        self._monitor: StressMonitor | None = None
+        self._scheduler: Scheduler | None = None
+        self._relieved_at = -AGAIN_S
+
+    def between(self, monitor: StressMonitor, scheduler: Scheduler) -> None:
+        """Which two it is between."""
+        self._monitor, self._scheduler = monitor, scheduler
+
+    def rooms(self) -> Iterator[Room]:
+        """What the operator gives to all overlays together (`AAL_MEMORY_MB`), as a further bound of the monitor."""
+        if self._settings.memory_mb and self._scheduler is not None:
+            used_mb = self._scheduler.held_mb + sum(share.used_mb for share in self._shares().values())
+            yield Room(self._settings.memory_mb * MIB, round(used_mb * MIB), "AAL_MEMORY_MB")
+
+    def sampled(self) -> None:
+        """There is a new sample."""
+        if self._monitor is None or self._scheduler is None:
+            return
+        shares = self._shares()
+        shares.pop(HELPERS, None)  # nobody's calls give those back
+        self._scheduler.sampled(self._monitor.free_mb, self._monitor.total_mb, shares)
+        if self._monitor.band == CRITICAL:
+            self._relieve(0.0)
+
+    def is_short(self) -> None:
+        """A call waits for memory."""
+        self._relieve(IDLE_S)
+
+    def _relieve(self, idle_s: float) -> None:
+        now = self._clock()
+        if now - self._relieved_at < AGAIN_S:
+            return
+        self._relieved_at = now
+        for runner in self._runners.values():
+            try:
+                runner.relieve(idle_s)
+            except Exception:  # a plugin's; the others have something to give as well
+                log.exception("the runner %s could not give back memory", runner.name)
+
+    def _shares(self) -> dict[str, Share]:
+        found: dict[str, Share] = {}
+        for runner in self._runners.values():
+            try:
+                found.update(_added(found, runner.shares()))
+            except Exception:  # a plugin's; what it keeps counts as used by somebody else
+                log.exception("the runner %s does not say what it keeps", runner.name)
+        return found
+
+
+def _added(found: Mapping[str, Share], shares: Mapping[str, Share]) -> dict[str, Share]:
+    """The shares of one runner, with what others have by the same name."""
+    return {
+        name: Share(share.processes + before.processes, share.used_mb + before.used_mb)
+        for name, share in shares.items()
+        for before in (found.get(name, Share(0, 0.0)),)
+    }
