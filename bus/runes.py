@@ -5,10 +5,14 @@
 
 Clauses stand in any order, each at most once; only MEM is required. The grammar is `schemas/runes.lark`; what a grammar
 cannot say (once only, every key, ranges) is checked here, and both kinds of error look the same.
+
+The canonical form, which `format` writes in one line and `layout` in several, has its clauses in the order above, MEM,
+TIER and PRIORITY always; steps are numbered from 1, and numbers have no needless zeros.
 """
 
 from __future__ import annotations
 
+import difflib
 import re
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -16,7 +20,7 @@ from functools import cache, lru_cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, Self, TypeVar, cast
 
-from lark import Lark, Token, Tree, UnexpectedCharacters, UnexpectedInput, UnexpectedToken
+from lark import Lark, Token, Tree, UnexpectedInput, UnexpectedToken
 from lark.lexer import PatternStr
 
 from bus import resources
@@ -73,40 +77,87 @@ class MemoryProfile:
 
 
 class RuneError(InputError):
-    """Text that is no rune: where (line and column count from 1), what stands there, and what may stand there."""
+    """Text that is no rune: where (line and column count from 1), what stands there, and what may stand there.
 
-    def __init__(self, line: int, column: int, found: str, expected: Iterable[str]) -> None:
+    Lines end with a line feed; a column is one character, a tab or a carriage return too. `near` are names that may
+    have been meant, and `source` is what the text is, as people call it. `is_lasting`: the same text gives it again.
+    """
+
+    def __init__(
+        self,
+        line: int,
+        column: int,
+        found: str,
+        expected: Iterable[str],
+        *,
+        near: Iterable[str] = (),
+        source: str = "rune",
+        is_lasting: bool = True,
+        hint: str | None = None,
+    ) -> None:
         self.line = line
         self.column = column
         self.found = found
         self.expected = tuple(expected)
+        self.near = tuple(near)
+        self.source = source
+        self.is_lasting = is_lasting
         allowed = " or ".join(self.expected)
-        super().__init__("ERR_BAD_RUNE", f"rune, line {line}, column {column}: found {found}, expected {allowed}")
+        suggestion = f"; did you mean {' or '.join(self.near)}?" if self.near else ""
+        detail = f"{source}, line {line}, column {column}: found {found}, expected {allowed}{suggestion}"
+        super().__init__("ERR_BAD_RUNE", detail, hint=hint)
 
     @classmethod
     def at(cls, text: str, position: int, *expected: str) -> Self:
         """The error for what stands at `position` of `text`, its end included."""
         word = _WORD.match(text, position) if text[position:].strip() else None
-        return cls(*_place(text, position), repr(word.group()) if word else "the end of the text", expected)
+        return cls(*place_of(text, position), repr(word.group()) if word else "the end of the text", expected)
+
+    def within(self, source: str, hint: str | None = None) -> RuneError:
+        """The same error, of the text that people call `source`."""
+        place = (self.line, self.column, self.found, self.expected)
+        return RuneError(*place, near=self.near, source=source, is_lasting=self.is_lasting, hint=hint)
 
 
-def _place(text: str, position: int) -> tuple[int, int]:
+def place_of(text: str, position: int) -> tuple[int, int]:
+    """Line and column of a position."""
     return text.count("\n", 0, position) + 1, position - text.rfind("\n", 0, position)
 
 
 _T = TypeVar("_T")
 _WORD = re.compile(r"[A-Za-z0-9_.-]{1,32}|.", re.DOTALL)
-_PROFILE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_LAST_WORD = re.compile(r"[A-Za-z0-9_.-]+\Z")
+NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+"""What a profile may be called; use it with `fullmatch`."""
+
+_NAMES_SAID = 8
+
+
+def name_in(text: str) -> str | None:
+    """The name of a profile that a text is, white space around it aside; None where it can only be a rune."""
+    name = text.strip()
+    return name if NAME.fullmatch(name) else None
 
 
 def resolve(text: str) -> MemoryProfile:
-    """The profile of this name, or the one that this rune text declares. Raises `RuneError`."""
-    name = text.strip()
-    if name in profiles():
-        return profiles()[name]
-    if _PROFILE_NAME.fullmatch(name):
-        raise RuneError.at(text, text.index(name), *profiles(), "a rune that has MEM[SOFT=..,HARD=..,VOL=..]")
-    return parse(text)
+    """The shipped profile of this name, or the one that this rune text declares. Raises `RuneError`."""
+    name = name_in(text)
+    if name is None:
+        return parse(text)
+    if name not in profiles():
+        raise unknown_name(text, profiles())
+    return profiles()[name]
+
+
+def unknown_name(text: str, known: Iterable[str]) -> RuneError:
+    """The error for a text that is a name, but none of those in `known`; of many it says those that come near."""
+    name, names = text.strip(), sorted(known)
+    close = difflib.get_close_matches(name.upper(), {one.upper() for one in names}, n=3)
+    near = [one for capitals in close for one in names if one.upper() == capitals]
+    if len(names) > _NAMES_SAID:
+        names = list(dict.fromkeys([*near, *names]))[:_NAMES_SAID]
+    expected = [*names, "a rune that has MEM[SOFT=..,HARD=..,VOL=..]"]
+    return RuneError(*place_of(text, text.index(name)), repr(name), expected, near=near)
 
 
 @cache
@@ -120,7 +171,7 @@ def profiles() -> Mapping[str, MemoryProfile]:
 def parse(text: str) -> MemoryProfile:
     """The profile that a rune text declares. Raises `RuneError`, and nothing else, for any other text."""
     if len(text) > MAX_CHARS:
-        raise RuneError(*_place(text, MAX_CHARS), f"{len(text)} characters", [f"at most {MAX_CHARS}"])
+        raise RuneError(*place_of(text, MAX_CHARS), f"{len(text)} characters", [f"at most {MAX_CHARS}"])
     try:
         tree = _parser().parse(text)
     except UnexpectedInput as error:
@@ -129,14 +180,35 @@ def parse(text: str) -> MemoryProfile:
 
 
 def format(profile: MemoryProfile) -> str:  # noqa: A001
-    """The rune text of a profile; `parse` gives the same profile back, but for its name."""
+    """The canonical rune text of a profile, in one line; `parse` gives the same profile back, but for its name."""
+    degrade = ["DEGRADE{" + ",".join(_steps_of(profile)) + "}"] if profile.steps else []
+    return ";".join([*_plain_clauses(profile), *degrade])
+
+
+def layout(profile: MemoryProfile) -> str:
+    """As `format`, for a file: one clause a line, one step a line and indented by two spaces."""
+    degrade = ["DEGRADE{\n  " + ",\n  ".join(_steps_of(profile)) + "\n}"] if profile.steps else []
+    return ";\n".join([*_plain_clauses(profile), *degrade]) + "\n"
+
+
+def tidy(text: str) -> str:
+    """The `layout` of a rune text. Raises `RuneError`, also where that would be too long to be read again."""
+    laid_out = layout(parse(text))
+    if len(laid_out) > MAX_CHARS:
+        raise RuneError(1, 1, f"what is {len(laid_out)} characters once laid out", [f"at most {MAX_CHARS}"])
+    return laid_out
+
+
+def _plain_clauses(profile: MemoryProfile) -> list[str]:
+    """All clauses of a profile but DEGRADE."""
     clauses = [f"MEM[SOFT={profile.soft_mb},HARD={profile.hard_mb},VOL={profile.volatility}]"]
     if profile.kv:
         clauses.append(f"KV[CAP={_plain(profile.kv.cap)},POLICY={profile.kv.policy},PURGE={profile.kv.purge}]")
-    clauses += [f"TIER={profile.tier}", f"PRIORITY={profile.priority}"]
-    if profile.steps:
-        clauses.append("DEGRADE{" + ",".join(f"STEP{n}:{step}" for n, step in enumerate(profile.steps, 1)) + "}")
-    return ";".join(clauses)
+    return [*clauses, f"TIER={profile.tier}", f"PRIORITY={profile.priority}"]
+
+
+def _steps_of(profile: MemoryProfile) -> list[str]:
+    return [f"STEP{number}:{step}" for number, step in enumerate(profile.steps, 1)]
 
 
 def _plain(number: float) -> str:
@@ -168,16 +240,23 @@ def _spelling(terminal: str) -> str:
 
 
 def _syntax_error(text: str, error: UnexpectedInput) -> RuneError:
-    terminals: set[str] = set()
-    position = error.pos_in_stream
-    if isinstance(error, UnexpectedToken):
-        terminals = set(error.accepts or error.expected)
-        if error.token.type == "$END":
-            position = None
-    elif isinstance(error, UnexpectedCharacters):
-        terminals = set(error.allowed or ())
-    expected = sorted(_spelling(terminal) for terminal in terminals - {"SPACE"})
-    return RuneError.at(text, _end(text) if position is None else position, *expected)
+    """What stands at the place of `error`, and what the grammar would take there."""
+    is_end = isinstance(error, UnexpectedToken) and error.token.type == "$END"
+    position = _end(text) if is_end or error.pos_in_stream is None else _word_start(text, error.pos_in_stream)
+    return RuneError.at(text, position, *sorted(map(_spelling, _accepted_after(text[:position]))))
+
+
+def _word_start(text: str, position: int) -> int:
+    """Where the word begins that `position` is in: of LOCALLY the lexer takes LOCAL, and stumbles at LY."""
+    before = _LAST_WORD.search(text, 0, position)
+    return before.start() if before and _LAST_WORD.match(text[position : position + 1]) else position
+
+
+def _accepted_after(start: str) -> set[str]:
+    """The terminals that may follow the start of a rune."""
+    parser = _parser().parse_interactive(start)
+    parser.exhaust_lexer()
+    return cast("set[str]", parser.accepts())  # type: ignore[no-untyped-call]  # lark's own has no annotations
 
 
 def _end(text: str) -> int:
@@ -233,10 +312,9 @@ def _pairs(text: str, clause: list[Token], *keys: str) -> dict[str, Token]:
 
 def _kv_rule(text: str, clause: list[Token]) -> KvRule:
     pairs = _pairs(text, clause, "CAP", "POLICY", "PURGE")
-    cap = float(pairs["CAP"])
-    if cap > 1:
+    if Decimal(pairs["CAP"]) > 1:  # a float of it may be 1
         raise RuneError.at(text, _start(pairs["CAP"]), "a number from 0 to 1")
-    return KvRule(cap, cast("Policy", str(pairs["POLICY"])), cast("Purge", str(pairs["PURGE"])))
+    return KvRule(float(pairs["CAP"]), cast("Policy", str(pairs["POLICY"])), cast("Purge", str(pairs["PURGE"])))
 
 
 def _steps(text: str, clause: list[Token]) -> tuple[Step, ...]:
@@ -244,7 +322,7 @@ def _steps(text: str, clause: list[Token]) -> tuple[Step, ...]:
     steps: list[Step] = []
     last = 0
     for label, action, value in zip(clause[1::3], clause[2::3], clause[3::3], strict=True):
-        number = int(label.removeprefix("STEP"))
+        number = _read_whole(label.removeprefix("STEP"))
         if number <= last:
             raise RuneError.at(text, _start(label), f"STEP{last + 1} or a later one")
         steps.append(Step(cast("Action", str(action)), _value(text, action, value)))
@@ -261,14 +339,21 @@ def _value(text: str, action: Token, value: Token) -> float | int | str:
 
 
 def _fraction(text: str, token: Token) -> float:
-    value = float(token)
-    if not 0 < value <= 1:
+    if not (float(token) > 0 and Decimal(token) <= 1):  # a float of what is hardly above either may be 0 or 1
         raise RuneError.at(text, _start(token), "a fraction above 0, up to 1")
-    return value
+    return float(token)
 
 
 def _whole(text: str, token: Token, low: int, high: int) -> int:
-    value = int(token) if token.isdigit() else -1
+    value = _read_whole(token)
     if not low <= value <= high:
         raise RuneError.at(text, _start(token), f"a whole number from {low} to {high}")
     return value
+
+
+def _read_whole(digits: str) -> int:
+    """The number of some digits; -1, which is allowed nowhere, for another text or one too long to be read."""
+    try:
+        return int(digits) if digits.isdigit() else -1
+    except ValueError:  # Python reads no more digits than sys.get_int_max_str_digits()
+        return -1
