@@ -54,6 +54,7 @@ def open_registry(settings: Settings, root: Path | None = None) -> "Registry":
     """The overlays as a server of this folder would load them, plugins' checks and runners included."""
     from bus.overlays import Registry
     from bus.plugins import Plugins
+    from bus.profiles import Profiles
 
     plugins = Plugins(settings)
     return Registry(
@@ -62,6 +63,7 @@ def open_registry(settings: Settings, root: Path | None = None) -> "Registry":
         check=plugins.check_overlay,
         default_timeout_s=settings.timeout_s,
         runners=plugins.runners(),
+        profiles=Profiles(settings.profiles),
     )
 
 

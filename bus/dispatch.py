@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
-from bus import envelopes, policy, provenance, runes, schemas
+from bus import envelopes, policy, provenance, schemas
 from bus.admission import NO_NEED
 from bus.balance import Balance
 from bus.callers import Callers
@@ -29,6 +29,7 @@ from bus.model import Phase, Told, now_ms
 from bus.needs import Needs
 from bus.overlays import Registry
 from bus.plugins import Plugins
+from bus.profiles import Profiles
 from bus.records import collect_environment, environment_hash
 from bus.scheduler import Scheduler
 from bus.secrets import Secrets
@@ -92,12 +93,14 @@ class Bus:
         self.plugins = Plugins(settings, plugins, redact=self.secrets.redactor.raw)
         self.confinement = self.plugins.confinement
         self.runners = self.plugins.runners()
+        self.profiles = Profiles(settings.profiles)
         self.registry = Registry(
             settings.overlays,
             settings.state,
             check=self.plugins.check_overlay,
             default_timeout_s=settings.timeout_s,
             runners=self.runners.keys(),
+            profiles=self.profiles,
         )
         self.targets = Targets(settings, self.secrets)
         self.balance = Balance(settings, self.runners)
@@ -329,7 +332,7 @@ class Bus:
         Waiting counts against the deadline, which a caller may only bring nearer.
         """
         capability = resolved.capability
-        profile = runes.resolve(call.profile) if call.profile else capability.memory
+        profile = self.profiles.resolve(call.profile) if call.profile else capability.memory
         course.timeout_ms = min(max(1, round(capability.timeout_s * 1000)), call.timeout_ms or sys.maxsize)
         while True:
             outcome = await self._run_once(course, call, resolved, rights, profile)

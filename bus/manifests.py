@@ -90,10 +90,17 @@ class ManifestError(BusError):
         super().__init__("ERR_OVERLAY_BROKEN", f"overlay {shown(overlay)!r}: {said}{more}", faults=faults)
 
 
-def read(folder: Path, *, default_timeout_s: float = 30.0, runners: Collection[str] = RUNNERS) -> Manifest:
+def read(
+    folder: Path,
+    *,
+    default_timeout_s: float = 30.0,
+    runners: Collection[str] = RUNNERS,
+    profile_of: Callable[[str], MemoryProfile] = runes.resolve,
+) -> Manifest:
     """The manifest of an overlay's folder. `runners` are the names that a capability may give as its runner.
 
-    Raises `ManifestError`, and nothing else, whatever lies there.
+    `profile_of` gives the memory profile of a name or a rune, or raises `RuneError`; without it the shipped ones are
+    known. Raises `ManifestError`, and nothing else, whatever lies there.
     """
     name = overlay_name(folder)
     text = _read_bytes(folder, name)
@@ -102,10 +109,11 @@ def read(folder: Path, *, default_timeout_s: float = 30.0, runners: Collection[s
     except JsonError as error:
         raise ManifestError(name, [Fault(FILE, str(error), "one JSON object")]) from None
     form = manifest_form.examine(document)
-    reading = _Reading(name, folder.resolve(), form, default_timeout_s, runners)
+    reading = _Reading(name, folder.resolve(), form, default_timeout_s, runners=runners, profile_of=profile_of)
     manifest = reading.manifest(hashlib.sha256(text).hexdigest())
     if reading.faults:
-        raise ManifestError(name, sorted(set(reading.faults), key=str), warnings=manifest.warnings)
+        faults = sorted(set(reading.faults), key=str)
+        raise ManifestError(name, faults, warnings=manifest.warnings, is_lasting=reading.is_lasting)
     return manifest
 
 
@@ -140,15 +148,27 @@ def _is_lasting(error: Exception) -> bool:
 class _Reading:
     """One manifest while it is read. Methods give the normalised part and note what is wrong with it."""
 
-    def __init__(self, name: str, folder: Path, form: Form, default_timeout_s: float, runners: Collection[str]) -> None:
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        form: Form,
+        default_timeout_s: float,
+        *,
+        runners: Collection[str],
+        profile_of: Callable[[str], MemoryProfile],
+    ) -> None:
         self.name = name
         self.folder = folder
         self.form = form
         self.document: Mapping[str, Any] = form.document
         self.faults = list(form.faults)
+        self.is_lasting = True
         self._links: list[tuple[list[str | int], str, str]] = []
         self._default_timeout_s = default_timeout_s
         self._runners = runners
+        self._profile_of = profile_of
+        self._broken_default = ""
         self._phases = tuple(dict.fromkeys(map(Phase, self.document.get("phases", DEFAULT_PHASES))))
 
     def manifest(self, manifest_hash: str) -> Manifest:
@@ -208,6 +228,8 @@ class _Reading:
 
     def _not_kept(self) -> Iterator[str]:
         """What the manifest asks for and cannot have, so that nobody relies on it."""
+        if self._broken_default:
+            yield f"memory is that of the {DEFAULT_PROFILE} that ships with the bus, since of {self._broken_default}"
         if "command" in self._entrypoint("http"):
             return
         for name, given in self._given_capabilities().items():
@@ -345,9 +367,13 @@ class _Reading:
         key = "memory" if "memory" in given else "default_profile"
         text = given.get(key, DEFAULT_PROFILE)
         try:
-            return runes.resolve(text)
+            return self._profile_of(text)
         except runes.RuneError as error:
-            self._fault([*at, key], repr(text), error.detail)
+            self.is_lasting &= error.is_lasting
+            if key in given:
+                self._fault([*at, key], repr(text), error.detail)
+            else:
+                self._broken_default = error.detail
             return runes.resolve(DEFAULT_PROFILE)
 
     def _subset(self, given: Mapping[str, Any], at: tuple[str, ...]) -> tuple[Phase, ...]:

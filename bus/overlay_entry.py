@@ -101,8 +101,8 @@ class Entry:
 class Resolved(NamedTuple):
     """What a call goes to. `code_hash` is that of the folder at this moment.
 
-    `edition` counts what the overlay has been: each change of its folder, its manifest, its code or its installed
-    packages gives a number higher than every one before.
+    `edition` counts what the overlay has been: each change of its folder, its manifest, its code, its installed
+    packages or the memory profiles that it names gives a number higher than every one before.
     """
 
     manifest: Manifest

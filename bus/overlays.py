@@ -27,12 +27,14 @@ from bus.errors import BusError, DeniedError, Fault, NotFoundError
 from bus.manifests import NAME, ManifestError, local_name
 from bus.overlay_entry import Entry, Resolved
 from bus.overlay_files import DisabledNames, copy_in, locked, move_out
+from bus.profiles import Asked, Profiles
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping, Set
     from pathlib import Path
 
     from bus.model import Capability, Manifest
+    from bus.runes import MemoryProfile
 
 __all__ = ["CodeHash", "Entry", "ManifestError", "Registry", "Resolved", "code_hash"]
 
@@ -73,16 +75,21 @@ class _State(NamedTuple):
     enabled: bool
     links: tuple[str, ...]
     error: str
+    memory: tuple[MemoryProfile, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class _Edition:
-    """One of the things that an overlay has been; the next differs in something. `code` is its code hash."""
+    """One of the things that an overlay has been; the next differs in something.
+
+    `code` is its code hash, `memory` has the profile of each of its capabilities.
+    """
 
     number: int
     seen: _Seen
     code: str
     packages: Look
+    memory: tuple[MemoryProfile, ...]
 
     def stands(self, seen: _Seen, codes: CodeHash) -> bool:
         """Whether it is sure to be the overlay of now, of which `seen` and `codes` tell."""
@@ -93,8 +100,8 @@ class _Edition:
 class _Loaded:
     """An overlay as it was read at `read_at`, of `time.monotonic`.
 
-    `look` has what its entry's links and programs and `folders`, those to watch, were made from. `edition` is that of
-    the last call, None before the first.
+    `look` has what its entry's links and programs and `folders`, those to watch, were made from; `profiles` has the
+    files of the memory profiles that its manifest names. `edition` is that of the last call, None before the first.
     """
 
     seen: _Seen
@@ -103,6 +110,7 @@ class _Loaded:
     codes: CodeHash
     folders: tuple[str, ...]
     look: Look
+    profiles: Look
     read_at: float
     edition: _Edition | None
 
@@ -112,6 +120,7 @@ class _Loaded:
             self.seen == seen
             and self.settled
             and self.look.holds()
+            and self.profiles.holds()
             and (self._is_lasting() or self.is_of_this_moment())
         )
 
@@ -123,11 +132,12 @@ class _Loaded:
 
 
 class _Inspected(NamedTuple):
-    """What was found in a folder; `folders` and `look` as in `_Loaded`."""
+    """What was found in a folder; `folders`, `look` and `profiles` as in `_Loaded`."""
 
     entry: Entry
     folders: tuple[str, ...] = ()
     look: Look = Look()
+    profiles: Look = Look()
 
 
 class _Found(NamedTuple):
@@ -146,7 +156,7 @@ class Registry:
     """The overlays in the folders of `root`. Names that begin with a dot are not looked at, nor are files.
 
     `check` gives further faults of a manifest that is well formed; it raises nothing. `runners` are the names that a
-    capability may give as its runner. For one thread: that of the event loop.
+    capability may give as its runner, `profiles` the memory profiles. For one thread: that of the event loop.
     """
 
     def __init__(
@@ -157,12 +167,14 @@ class Registry:
         check: Callable[[Manifest, Path], Iterable[str]] = _no_check,
         default_timeout_s: float = 30.0,
         runners: Collection[str] = manifests.RUNNERS,
+        profiles: Profiles | None = None,
     ) -> None:
         self._root = root
         self._state = state
         self._check = check
         self._default_timeout_s = default_timeout_s
         self._runners = runners
+        self._profiles = profiles or Profiles()
         self._disabled = DisabledNames(state)
         self._loaded: dict[str, _Loaded] = {}
         self._numbers = itertools.count(1)
@@ -287,7 +299,10 @@ class Registry:
             entries = self.entries(patient=True)
         except BusError:
             return None
-        return {e.name: _State(self._loaded[e.name].seen, e.enabled, e.links, str(e.error or "")) for e in entries}
+        return {
+            e.name: _State(self._loaded[e.name].seen, e.enabled, e.links, str(e.error or ""), _memory(e.manifest))
+            for e in entries
+        }
 
     def _watched(self) -> dict[str, set[str]]:
         """The folders to watch, each with the overlays that it belongs to; `_ANY` stands for all those in the root."""
@@ -348,6 +363,7 @@ class Registry:
             codes=codes,
             folders=inspected.folders,
             look=inspected.look,
+            profiles=inspected.profiles,
             read_at=time.monotonic(),
             edition=before.edition if before else None,
         )
@@ -364,10 +380,12 @@ class Registry:
             return _Inspected(replace(entry, error=broken), look=Look.of(surface, began_ns))
         entry = replace(entry, links=tuple(walk.leading_out))
         found = _Inspected(entry, tuple(walk.folders), walk.look())
+        asked = Asked(self._profiles)
         try:
-            manifest = self._read_manifest(folder)
+            manifest = self._read_manifest(folder, asked)
         except ManifestError as error:
-            return found._replace(entry=replace(entry, error=error))
+            return found._replace(entry=replace(entry, error=error), profiles=Look.of(asked.places, began_ns))
+        found = found._replace(profiles=Look.of(asked.places, began_ns))
         programs = overlay_programs.look(manifest)
         found = found._replace(look=found.look.with_places(programs.places, began_ns))
         if programs.faults:
@@ -375,8 +393,10 @@ class Registry:
             return found._replace(entry=replace(entry, error=broken))
         return found._replace(entry=replace(entry, manifest=manifest))
 
-    def _read_manifest(self, folder: Path) -> Manifest:
-        manifest = manifests.read(folder, default_timeout_s=self._default_timeout_s, runners=self._runners)
+    def _read_manifest(self, folder: Path, asked: Asked) -> Manifest:
+        manifest = manifests.read(
+            folder, default_timeout_s=self._default_timeout_s, runners=self._runners, profile_of=asked.resolve
+        )
         if faults := [Fault("$", text, "what the plugins accept") for text in self._check(manifest, manifest.folder)]:
             raise ManifestError(manifest.name, faults, warnings=manifest.warnings, is_lasting=False)
         return manifest
@@ -388,6 +408,8 @@ class Registry:
             return None
         manifest, edition = loaded.entry.manifest, loaded.edition
         if manifest is None or not edition.stands(loaded.seen, loaded.codes) or name in self._disabled.get():
+            return None
+        if not loaded.profiles.holds():
             return None
         return _Found(manifest, edition.code, edition.number)
 
@@ -416,13 +438,14 @@ class Registry:
         Packages that changed a moment ago may do so again unseen; once they have come to rest, it is one edition more.
         """
         last = loaded.edition
-        if last is None or (last.seen, last.code, last.packages.places) != (loaded.seen, code, packages.places):
+        now = (loaded.seen, code, packages.places, _memory(loaded.entry.manifest))
+        if last is None or (last.seen, last.code, last.packages.places, last.memory) != now:
             return self._next_edition(loaded, code, packages)
         comes_to_rest = packages.is_settled and not last.packages.is_settled
         return self._next_edition(loaded, code, packages) if comes_to_rest else last
 
     def _next_edition(self, loaded: _Loaded, code: str, packages: Look) -> _Edition:
-        return _Edition(next(self._numbers), loaded.seen, code, packages)
+        return _Edition(next(self._numbers), loaded.seen, code, packages, _memory(loaded.entry.manifest))
 
 
 def _look(folder: Path) -> _Seen | None:
@@ -438,6 +461,11 @@ def _look(folder: Path) -> _Seen | None:
     except OSError:
         manifest = None
     return _Seen(os.path.realpath(folder), (status.st_dev, status.st_ino), manifest)
+
+
+def _memory(manifest: Manifest | None) -> tuple[MemoryProfile, ...]:
+    """The profile of each capability, in their order. They are other ones also where only a profile's file changed."""
+    return tuple(capability.memory for capability in manifest.capabilities.values()) if manifest else ()
 
 
 def _may_be_overlay(path: Path) -> bool:

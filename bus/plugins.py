@@ -93,8 +93,8 @@ def confinement_of(settings: Settings) -> Confinement:
 
 
 def _kept_by(settings: Settings) -> tuple[Path, ...]:
-    """What the bus has for itself: tokens, secrets, the ledger, state and code of the overlays, its own settings."""
-    return (settings.state, settings.logs, settings.overlays, settings.file)
+    """What the bus has for itself: tokens, secrets, the ledger, state and code of the overlays, settings, profiles."""
+    return (settings.state, settings.logs, settings.overlays, settings.file, settings.profiles)
 
 
 def cases_of(manifest: Manifest) -> Iterator[Case]:

@@ -71,6 +71,7 @@ class Settings:
     overlays: Path = _setting(Path("overlays"), "folder of the overlays")
     logs: Path = _setting(Path("logs"), "folder of the ledger")
     state: Path = _setting(Path(".aal"), "folder of the bus's own state")
+    profiles: Path = _setting(Path("profiles"), "folder of your own memory profiles, each a file NAME.rune")
     slots: int = _number(64, "calls that run at once", 1, 4096)
     admission: Literal["memory", "slots"] = _setting(
         "memory", "what a call needs to start: a slot and its memory, or a slot alone"
@@ -226,7 +227,7 @@ def explain(
     if faults:
         raise SettingError("ERR_SETTING", "; ".join(map(str, faults)), faults=faults)
     values = {name: value for name, (value, _) in chosen.items()}
-    for name in ("overlays", "logs", "state"):
+    for name in ("overlays", "logs", "state", "profiles"):
         values[name] = folder / values.get(name, _default(name))
     settings = Settings(**values, secrets=secrets, file=folder / FILE)
     rows = [

@@ -71,6 +71,7 @@ def settings_in(folder: Path, **changes: Any) -> Settings:
         "overlays": folder / "overlays",
         "logs": folder / "logs",
         "state": folder / ".aal",
+        "profiles": folder / "profiles",
         "kill_grace_s": 0.2,
         "drain_s": 5.0,
         "dev_log_payload": True,

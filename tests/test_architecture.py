@@ -24,7 +24,7 @@ FLOORS = [
     ["model"],
     ["settings", "hookspecs", "schemas"],
     ["codehash", "filesync", "manifest_form", "metrics", "overlay_entry", "records"],
-    ["manifests", "overlay_files", "overlay_packages", "overlay_programs", "provenance"],
+    ["manifests", "overlay_files", "overlay_packages", "overlay_programs", "profiles", "provenance"],
     ["overlays", "policy", "admission", "degradation", "chain", "private_file"],
     ["scheduler", "needs", "ledger", "envelopes", "tokens", "secrets", "guard", "openapi", "protocol"],
     ["balance", "course", "callers", "targets", "plugins"],
@@ -32,7 +32,7 @@ FLOORS = [
     ["app", "replay"],
     ["local"],
     ["console", "templates", "doctor", "serve"],
-    ["cli_overlays", "cli_ledger", "cli_callers"],
+    ["cli_overlays", "cli_ledger", "cli_callers", "cli_runes"],
     ["cli"],
 ]
 FLOOR = {f"bus.{name}": floor for floor, names in enumerate(FLOORS, 1) for name in names} | {"bus": 6}

@@ -163,8 +163,9 @@ def test_a_fork_that_was_asked_for_is_of_a_python_script(
     ("path", "is_fault"),
     [("/", True), (".aal", True), (".aal/tokens.json", True), (".aal/state/other", True), ("logs/overlays", True),
      ("overlays", True), ("overlays/other/run.py", True), ("elsewhere", True), ("elsewhere/run.py", True),
-     ("aal.toml", True), ("overlays/one", False), ("overlays/one/data", False), ("data", False),
-     (".aal/state/one", False), (".aal/state/one/cache", False), ("logs-of-mine", False), ("/usr/share", False)],
+     ("aal.toml", True), ("profiles", True), ("profiles/FAST.rune", True), ("overlays/one", False),
+     ("overlays/one/data", False), ("data", False), (".aal/state/one", False), (".aal/state/one/cache", False),
+     ("logs-of-mine", False), ("/usr/share", False)],
 )  # fmt: skip
 def test_no_right_reaches_what_the_bus_keeps_for_itself(settings: Settings, path: str, is_fault: bool) -> None:
     """`elsewhere` is the folder of an overlay that a link among the overlays leads to.
@@ -183,7 +184,8 @@ def test_no_right_reaches_what_the_bus_keeps_for_itself(settings: Settings, path
 
 def test_what_the_bus_keeps_for_itself_is_out_of_reach_for_every_process(settings: Settings) -> None:
     kept = Plugins(settings).confinement.kept
-    assert {settings.state, settings.logs, settings.overlays, settings.file} == set(kept)
+    own = {settings.state, settings.logs, settings.overlays, settings.file, settings.profiles}
+    assert own == set(kept)
 
 
 def test_an_overlay_that_the_bus_works_in_has_no_right_to_what_the_bus_keeps_there(settings: Settings) -> None:

@@ -21,6 +21,7 @@ EXAMPLES: dict[str, tuple[str, str, Any, list[str]]] = {
     "overlays": ('"/srv/o"', "/srv/o", "/srv/o", ['""', "1", "true"]),
     "logs": ('"/srv/l"', "/srv/l", "/srv/l", ['""', "1", "true"]),
     "state": ('"/srv/s"', "/srv/s", "/srv/s", ['""', "1", "true"]),
+    "profiles": ('"/srv/p"', "/srv/p", "/srv/p", ['""', "1", "true"]),
     "slots": ("8", "8", 8, ["0", "4097", '"many"', "1.5"]),
     "admission": ('"slots"', "slots", "slots", ['"none"', "1"]),
     "memory_mb": ("2048", "2048", 2048, ["-1", "1000000001", "1.5"]),
@@ -73,7 +74,7 @@ def test_a_setting_is_read_from_the_command_line(name: str, tmp_path: Path) -> N
 
 def as_read(settings: Settings, name: str) -> Any:
     value = getattr(settings, name)
-    return str(value) if name in {"overlays", "logs", "state"} else value
+    return str(value) if name in {"overlays", "logs", "state", "profiles"} else value
 
 
 @pytest.mark.parametrize(("name", "bad"), BAD)
@@ -101,7 +102,7 @@ def test_a_text_of_too_many_digits_is_refused_like_any_other(name: str, tmp_path
         load(tmp_path, {f"AAL_{name.upper()}": "1" * 5000})
 
 
-@pytest.mark.parametrize("name", ["host", "overlays", "logs", "state", "pass_env"])
+@pytest.mark.parametrize("name", ["host", "overlays", "logs", "state", "profiles", "pass_env"])
 def test_a_text_that_holds_a_nul_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "aal.toml").write_text(f'{name} = "a\\u0000b"\n')
     with pytest.raises(SettingError, match=f"aal.toml: {name}: found 'a"):
