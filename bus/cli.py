@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bus import cli_callers, cli_ledger, cli_overlays, resources, templates
+from bus import cli_callers, cli_ledger, cli_overlays, cli_runes, resources, templates
 from bus.console import (
     AsJson,
     Exit,
@@ -62,6 +62,7 @@ Exit codes: 0 ok, 1 the call or check failed, 2 usage, 3 not replayable, 4 the l
 app = make_app(_ABOUT)
 app.add_typer(cli_overlays.app, name="overlays")
 app.add_typer(cli_ledger.app, name="provenance")
+app.add_typer(cli_runes.app, name="runes")
 app.add_typer(cli_callers.tokens, name="token")
 app.add_typer(cli_callers.secrets, name="secret")
 
@@ -120,6 +121,7 @@ def serve(
     overlays: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the overlays.")] = None,
     logs: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the ledger.")] = None,
     state: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the bus's own state.")] = None,
+    profiles: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of your own memory profiles.")] = None,
     log_level: Annotated[str | None, typer.Option(metavar="LEVEL", help="debug, info, warning or error.")] = None,
 ) -> None:
     """Serve the overlays over HTTP, until SIGINT or SIGTERM.
@@ -128,8 +130,8 @@ def serve(
     """
     from bus import serve as server
 
-    given = {"host": host, "port": port, "overlays": overlays, "logs": logs, "state": state, "log_level": log_level}
-    server.serve(workplace(ctx).settings(**given), _announce)
+    folders = {"overlays": overlays, "logs": logs, "state": state, "profiles": profiles}
+    server.serve(workplace(ctx).settings(host=host, port=port, log_level=log_level, **folders), _announce)
 
 
 def _announce(address: str, bus: "Bus") -> None:

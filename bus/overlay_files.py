@@ -83,7 +83,7 @@ class DisabledNames:
             names = self.get()
             if (changed := change(names)) != names:
                 with failing_as_operator_error(f"write {self._file}"):
-                    _write_whole(self._file, orjson.dumps({"disabled": sorted(changed)}) + b"\n")
+                    write_whole(self._file, orjson.dumps({"disabled": sorted(changed)}) + b"\n")
 
     def _read(self) -> frozenset[str]:
         try:
@@ -174,14 +174,19 @@ def _delete(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _write_whole(path: Path, text: bytes) -> None:
-    """Replace a file so that a reader, or a power loss, finds the old one or the new one, never a part."""
+def write_whole(path: Path, text: bytes) -> None:
+    """Replace a file so that a reader, or a power loss, finds the old one or the new one, never a part.
+
+    The new one has the mode of the old one. Raises `OSError`.
+    """
     temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
     try:
         with temporary.open("xb") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+        with contextlib.suppress(FileNotFoundError):
+            temporary.chmod(path.stat().st_mode & 0o7777)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
