@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from bus import profiles, runes
+from bus import profiles, runes, serve
 from bus.console import Exit
 from tests.cli_fixtures import aal, plain_environment
 from tests.support import add_overlay
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from bus.settings import Settings
     from tests.cli_fixtures import Ran
 
 FAST = "MEM[SOFT=01,HARD=64 ,VOL=LOW];DEGRADE{STEP3:SHRINK_KV(.50)}"
@@ -85,6 +86,15 @@ def test_a_setting_names_another_folder(
     assert "FAST" not in aal("runes", "list").out
     monkeypatch.setenv("AAL_PROFILES", "mine")
     assert "FAST" in aal("runes", "list").out
+
+
+def test_a_server_takes_the_folder_of_profiles_from_its_command_line(
+    aal: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Settings] = []
+    monkeypatch.setattr(serve, "serve", lambda settings, _announce: given.append(settings))
+    assert aal("serve", "--profiles", "/srv/profiles").code == Exit.OK
+    assert [str(settings.profiles) for settings in given] == ["/srv/profiles"]
 
 
 @pytest.mark.usefixtures("folder")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from bus import codehash, profiles, runes
+from bus import codehash, overlays, profiles, runes
 from bus.overlays import Registry
 from bus.profiles import Asked, Profiles
 from bus.runes import RuneError
-from tests.support import InProcessRunner, a_call, add_native, add_overlay, calls, running_bus
+from tests.support import PATIENCE_S, InProcessRunner, a_call, add_native, add_overlay, calls, running_bus
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -365,6 +366,24 @@ def test_who_names_no_profile_has_the_operators_minimal_and_the_shipped_one_wher
     (folder / "MINIMAL.rune").unlink()
     assert soft_mb(registry) == 512
     assert registry.entry("a").warnings == ()
+
+
+async def test_the_watch_tells_of_the_overlays_whose_figures_a_file_changes(
+    tmp_path: Path, folder: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overlays, "POLL_S", 0.02)
+    (folder / "FAST.rune").write_text(FAST)
+    add_overlay(tmp_path / "overlays", "a", default_profile="FAST")
+    add_overlay(tmp_path / "overlays", "b")
+    told: asyncio.Queue[str] = asyncio.Queue()
+    watch = asyncio.create_task(registry.watch(told.put_nowait))
+    await asyncio.sleep(0)
+    (folder / "FAST.rune").write_text(FASTER)
+    async with asyncio.timeout(PATIENCE_S):
+        assert await told.get() == "a"
+    watch.cancel()
+    await asyncio.gather(watch, return_exceptions=True)
+    assert told.empty()
 
 
 # --- Calls -------------------------------------------------------------------------------------------------------
