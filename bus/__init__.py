@@ -4,7 +4,8 @@ A folder with a manifest becomes callable; every call is authorized by phase, ad
 written to a hash-chained ledger. Read `dispatch` first: `Bus.invoke` is the story. Then, in the order of a call:
 
     protocol, guard     who may speak to the bus, from where, and how slowly; with callers and tokens
-    app, local          how a call comes in: HTTP, or Python without an event loop; openapi describes it
+    app, local          how a call comes in: HTTP, or Python without an event loop; openapi describes it, and events are
+                        what HTTP tells while they happen
     envelopes, course   what is said (request, overlay's request, reply), and what is known of one call so far
     overlays            which overlays there are, now; with codehash, overlay_entry, overlay_files; overlay_programs and
                         overlay_packages are what an overlay needs and what it brings along
@@ -22,7 +23,7 @@ written to a hash-chained ledger. Read `dispatch` first: `Bus.invoke` is the sto
 
 Around it: plugins and hookspecs (the plugin API), metrics (a plugin); settings, errors, schemas, model, resources,
 private_file (what only the operator may read); and the command line: cli, cli_overlays, cli_ledger, cli_callers,
-cli_runes, console, serve, doctor, templates.
+cli_runes, console, serve (serving says where it is), doctor, templates.
 """
 
 from bus.hookspecs import hookimpl

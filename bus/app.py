@@ -20,7 +20,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Match, Route
 
-from bus import envelopes, guard, openapi, provenance, resources
+from bus import envelopes, events, guard, openapi, provenance, resources
 from bus import settings as bus_settings
 from bus.dispatch import Bus
 from bus.errors import BusError, CallerError, NotFoundError, RequestError
@@ -31,7 +31,7 @@ from bus.schemas import show
 from runners.base import LARGE_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Coroutine, Mapping
+    from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 
     from starlette.routing import BaseRoute
     from starlette.types import Receive, Scope, Send
@@ -177,6 +177,7 @@ class Api:
 
     def __init__(self, bus: Bus, door: Guard) -> None:
         self._bus = bus
+        self._guard = door
         self.invoke = _Invoke(bus, door)
 
     def routes(self) -> list[BaseRoute]:
@@ -192,6 +193,7 @@ class Api:
             Route("/provenance", self.provenance),
             Route("/provenance/{seq}", self.record),
             Route("/stress", self.stress),
+            Route("/events", self.events),
             Route("/openapi.json", self.openapi),
         ]
 
@@ -271,7 +273,25 @@ class Api:
 
     async def stress(self, _: Request) -> Response:
         await self._bus.start()
-        return JsonResponse(self._bus.stress.report() | {"scheduler": self._bus.scheduler.report()})
+        return JsonResponse(self._bus.stress_report() | {"history": self._bus.stress.history()})
+
+    async def events(self, request: Request) -> Response:
+        """What happens, as it does: `?types=` names the types of events, separated by commas; all by default."""
+        query = _Query(request.query_params)
+        types = query.members("types", events.TYPES)
+        query.refuse_unknown()
+        await self._bus.start()
+        return events.EventStream(self._bus.events, types, partial(self._may_go_on, request.scope))
+
+    def _may_go_on(self, scope: Scope) -> bool:
+        """Whether who was let in for a long answer still would be: its token may be revoked, or expire, meanwhile."""
+        try:
+            caller = self._guard.identify(scope, scope[_FIELDS])
+            if right := guard.right_for(scope):
+                caller.require(right)
+        except BusError:
+            return False
+        return True
 
     async def openapi(self, request: Request) -> Response:
         """What can be asked and what is answered, for programs; with a path for each capability of the caller's."""
@@ -395,6 +415,16 @@ class _Query:
         if raw.lower() not in {"true", "false", "1", "0"}:
             raise RequestError("ERR_BAD_QUERY", f"{name}={show(raw)}, allowed: true or false")
         return raw.lower() in {"true", "1"}
+
+    def members(self, name: str, allowed: Sequence[str]) -> Sequence[str]:
+        """Some of `allowed`, separated by commas; all of them by default."""
+        raw = self.text(name)
+        if raw is None:
+            return allowed
+        found = raw.split(",")
+        if unknown := [member for member in found if member not in allowed]:
+            raise RequestError("ERR_BAD_QUERY", f"{name} has {show(unknown)}, allowed: {', '.join(allowed)}")
+        return found
 
     def refuse_unknown(self) -> None:
         if unknown := [name for name in self._params if name not in self._known]:

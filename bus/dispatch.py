@@ -24,6 +24,7 @@ from bus.canonical import figure
 from bus.course import Course
 from bus.degradation import memory_block
 from bus.errors import BusError, DeniedError
+from bus.events import Events
 from bus.ledger import Ledger, LedgerError
 from bus.model import Phase, Told, now_ms
 from bus.needs import Needs
@@ -113,6 +114,7 @@ class Bus:
         )
         self.balance.between(self.stress, self.scheduler)
         self.needs = Needs()
+        self.events = Events()
         self.environment = collect_environment(settings.overlays.parent)
         self.environment_hash = environment_hash(self.environment)
         self.ledger = Ledger(
@@ -147,20 +149,30 @@ class Bus:
         self.registry.load()
         self.ledger.open()
         self.stress.prime()
-        self.balance.sampled()
+        self._take_sample()
         with contextlib.suppress(OSError):  # a ledger that cannot be read: then no call starts either
             self.needs.recall(provenance.tail(self.settings.ledger, RECALLED))
         if watch:
             self._tasks = [
                 asyncio.create_task(self.registry.watch(on_look=self._forget_all_but), name="watch overlays"),
                 asyncio.create_task(
-                    self.stress.run(self.settings.stress_period_s, self.balance.sampled), name="sample stress"
+                    self.stress.run(self.settings.stress_period_s, self._take_sample), name="sample stress"
                 ),
             ]
         self.is_started = True
 
+    def stress_report(self) -> dict[str, Any]:
+        """As `schemas/stress.schema.json` has it: how short memory is, and what runs and waits."""
+        return self.stress.report() | {"scheduler": self.scheduler.report()}
+
+    def _take_sample(self) -> None:
+        """There is a new sample of the stress: admission first, then who listens."""
+        self.balance.sampled()
+        self.events.publish("stress", self.stress.sampled, self.stress_report)
+
     async def drain(self) -> None:
         """Refuse what comes, let what runs finish within `drain_s`, end the rest. Refusals still leave their lines."""
+        self.events.close()
         self.scheduler.close()
         if not self._at_once and not await self.scheduler.drain(self.settings.drain_s):
             log.warning("ending %d calls that did not finish in %s s", self.scheduler.running, self.settings.drain_s)

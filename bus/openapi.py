@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 
-SHIPPED = {"Invocation": "invocation", "Outcome": "outcome", "Record": "record"}
+SHIPPED = {"Invocation": "invocation", "Outcome": "outcome", "Record": "record", "Stress": "stress"}
 """The components that are shipped schemas."""
 
 _COMPONENTS = "#/components/schemas/"
@@ -43,7 +43,7 @@ _LITERALS = frozenset({"const", "enum", "default", "examples"})
 
 
 class _Operation(NamedTuple):
-    """What is said of a route of the bus itself. `answer` is the schema of its 200, None where that is no JSON."""
+    """What is said of a route of the bus itself. `answer` is the schema of its 200, None where that is not known."""
 
     summary: str
     tag: str
@@ -53,6 +53,7 @@ class _Operation(NamedTuple):
     """Whether it needs no token, wherever there are tokens."""
     unwell: bool = False
     """Whether its answer comes with 503, too."""
+    media_type: str = "application/json"
 
 
 def _object(required: Iterable[str] = (), **properties: Json) -> Json:
@@ -107,7 +108,14 @@ OPERATIONS = {
         _LEDGER_QUERY,
     ),
     "/provenance/{seq}": _Operation("One record.", "ledger", _ref("Record")),
-    "/stress": _Operation("How short memory is, and what waits for it.", "machine", {"type": "object"}),
+    "/stress": _Operation("How short memory is, and what waits for it.", "machine", _ref("Stress")),
+    "/events": _Operation(
+        "What happens, as it does (server-sent events). The data of the event stress is as that of /stress.",
+        "machine",
+        _TEXT,
+        (_query("types", "The types of events, separated by commas; all by default.", type="string"),),
+        media_type="text/event-stream",
+    ),
     "/openapi.json": _Operation("This document.", "machine", {"type": "object"}),
 }
 """By path, whatever the method. What is not here is a plugin's."""
@@ -162,7 +170,7 @@ def _operation(route: Route, path: str, method: str) -> Json:
 def _responses(known: _Operation) -> Json:
     good: Json = {"description": known.summary}
     if known.answer is not None:
-        good["content"] = _json(known.answer)
+        good["content"] = {known.media_type: {"schema": known.answer}}
     unwell = {"503": {"description": "No.", "content": _json(known.answer)}} if known.unwell and known.answer else {}
     return {"200": good, **unwell, "default": {"description": "Refused.", "content": _json(_ref("Error"))}}
 

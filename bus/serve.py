@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, TextIO
 
 import uvicorn
 
-from bus import protocol
+from bus import protocol, serving
 from bus.app import create_app
 from bus.callers import Callers
 from bus.dispatch import Bus
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
     from bus.settings import Settings
 
-LOCK = "serve.lock"
 BACKLOG = 2048
 CONNECTIONS_CLOSE_S = 5
 """Seconds that connections get to close once every call was answered: for requests that are still on their way in."""
@@ -59,12 +58,16 @@ def serve(settings: Settings, ready: Callable[[str, Bus], None]) -> None:
     or a port in use, and `BusError` (ERR_INTERNAL) where the application did not start.
     """
     _require_tokens(settings)
-    with folder_lock(settings.state), _listen(settings.host, settings.port) as listener:
+    with (
+        folder_lock(settings.state),
+        _listen(settings.host, settings.port) as listener,
+        serving.announced(settings.state, _address(_reached_by(settings.host), listener)),
+    ):
         _log_to_stderr(settings.log_level)
         files = _allow_many_files()
         bus = Bus(settings)
         _redact_logs(bus.secrets.redact)
-        server = _Server(_config(settings, bus, files), bus, lambda: ready(_address(listener), bus))
+        server = _Server(_config(settings, bus, files), bus, lambda: ready(_address(None, listener), bus))
         with contextlib.suppress(SystemExit):  # uvicorn's word for a lifespan that failed; its log says why
             server.run(sockets=[listener])
         if not server.started:
@@ -77,7 +80,7 @@ def folder_lock(state: Path) -> Iterator[None]:
 
     Raises `OperatorError` that names the process which has it.
     """
-    path = state / LOCK
+    path = state / serving.LOCK
     try:
         state.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -131,8 +134,15 @@ def _taken(host: str, port: int, error: OSError) -> OperatorError:
     return OperatorError("ERR_ADDRESS", f"cannot listen on {host}, port {port}: {error.strerror}")
 
 
-def _address(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
+def _reached_by(host: str) -> str:
+    """The name by which this machine reaches the server, and which the server takes for its own."""
+    return {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  # not listened on
+
+
+def _address(host: str | None, listener: socket.socket) -> str:
+    """With that name of the server's, or with the address that it listens on."""
+    name, port = listener.getsockname()[:2]
+    host = host or name
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 

@@ -288,6 +288,7 @@ def test_what_comes_too_soon_again_is_only_counted_and_other_refusals_never(door
         ("POST", "/provenance/3/replay", "replay"),
         ("GET", "/metrics", "admin"),
         ("GET", "/stress", "admin"),
+        ("GET", "/events", "admin"),
         ("GET", "/of/a/plugin", "admin"),
         ("GET", "//overlays", "admin"),
         ("GET", "/overlaysx", "admin"),

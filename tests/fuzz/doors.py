@@ -163,7 +163,7 @@ def operations() -> Iterator[Probe]:
         schema = schemathesis.openapi.from_url(f"{found.url}/openapi.json")
         cases = [
             _sound(operation).as_strategy(generation_mode=mode)
-            for operation in schema.get_all_operations()
+            for operation in schema.exclude(path="/events").get_all_operations()  # whose answer has no end
             for mode in (modes.POSITIVE, modes.NEGATIVE)
         ]
         yield Probe(st.builds(_aim, st.one_of(cases), _aims()), lambda case: _call(found, session, case))

@@ -1,0 +1,322 @@
+"""Many calls that really take memory, and too little for all of them: how fast, and how many are killed, by policy.
+
+The same calls in the same order go to the same bus with the same overlay (`allocator.py`), one policy after the other,
+under the same referee (`referee.py`), which kills the largest process whenever all together pass the limit:
+
+    the bus          admission by memory, as shipped, with AAL_MEMORY_MB the limit
+    N at once        a count and nothing else (AAL_ADMISSION=slots), for several N: what is tuned by hand
+    SOFT only        what the overlay declares is reserved, and nothing is limited or learned: Ray's rule for `memory`
+                     (docs.ray.io, "Memory Management": "does not impose any limits on memory usage"); of one overlay
+                     that is a count, limit / SOFT
+    the ancestor     40 at once, the threads of its web framework: its rule sets flags and holds nothing back
+    no admission     all at once
+    an oracle        knows each call's size before, and starts what fits: what could be had
+
+Sizes are heavy-tailed (bounded Pareto) and come in batches, as documents do: a Markov chain between light calls and
+heavy ones. A call that was killed is sent again by its client; one in ten has a high priority and a deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+from layout import PARTS, BenchError, environment, make_python, write_overlay
+from referee import Rule, Seen
+from servers import Servers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+SMALLEST_MB, LARGEST_MB, SOFT_MB, HARD_MB = 20, 400, 128, 512
+ALPHA = 1.5
+"""Of the bounded Pareto distribution of light calls."""
+
+HEAVY_MB = (150, LARGEST_MB)
+TURN_HEAVY, TURN_LIGHT = 0.025, 0.1
+"""The chances that a heavy batch begins with the next call, and that it ends: every fifth call is in one."""
+
+HOLD_S, HOLD_SIGMA = 2.0, 0.5
+"""The median and the spread (lognormal) of how long a call holds its memory."""
+
+BURST, BURST_EVERY_S = 25, 1.0
+"""Calls that come at once, and seconds from one such burst to the next."""
+
+DEADLINE_S, PATIENCE_S = 15.0, 600.0
+"""What calls of high priority are given, and all others."""
+
+OWN_MB = 12
+"""What the interpreter of a call takes beside, which an oracle knows as well."""
+
+TRIES = 50
+RUNE = f"MEM[SOFT={SOFT_MB},HARD={HARD_MB},VOL=LOW];PRIORITY="
+HIGH, ORDINARY = 9, 5
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """How many calls share how much memory, and the seed of all that is drawn."""
+
+    calls: int = 200
+    limit_mb: int = 2048
+    seed: int = 1
+    counts: tuple[int, ...] = (4, 6, 8, 12, 16, 24)
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What is between the calls and the memory. `count` None: the bus's own rule; `knows`: clients hold calls back."""
+
+    name: str
+    count: int | None = None
+    knows: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    at_s: float
+    mb: int
+    hold_s: float
+    high: bool
+
+
+@dataclass(slots=True)
+class Run:
+    """What became of the calls under one policy. `codes` counts the answers; `lost` never had a good one."""
+
+    policy: Policy
+    seconds: float = 0.0
+    done: int = 0
+    lost: int = 0
+    late: int = 0
+    codes: Counter[str] = field(default_factory=Counter)
+    waits_s: list[float] = field(default_factory=list)
+    seen: Seen = field(default_factory=Seen)
+
+    @property
+    def rate(self) -> float:
+        return self.done / self.seconds if self.seconds else 0.0
+
+    @property
+    def killed(self) -> int:
+        return len(self.seen.kills)
+
+    def wait_s(self, share: float) -> float:
+        """The nearest-rank percentile of the time from a call's arrival to its good answer, less what it held."""
+        ordered = sorted(self.waits_s)
+        return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryFound:
+    plan: MemoryPlan
+    runs: tuple[Run, ...]
+
+    @property
+    def ours(self) -> Run:
+        return next(run for run in self.runs if run.policy.name == OURS.name)
+
+    @property
+    def best_rival(self) -> Run | None:
+        """The fastest that loses no more than ours: the oracle is no rival."""
+        ours = self.ours
+        rivals = [run for run in self.runs if run.policy.count is not None and not run.policy.knows]
+        fair = [run for run in rivals if run.killed <= ours.killed and run.lost <= ours.lost]
+        return max(fair, key=lambda run: run.rate, default=None)
+
+    @property
+    def ratio(self) -> float | None:
+        return None if self.best_rival is None else self.ours.rate / self.best_rival.rate
+
+    @property
+    def held(self) -> bool:
+        """The goals: at most one in a hundred killed, none lost, none of high priority late, 1.5 times the best."""
+        ours = self.ours
+        return (
+            ours.killed <= self.plan.calls / 100
+            and not ours.lost
+            and not ours.late
+            and self.ratio is not None
+            and self.ratio >= GOAL
+        )
+
+
+OURS = Policy("the bus")
+GOAL = 1.5
+
+
+def policies(plan: MemoryPlan) -> list[Policy]:
+    return [
+        OURS,
+        *(Policy(f"{count} at once", count) for count in plan.counts),
+        Policy(f"SOFT only ({plan.limit_mb // SOFT_MB})", plan.limit_mb // SOFT_MB),
+        Policy("the ancestor (40)", 40),
+        Policy("no admission", plan.calls),
+        Policy("an oracle", plan.calls, knows=True),
+    ]
+
+
+def calls_of(plan: MemoryPlan) -> list[Call]:
+    """The calls, in the order in which they come."""
+    draw = random.Random(plan.seed)
+    found, heavy = [], False
+    for number in range(plan.calls):
+        heavy = draw.random() >= TURN_LIGHT if heavy else draw.random() < TURN_HEAVY
+        mb = round(draw.uniform(*HEAVY_MB)) if heavy else round(_pareto_mb(draw))
+        high = number % 10 == 9  # noqa: PLR2004
+        found.append(Call(number // BURST * BURST_EVERY_S, mb, draw.lognormvariate(math.log(HOLD_S), HOLD_SIGMA), high))
+    return found
+
+
+def _pareto_mb(draw: random.Random) -> float:
+    """A bounded Pareto variate, by inversion."""
+    low, high = SMALLEST_MB**ALPHA, LARGEST_MB**ALPHA
+    u = draw.random()
+    return float((-(u * high - u * low - high) / (high * low)) ** (-1 / ALPHA))
+
+
+def run_memory(plan: MemoryPlan, folder: Path, progress: Callable[[str], None]) -> MemoryFound:
+    calls = calls_of(plan)
+    total_mb = sum(call.mb for call in calls)
+    progress(
+        f"{plan.calls} calls of {min(c.mb for c in calls)} to {max(c.mb for c in calls)} MiB (mean {total_mb / len(calls):.0f}), "
+        f"{plan.limit_mb} MiB to share, seed {plan.seed}"
+    )
+    make_python(folder)
+    home = write_overlay(
+        folder,
+        "allocator",
+        {"proc": {"command": ["python3", "run.py"]}},
+        {"runner": "proc", "timeout_s": PATIENCE_S, "idempotent": True},
+        memory=f"{RUNE}{ORDINARY}",
+    )
+    (home / "run.py").write_text((PARTS / "allocator.py").read_text())
+    runs = []
+    for policy in policies(plan):
+        run = _run(plan, policy, calls, folder)
+        progress(line_of(run))
+        runs.append(run)
+    return MemoryFound(plan, tuple(runs))
+
+
+def line_of(run: Run) -> str:
+    used_mb = run.seen.mb_s / run.seen.seconds if run.seen.seconds else 0.0
+    return (
+        f"{run.policy.name:>20}: {run.rate:6.2f} calls/s  {run.seconds:6.1f} s  killed {run.killed:4}  lost {run.lost:3}  "
+        f"late {run.late:3}  p50 {run.wait_s(0.5):6.1f} s  p99 {run.wait_s(0.99):6.1f} s  "
+        f"memory {used_mb:5.0f} mean, {run.seen.peak_mb:5.0f} MiB peak"
+    )
+
+
+def _run(plan: MemoryPlan, policy: Policy, calls: Sequence[Call], folder: Path) -> Run:
+    settings = {"AAL_QUEUE_LIMIT": "1000", "AAL_LOGS": str(folder / "logs" / policy.name.replace(" ", "-"))}
+    if policy.count is None:
+        settings |= {"AAL_MEMORY_MB": str(plan.limit_mb)}
+    else:
+        settings |= {"AAL_ADMISSION": "slots", "AAL_SLOTS": str(policy.count)}
+    with Servers(folder, settings=settings) as servers:
+        servers.start(["bus"])
+        with subprocess.Popen(
+            [sys.executable, str(PARTS / "referee.py")],
+            env=environment(folder),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as referee:
+            assert referee.stdin is not None
+            referee.stdin.write(json.dumps(asdict(Rule(servers.pid("bus"), plan.limit_mb))) + "\n")
+            referee.stdin.flush()
+            run = asyncio.run(_Clients(plan, policy, servers.url("bus", "/invoke/allocator")).send(calls))
+            said, _ = referee.communicate()
+    if not said:
+        raise BenchError("the referee ended before its time")
+    run.seen = Seen(**json.loads(said))
+    return run
+
+
+class _Clients:
+    """One client a call, which sends it again where it was killed."""
+
+    def __init__(self, plan: MemoryPlan, policy: Policy, url: str) -> None:
+        self._url = url
+        self._run = Run(policy)
+        self._free_mb = plan.limit_mb if policy.knows else math.inf
+        self._changed = asyncio.Condition()
+
+    async def send(self, calls: Sequence[Call]) -> Run:
+        began = time.monotonic()
+        timeout = aiohttp.ClientTimeout(total=None)
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
+            await asyncio.gather(*(self._send(session, call) for call in calls))
+        self._run.seconds = time.monotonic() - began
+        return self._run
+
+    async def _send(self, session: aiohttp.ClientSession, call: Call) -> None:
+        await asyncio.sleep(call.at_s)
+        came = time.monotonic()
+        await self._hold_back(call)
+        for attempt in range(TRIES):
+            if attempt:
+                await asyncio.sleep(0.1 + 0.1 * attempt)
+            answer = await self._post(session, call, came)
+            self._run.codes[answer["code"]] += 1
+            if answer["ok"]:
+                self._run.done += 1
+                self._run.waits_s.append(time.monotonic() - came - call.hold_s)
+                break
+            if not answer["retryable"]:
+                self._run.lost += 1
+                break
+        else:
+            self._run.lost += 1
+        if call.high and time.monotonic() - came > DEADLINE_S:
+            self._run.late += 1
+        await self._let_go(call)
+
+    async def _post(self, session: aiohttp.ClientSession, call: Call, came: float) -> dict[str, Any]:
+        left_s = (DEADLINE_S if call.high else PATIENCE_S) - (time.monotonic() - came)
+        body = {
+            "phase": "OPEN",
+            "data": {"mb": call.mb, "hold_s": call.hold_s},
+            "profile": f"{RUNE}{HIGH if call.high else ORDINARY}",
+            "timeout_ms": max(1, round(left_s * 1000)),
+        }
+        async with session.post(self._url, json=body) as response:
+            answer: dict[str, Any] = await response.json()
+        return answer
+
+    async def _hold_back(self, call: Call) -> None:
+        """What an oracle does: it lets a call go when its memory is there."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._free_mb >= call.mb + OWN_MB)
+            self._free_mb -= call.mb + OWN_MB
+
+    async def _let_go(self, call: Call) -> None:
+        async with self._changed:
+            self._free_mb += call.mb + OWN_MB
+            self._changed.notify_all()
+
+
+def tell_memory(found: MemoryFound) -> list[str]:
+    """The verdict, for people."""
+    best, ours = found.best_rival, found.ours
+    rival = (
+        "no rival loses so few"
+        if best is None
+        else f"x {found.ratio:.2f} of {best.policy.name}, the best that loses no more"
+    )
+    answers = ", ".join(f"{count} {code}" for code, count in ours.codes.most_common())
+    return [
+        f"{'':>20}  answers of the bus: {answers}",
+        f"the verdict: {'held' if found.held else 'NOT held'} ({rival}; goals: x {GOAL}, 1 % killed, none lost or late)",
+    ]
