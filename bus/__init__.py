@@ -23,7 +23,7 @@ written to a hash-chained ledger. Read `dispatch` first: `Bus.invoke` is the sto
 
 Around it: plugins and hookspecs (the plugin API), metrics (a plugin); settings, errors, schemas, model, resources,
 private_file (what only the operator may read); and the command line: cli, cli_overlays, cli_ledger, cli_callers,
-cli_runes, console, serve (serving says where it is), doctor, templates.
+cli_runes, cli_stress (with stress_watch and plot), console, serve (serving says where it is), doctor, templates.
 """
 
 from bus.hookspecs import hookimpl

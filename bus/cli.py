@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bus import cli_callers, cli_ledger, cli_overlays, cli_runes, resources, templates
+from bus import cli_callers, cli_ledger, cli_overlays, cli_runes, cli_stress, resources, templates
 from bus.console import (
     AsJson,
     Exit,
@@ -46,7 +46,6 @@ from runners.base import JsonError, parse_json
 if TYPE_CHECKING:
     from bus.course import Answer
     from bus.dispatch import Bus
-    from bus.stress import StressMonitor
 
 EXAMPLE = "abraxas"
 """The overlay that a new folder begins with."""
@@ -296,29 +295,7 @@ app.command()(cli_ledger.replay)
 # --- aal stress, config ------------------------------------------------------------------------------------------
 
 
-@app.command()
-def stress(ctx: typer.Context, as_json: AsJson = False) -> None:
-    """How short memory is, from 0 to 1, and where that comes from.
-
-    Example: aal stress
-    """
-    report = _monitor(ctx).report()
-    if as_json:
-        print_json(report)
-        return
-    say(f"stress {report['stress']} {report['band']}")
-    print_table(("source", "stress"), report["sources"].items())
-    print_table(("machine", "MiB"), ((name.removesuffix("_mb"), size) for name, size in report["machine"].items()))
-
-
-def _monitor(ctx: typer.Context) -> "StressMonitor":
-    """A monitor of the sources that a server would have, with its first samples."""
-    from bus.plugins import Plugins
-    from bus.stress import StressMonitor
-
-    monitor = StressMonitor(Plugins(workplace(ctx).settings()).stress_sources())
-    monitor.prime()
-    return monitor
+app.command()(cli_stress.stress)
 
 
 @app.command()

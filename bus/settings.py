@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 PREFIX = "AAL_"
 FILE = "aal.toml"
+TOKEN = "AAL_TOKEN"  # noqa: S105  # a variable's name
+"""Of the commands that ask a server: the token they send. No setting, as a setting is shown by `aal config`."""
+
 _NAME_MAX = 255
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -292,7 +295,7 @@ def _is_secret(name: str, secret: Any) -> bool:  # noqa: ANN401
 
 
 def _from_env(env: Mapping[str, str], faults: list[Fault]) -> dict[str, Any]:
-    given = {name: value for name, value in env.items() if name.startswith(PREFIX)}
+    given = {name: value for name, value in env.items() if name.startswith(PREFIX) and name != TOKEN}
     return {
         name.removeprefix(PREFIX).lower(): value
         for name, value in given.items()

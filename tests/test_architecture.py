@@ -31,8 +31,8 @@ FLOORS = [
     ["dispatch"],
     ["app", "replay"],
     ["local"],
-    ["console", "templates", "doctor", "serve"],
-    ["cli_overlays", "cli_ledger", "cli_callers", "cli_runes"],
+    ["console", "templates", "doctor", "serve", "stress_watch", "plot"],
+    ["cli_overlays", "cli_ledger", "cli_callers", "cli_runes", "cli_stress"],
     ["cli"],
 ]
 FLOOR = {f"bus.{name}": floor for floor, names in enumerate(FLOORS, 1) for name in names} | {"bus": 6}

@@ -283,3 +283,10 @@ def test_settings_cannot_be_changed() -> None:
 
 def test_the_prefix_and_the_file_are_named_once() -> None:
     assert (bus_settings.PREFIX, bus_settings.FILE) == ("AAL_", "aal.toml")
+
+
+def test_the_token_of_a_client_is_no_setting_and_no_fault(tmp_path: Path) -> None:
+    _, rows = explain(tmp_path, {bus_settings.TOKEN: "aal_secret"})
+    assert "aal_secret" not in str(rows)
+    with pytest.raises(SettingError):
+        explain(tmp_path, {"AAL_TOKENS": "aal_secret"})
