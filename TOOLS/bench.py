@@ -3,6 +3,7 @@
     python TOOLS/bench.py [--seconds 3] [--runs 3] [--connections 1,16,64] [--only NAME,...] [--json FILE] [--markdown]
     python TOOLS/bench.py --peers [--crowd 100] ...
     python TOOLS/bench.py --hostile [--seconds 3] [--runs 3] [--connections 16] [--json FILE]
+    python TOOLS/bench.py --memory [--seed 1] [--json FILE]
     python TOOLS/bench.py --soak MINUTES [--rate CALLS_A_SECOND] [--every 10] [--csv FILE] [--json FILE]
 
 Each server is a process of its own on a free port of 127.0.0.1; the load comes from another (`bench/load.py`). The
@@ -16,6 +17,9 @@ and the descriptors of the bus stay flat (`bench/flat.py`).
 
 `--hostile` measures what honest clients keep of their calls beside as many that send what no client should
 (`bench/hostile.py`), and holds that against what they have beside as many honest ones (`bench/siege.py`).
+
+`--memory` has calls that really take memory share too little of it, under this and other policies and the same OOM
+killer (`bench/shared_memory.py`).
 
 Speed on a shared machine drifts. So every round measures every target once, in turn, and a ratio is taken within a
 round; what is shown is the median over the rounds. CPU per call is the user and system time of the server and all that

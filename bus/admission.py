@@ -8,10 +8,11 @@ first, then age, and nothing starves. Of capabilities whose next call has the sa
 had the fewest turns since it began to wait (start-time fair queueing, Goyal et al. 1996). A capability at its limit
 offers nothing, so it never holds up others.
 
-A running call claims memory: what it was admitted with, or what it has if that is more; and once it has run for longer
-than its kind takes to grow, what it has, with some to spare. It fits if the claims together stay within the room: the
-memory that is free, and what our calls hold of what is not. Where the first in line does not fit, those that came up to
-`PASSING_S` after it may pass it; then the room is kept for it. What needs more than there is runs alone.
+A running call claims memory: what it was admitted with, or what it has if that is more; and once it has not grown for
+longer than calls of its kind pause before they grow again, what it has, with some to spare. It fits if the claims
+together stay within the room: the memory that is free, and what our calls hold of what is not. Where the first in line
+does not fit, those that came up to `PASSING_S` after it may pass it; then the room is kept for it. What needs more than
+there is runs alone.
 """
 
 from __future__ import annotations
@@ -51,6 +52,9 @@ REFUSING_STRESS = 0.98
 REFUSED_PRIORITY = 3
 """At `REFUSING_STRESS` calls of this priority or a lower one are refused."""
 
+OVERRUN = 0.75
+"""The part of the margin that is left where calls have grown so far beyond what was expected that one is ended."""
+
 EVICTING_AFTER_S, EVICTING_AGAIN_S = 10.0, 1.0
 """How long the stress stays at `REFUSING_STRESS` before a call is ended, and after its end before the next is."""
 
@@ -69,15 +73,15 @@ Reason = Literal["slot", "concurrency", "memory", "turn", "stress"]
 class Need(NamedTuple):
     """What a call takes of memory, in MiB, and how that is known.
 
-    `mb` is reserved for it, and it may never have more than `hard_mb`. After `settle_s` seconds it is taken to have
-    grown as far as it will: then `spare` times what it has is reserved, where that is less. Calls with the same
-    `shared` run in common processes, at most so many as `processes`, and each of these reserves `mb` once.
+    `mb` is reserved for it, and it may never have more than `hard_mb`. Where it has not grown for `quiet_s` seconds it
+    is taken to have grown as far as it will: then `spare` times what it has is reserved, where that is less. Calls with
+    the same `shared` run in common processes, at most so many as `processes`, and each of these reserves `mb` once.
     """
 
     mb: float = 0.0
     hard_mb: float = 0.0
     basis: Basis = "none"
-    settle_s: float = math.inf
+    quiet_s: float = math.inf
     spare: float = 1.0
     shared: str | None = None
     processes: int = 1
@@ -163,9 +167,10 @@ class Ticket:
         """How long it waited, once it runs."""
         return self.started - self.asked
 
-    def grew_s(self, now: float) -> float:
-        """How long it has run until it grew no more; of one that nobody looked at, how long it has run."""
-        return (self.meter.grown_at or now) - self.started
+    @property
+    def paused_s(self) -> float:
+        """For how long it had not grown, at most, before it grew again; of one nobody looked at, how long it ran."""
+        return self.meter.paused_s if self.meter.peak_mb else self.meter.quiet_s
 
 
 class Admissions:
@@ -201,6 +206,8 @@ class Admissions:
         self._turns: dict[tuple[str, int], float] = {}
         self._turn: dict[int, float] = {}
         self._common: dict[str, _Common] = {}
+        self._margin_mb = 0.0
+        self._shared_mb = 0.0
         self._blocked_at = math.inf
         self._arrivals = 0
         self._started = 0
@@ -224,7 +231,7 @@ class Admissions:
         lane = self._lane(wish)
         self._arrivals += 1
         place = (wish.arrived - wish.priority * AGING_S, self._arrivals)
-        ticket = Ticket(wish, lane, place, decided, Meter(self._clock), asked=self._clock())
+        ticket = Ticket(wish, lane, place, decided, Meter(self._clock, self._grew), asked=self._clock())
         reason = self._obstacle(ticket)
         if reason is None:
             self._start(ticket)
@@ -243,6 +250,7 @@ class Admissions:
         if ticket is self._evicting:
             self._evicting = None
             self._evict_from = self._clock() + EVICTING_AGAIN_S
+            self._grew()
         self._update(lane)
         if self.waiting:
             self.dispatch()
@@ -455,6 +463,7 @@ class Admissions:
     def _start(self, ticket: Ticket) -> None:
         ticket.state = "running"
         ticket.started = self._clock()
+        ticket.meter.begin()
         self.running[ticket] = None
         self._started += 1
         lane = ticket.lane
@@ -492,8 +501,9 @@ class Admissions:
 
     def sampled(self, free_mb: float, total_mb: float, shares: Mapping[str, Share]) -> None:
         """So much memory is free, of so much in all, in MiB; and these are all processes in common."""
-        held_mb = self.held_mb + sum(share.used_mb for share in shares.values())
-        self.room_mb = max(0.0, free_mb + held_mb - MARGIN * total_mb)
+        self._shared_mb = sum(share.used_mb for share in shares.values())
+        self._margin_mb = MARGIN * total_mb
+        self.room_mb = max(0.0, free_mb + self.held_mb + self._shared_mb - self._margin_mb)
         for name, common in list(self._common.items()):
             common.share = shares.get(name, NOTHING_SHARED)
             if not common.running and not common.share.processes:
@@ -527,12 +537,29 @@ class Admissions:
         lasted_s = now - self._critical_since
         if lasted_s < EVICTING_AFTER_S or now < self._evict_from or self._evicting is not None:
             return
-        victim = self._victim()
-        if victim is not None and victim.meter.evict is not None:
-            self._evicting = victim
+        victim = self._evict(f"to free memory: the stress was {self._stress():.3f} for {lasted_s:.1f} s")
+        if victim is not None:
             self._evicted_priority = max(self._evicted_priority, victim.wish.priority)
-            self.evictions += 1
-            victim.meter.evict(f"to free memory: the stress was {self._stress():.3f} for {lasted_s:.1f} s")
+
+    def _grew(self) -> None:
+        """A running call has more than ever. Several that were admitted as small may turn out large together.
+
+        The kernel would not wait ten seconds either, and it ends the largest, which has done the most.
+        """
+        left_mb = self.room_mb + self._margin_mb - self._shared_mb - self.held_mb
+        if left_mb < OVERRUN * self._margin_mb and self._evicting is None and len(self.running) > 1:
+            self._evict(
+                f"to free memory: calls grew beyond what was expected, and {max(0.0, left_mb):.0f} MiB were left"
+            )
+
+    def _evict(self, why: str) -> Ticket | None:
+        victim = self._victim()
+        if victim is None or victim.meter.evict is None:
+            return None
+        self._evicting = victim
+        self.evictions += 1
+        victim.meter.evict(why)
+        return victim
 
     def _victim(self) -> Ticket | None:
         """The youngest of the lowest priority, of those that can be ended."""
@@ -585,8 +612,8 @@ def _claim_mb(ticket: Ticket, now: float) -> float:
     need, used_mb = ticket.wish.need, _used_mb(ticket)
     if need.shared is not None:
         return 0.0
-    has_settled = ticket.meter.grown_at and now - ticket.started > need.settle_s
-    return max(used_mb, min(need.mb, need.spare * used_mb) if has_settled else need.mb)
+    is_quiet = used_mb > 0 and now - ticket.meter.grown_at > need.quiet_s
+    return max(used_mb, min(need.mb, need.spare * used_mb) if is_quiet else need.mb)
 
 
 def _used_mb(ticket: Ticket) -> float:

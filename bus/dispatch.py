@@ -379,9 +379,7 @@ class Bus:
             course.sandbox = self._sandbox_of(outcome)
             outcome = await self._judge(course, resolved, outcome)  # within the slot: closing waits for slots
             if outcome.peak_mb is not None and call.replay_of is None:
-                self.needs.learn(
-                    key, outcome.peak_mb, outcome.code, told.memory["applied"], ticket.grew_s(time.monotonic())
-                )
+                self.needs.learn(key, outcome.peak_mb, outcome.code, told.memory["applied"], ticket.paused_s)
             return outcome
 
     def _need(self, key: str, manifest: Manifest, capability: Capability, phase: Phase, profile: MemoryProfile) -> Need:

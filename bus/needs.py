@@ -35,8 +35,8 @@ QUANTILE = 0.95
 SPARE: dict[Volatility, float] = {"LOW": 1.1, "MED": 1.25, "HIGH": 1.5}
 """By what the volatility (VOL) of a rune multiplies what was measured."""
 
-SETTLE_SPARE, SETTLE_LEAST_S = 1.5, 0.2
-"""By what the time is multiplied in which calls were seen to grow, and what is added: looks are some time apart."""
+QUIET_FACTOR, QUIET_MORE_S = 1.25, 0.05
+"""By what the longest pause of calls before they grew again is multiplied, and what is added: looks are apart."""
 
 TENTH = 0.1
 
@@ -48,20 +48,20 @@ Verdict = Literal["above soft", "below a tenth of soft"]
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    """One call: its peak in MiB, after how many seconds it had grown, and the degradation steps in force."""
+    """One call: its peak in MiB, its longest pause before it grew again, and the degradation steps in force."""
 
     peak_mb: float
-    grew_s: float
+    paused_s: float
     applied: tuple[str, ...]
 
 
 @dataclass(slots=True)
 class _History:
-    """The last measured calls of a capability. `p95_mb` and `settle_s` are what they come to; None before that."""
+    """The last measured calls of a capability. `p95_mb` and `quiet_s` are what they come to; None before that."""
 
     calls: deque[_Measured] = field(default_factory=lambda: deque(maxlen=KEPT))
     p95_mb: float | None = None
-    settle_s: float = math.inf
+    quiet_s: float = math.inf
     _new: int = 0
 
     def add(self, measured: _Measured) -> None:
@@ -72,7 +72,7 @@ class _History:
         if len(self.calls) >= LEARNED and is_due:
             self._new = 0
             self.p95_mb = quantile(call.peak_mb for call in self.calls)
-            self.settle_s = SETTLE_SPARE * quantile(call.grew_s for call in self.calls) + SETTLE_LEAST_S
+            self.quiet_s = QUIET_FACTOR * quantile(call.paused_s for call in self.calls) + QUIET_MORE_S
 
 
 class Needs:
@@ -88,14 +88,14 @@ class Needs:
         if history is None or history.p95_mb is None:
             return Need(profile.soft_mb, profile.hard_mb, "declared", math.inf, spare, shared, processes)
         mb = min(profile.hard_mb, history.p95_mb * spare)
-        return Need(mb, profile.hard_mb, "measured", history.settle_s, spare, shared, processes)
+        return Need(mb, profile.hard_mb, "measured", history.quiet_s, spare, shared, processes)
 
-    def learn(self, key: str, peak_mb: float, code: str, applied: Iterable[str], grew_s: float) -> None:
-        """A call ended with `code`; it had `peak_mb` at most, and after `grew_s` seconds it grew no more."""
+    def learn(self, key: str, peak_mb: float, code: str, applied: Iterable[str], paused_s: float) -> None:
+        """A call ended with `code`; it had `peak_mb` at most, and after `paused_s` without growing it never grew."""
         history = self._histories.setdefault(key, _History())
         if code in _LOWER_BOUNDS and peak_mb <= (history.p95_mb or 0.0):
             return
-        history.add(_Measured(peak_mb, grew_s, tuple(applied)))
+        history.add(_Measured(peak_mb, paused_s, tuple(applied)))
 
     def recall(self, records: Iterable[Record]) -> None:
         """Learn from lines of the ledger, oldest first."""

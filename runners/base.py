@@ -178,26 +178,45 @@ def shared_by(overlay: str, phase: str = "") -> str:
 class Meter:
     """What the processes of one job have of memory, as far as anybody has looked; and how to end them for others' sake.
 
-    `used_mb` is what they had at the last look, `peak_mb` the most of all looks, in MiB, and `grown_at` when that was
-    last a good deal more than before, on its clock; all are 0 until the first look. `evict` is set
+    `used_mb` is what they had at the last look, `peak_mb` the most of all looks, in MiB, 0 until the first. `grown_at`
+    is when that was last a good deal more than before, on its clock, and `paused_s` for how long it had not been at
+    most, before it was again; from the start on, which `begin` tells. `on_growth` is called where it is more than ever.
+    `evict` is set
     by a runner while it can end the job with `Code.EVICTED`, and says why in words that go on from "was ended".
     """
 
-    __slots__ = ("_clock", "evict", "grown_at", "peak_mb", "used_mb")
+    __slots__ = ("_clock", "_on_growth", "evict", "grown_at", "paused_s", "peak_mb", "used_mb")
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, on_growth: Callable[[], None] = lambda: None
+    ) -> None:
         self._clock = clock
+        self._on_growth = on_growth
         self.used_mb = 0.0
         self.peak_mb = 0.0
         self.grown_at = 0.0
+        self.paused_s = 0.0
         self.evict: Callable[[str], None] | None = None
+
+    def begin(self) -> None:
+        """They are about to be started."""
+        self.grown_at = self._clock()
+
+    @property
+    def quiet_s(self) -> float:
+        """For how long they have not grown by now."""
+        return self._clock() - self.grown_at
 
     def see(self, mb: float) -> None:
         """They have so much now."""
         if mb > GROWN * self.peak_mb:
-            self.grown_at = self._clock()
+            now = self._clock()
+            self.paused_s = max(self.paused_s, now - self.grown_at)
+            self.grown_at = now
         self.used_mb = mb
-        self.peak_mb = max(self.peak_mb, mb)
+        if mb > self.peak_mb:
+            self.peak_mb = mb
+            self._on_growth()
 
 
 class Job(NamedTuple):

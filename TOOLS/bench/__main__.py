@@ -21,6 +21,7 @@ from report import Report, markdown, show, summarise
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from servers import Servers, free_port
+from shared_memory import MemoryPlan, run_memory, tell_memory
 from siege import SiegePlan, run_siege
 from siege_report import tell_siege
 from soak import SoakPlan, run_soak
@@ -110,6 +111,15 @@ def hostile(given: argparse.Namespace, folder: Path) -> int:
     return 0 if found.held else 1
 
 
+def memory(given: argparse.Namespace, folder: Path) -> int:
+    found = run_memory(MemoryPlan(seed=given.seed), folder, print_now)
+    for line in tell_memory(found):
+        print(line)
+    if given.json:
+        given.json.write_text(json.dumps(asdict(found), indent=2) + "\n")
+    return 0 if found.held else 1
+
+
 def print_now(line: str) -> None:
     print(line, flush=True)
 
@@ -124,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(number, _end)
     try:
         with tempfile.TemporaryDirectory(prefix="aal-bench-") as name:
-            way = soak if given.soak else hostile if given.hostile else bench
+            way = soak if given.soak else hostile if given.hostile else memory if given.memory else bench
             return way(given, Path(name))
     except (BenchError, subprocess.TimeoutExpired) as error:
         print(f"bench: {error}", file=sys.stderr)

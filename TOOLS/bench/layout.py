@@ -91,14 +91,16 @@ def write_program(folder: Path, overlay: str, program: Program) -> None:
         shutil.copy(source, home / "run.py")
 
 
-def write_overlay(folder: Path, name: str, entrypoints: Mapping[str, Any], capability: Mapping[str, Any]) -> Path:
+def write_overlay(
+    folder: Path, name: str, entrypoints: Mapping[str, Any], capability: Mapping[str, Any], memory: str = MEMORY
+) -> Path:
     manifest = {
         "name": name,
         "version": "1.0.0",
         "phases": ["OPEN"],
         "permissions": ["analysis"],
         "entrypoints": entrypoints,
-        "capabilities": {"run": {**capability, "memory": MEMORY}},
+        "capabilities": {"run": {**capability, "memory": memory}},
     }
     home = folder / "overlays" / name
     home.mkdir(parents=True)

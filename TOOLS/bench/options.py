@@ -41,6 +41,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--hostile", action="store_true", help="what honest clients keep beside as many hostile ones instead"
     )
+    parser.add_argument(
+        "--memory", action="store_true", help="calls that share too little memory, under several policies, instead"
+    )
+    parser.add_argument("--seed", type=int, default=1, help="of --memory: what the calls' sizes are drawn by")
     parser.add_argument("--soak", type=_above_zero(float), metavar="MINUTES", help="a steady rate for so long instead")
     parser.add_argument("--rate", type=_above_zero(float), help="of --soak: calls a second, not the highest that holds")
     parser.add_argument("--every", type=_above_zero(float), default=10.0, help="of --soak: seconds between two lines")
