@@ -26,7 +26,7 @@ from bus.dispatch import Bus
 from bus.errors import BusError, CallerError, NotFoundError, RequestError
 from bus.guard import Guard
 from bus.model import new_request_id
-from bus.plugins import cases_of
+from bus.plugins import cases_of, scratch_of
 from bus.schemas import show
 from runners.base import LARGE_BYTES
 
@@ -228,7 +228,8 @@ class Api:
             among = ", ".join(caller.overlays)
             raise NotFoundError("ERR_UNKNOWN_OVERLAY", f"no overlay {show(name)} among those of the token: {among}")
         entry = self._bus.registry.entry(name)
-        return JsonResponse(entry.detail() | self._now(entry))
+        scratch = {} if entry.manifest is None else scratch_of(entry.manifest, self._bus.confinement.tiers)
+        return JsonResponse(entry.detail() | {"scratch": scratch} | self._now(entry))
 
     def _entries_of(self, caller: Caller) -> list[Entry]:
         """What there is of the overlays that the caller may call."""

@@ -120,7 +120,11 @@ def show(ctx: typer.Context, name: Name, as_json: AsJson = False) -> None:
 
     Example: aal overlays show abraxas
     """
-    detail = _named(_registry(ctx), name).detail()
+    from bus.plugins import scratch_of, tiers_of
+
+    entry = _named(_registry(ctx), name)
+    tiers = tiers_of(workplace(ctx).settings())
+    detail = entry.detail() | {"scratch": scratch_of(entry.manifest, tiers) if entry.manifest else {}}
     if as_json:
         print_json(detail)
     else:
@@ -136,11 +140,12 @@ def _print_detail(detail: dict[str, Any]) -> None:
     _print_findings(detail)
     for name, capability in detail["details"].items():
         say(f"\ncapability {name}", "bold")
-        print_table(("", ""), ((member, _shown(value)) for member, value in _told(capability) if _says(value)))
+        told = _told(capability, detail["scratch"])
+        print_table(("", ""), ((member, _shown(value)) for member, value in told if _says(value)))
 
 
-def _told(capability: dict[str, Any]) -> "Iterator[tuple[str, Any]]":
-    """Those members of a capability that say something, the most telling first."""
+def _told(capability: dict[str, Any], scratch: dict[str, dict[str, Any]]) -> "Iterator[tuple[str, Any]]":
+    """Those members of a capability that say something, the most telling first. `scratch` has the places by tier."""
     memory, rights = capability["memory"], capability["rights"]
     yield "about", capability["description"]
     yield "runner", capability["runner"]
@@ -149,6 +154,8 @@ def _told(capability: dict[str, Any]) -> "Iterator[tuple[str, Any]]":
     yield "phases", capability["phases"]
     yield "timeout", f"{capability['timeout_s']} s"
     yield "memory", f"{memory['profile']}: {memory['soft_mb']} to {memory['hard_mb']} MiB"
+    place = scratch[memory["tier"]]
+    yield "scratch", f"{memory['tier']}: {place['place']}, {place['mb']} MiB a call"
     yield from rights.items()
     yield "payload needs", (capability["input_schema"] or {}).get("required", [])
 

@@ -423,6 +423,7 @@ class Bus:
             max_output_bytes=self.settings.max_output_bytes,
             edition=resolved.edition,
             limit=call.received + capability.timeout_s,
+            tier=told.memory.get("offload_tier") or told.memory["tier"],
         )
 
     async def _judge(self, course: Course, resolved: Resolved, outcome: Outcome) -> Outcome:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import platform
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bus import memory as memory_files
 from bus import provenance, records
+from bus.plugins import tiers_of
 from bus.policy import PHASES
 from runners import trial
-from runners.base import Rights
+from runners.base import TIERS, Rights
 from runners.confinement import RIGHTS
 from runners.helpers import has_namespace
+from runners.tiers import IN_MEMORY, file_system
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from bus.overlays import Entry, Registry
     from bus.provenance import VerifyReport
     from bus.settings import Settings
+    from runners.tiers import Place
     from runners.trial import Findings, Found
 
 MIN_PYTHON = (3, 11)
@@ -49,7 +53,9 @@ def examine(settings: Settings, registry: Registry, tried: Mapping[str, Findings
     yield kernel()
     yield pressure()
     yield memory()
-    yield containment()
+    contained = containment()
+    yield contained
+    yield from scratch(settings, namespace=contained.mark == "ok")
     yield from rights(tried)
     for name, folder in (("logs", settings.logs), ("state", settings.state)):
         yield writable(name, folder)
@@ -103,6 +109,43 @@ def containment() -> Finding:
     return Finding("containment", "warn", found, hint)
 
 
+def scratch(settings: Settings, *, namespace: bool) -> Iterator[Finding]:
+    """Where the scratch folders of calls lie, by tier, with or without a namespace."""
+    tiers = tiers_of(settings)
+    for tier in TIERS:
+        yield _place(tier, tiers.place(tier, namespace=namespace), is_set=tier in tiers.folders)
+
+
+def _place(tier: str, place: Place, *, is_set: bool) -> Finding:
+    name, quota = f"scratch {tier}", f"{place.mb} MiB a call"
+    if place.mounts:
+        return Finding(name, "ok", f"memory of each helper's own (tmpfs), {quota}")
+    variable = f"AAL_SCRATCH_{tier}"
+    is_writable = writable(name, place.root)
+    if is_writable.mark == "fail":
+        return replace(is_writable, hint=f"Mend its permissions, or set {variable}.")
+    free_mb, kind = _free_mb(place.root), file_system(place.root) or "an unknown file system"
+    found = f"{place.root} ({kind}), {free_mb} MiB free, {quota}"
+    if tier == "LOCAL" and kind not in IN_MEMORY:
+        return Finding(name, "warn", f"{found}; it is not memory", f"Set {variable} to a folder on a tmpfs.")
+    if is_set and not place.root.is_dir():
+        return Finding(name, "warn", f"{found}; it is not there yet", "Is its disk mounted? The first call makes it.")
+    if free_mb < place.mb:
+        return Finding(name, "warn", found, f"Free some, or set {variable} to a folder with more room.")
+    return Finding(name, "ok", found)
+
+
+def _free_mb(folder: Path) -> int:
+    """Of the file system that it is on, or would be made on, as ordinary users may have it."""
+    status = os.statvfs(_nearest(folder))
+    return status.f_bavail * status.f_frsize >> 20
+
+
+def _nearest(folder: Path) -> Path:
+    """What is there of it."""
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
 def try_rights() -> dict[str, Findings]:
     """What this machine holds programs to, by phase and right. Raises OSError where none can be run to try it."""
     phases = {str(phase): Rights(rule.write, rule.network, rule.exec) for phase, rule in PHASES.items()}
@@ -151,9 +194,8 @@ def rights_json(tried: Mapping[str, Findings]) -> dict[str, dict[str, dict[str, 
 
 def writable(name: str, folder: Path) -> Finding:
     """Whether the folder can be written, or made where it is not there yet."""
-    nearest = next(path for path in (folder, *folder.parents) if path.exists())
     try:
-        with tempfile.TemporaryFile(dir=nearest):
+        with tempfile.TemporaryFile(dir=_nearest(folder)):
             return Finding(name, "ok", f"{folder} can be written")
     except OSError as error:
         hint = f"Mend its permissions, or set AAL_{name.upper()}."

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from bus.runes import MemoryProfile
-    from runners.base import Mode
+    from runners.base import Mode, Tier
 
 
 class Phase(enum.StrEnum):
@@ -116,6 +116,17 @@ class Manifest:
     def __post_init__(self) -> None:
         written = dict.fromkeys(path for offered in self.capabilities.values() for path in offered.write_paths)
         object.__setattr__(self, "own_paths", tuple(written))  # once, not in each call
+
+    @property
+    def tiers(self) -> tuple[Tier, ...]:
+        """Those of the scratch folders of its calls, as long as none is offloaded: of all capabilities, once each."""
+        return tuple(dict.fromkeys(capability.memory.tier for capability in self.capabilities.values()))
+
+    @property
+    def resident_tier(self) -> Tier:
+        """Of a process that answers call after call: that of all capabilities, and LOCAL where they differ."""
+        tiers = self.tiers
+        return tiers[0] if len(tiers) == 1 else "LOCAL"
 
     @property
     def has_program(self) -> bool:

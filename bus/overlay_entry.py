@@ -117,12 +117,13 @@ def _fault_as_json(fault: Fault) -> dict[str, str]:
 
 def _processes_as_json(manifest: Manifest) -> dict[str, Any]:
     """How the overlay's programs run; null for what it has not: a program, workers, a service that the bus starts."""
+    tier = {"tier": manifest.resident_tier}
     return {
         "mode": manifest.mode if manifest.has_program else None,
         "stdin": manifest.stdin if manifest.has_program else None,
         "preload": list(manifest.preload),
-        "workers": asdict(manifest.workers) if manifest.mode == "worker" else None,
-        "service": asdict(manifest.service) if manifest.service else None,
+        "workers": asdict(manifest.workers) | tier if manifest.mode == "worker" else None,
+        "service": asdict(manifest.service) | tier if manifest.service else None,
     }
 
 

@@ -26,6 +26,7 @@ from runners.http import HttpRunner
 from runners.logs import OverlayLogs
 from runners.process import ProcessRunner
 from runners.services import Services
+from runners.tiers import Tiers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from bus.hookspecs import RegisterRunner
     from bus.model import Invocation, Manifest, Record
     from bus.settings import Settings
-    from runners.base import Runner
+    from runners.base import Runner, Tier
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,8 @@ class BuiltIn:
     @hookimpl
     def aal_register_runners(self, register: RegisterRunner) -> None:
         settings = self._settings
-        scratch_root.sweep(settings.scratch)  # of a bus that was killed nothing stays beyond the next start
+        for root in self._confinement.tiers.roots():
+            scratch_root.sweep(root)  # of a bus that was killed nothing stays beyond the next start
         logs = OverlayLogs(settings.overlay_logs, redact=self._redact)
         idle_s = settings.helper_idle_s
         helpers, service_helpers = (  # each runner closes its own
@@ -83,13 +85,35 @@ class BuiltIn:
 
 def confinement_of(settings: Settings) -> Confinement:
     """How the processes of this bus are held to their rights."""
+    tiers = tiers_of(settings)
     return Confinement(
         mode=settings.sandbox,
-        scratch_root=settings.scratch,
-        scratch_mb=settings.scratch_mb,
+        tiers=tiers,
         max_processes=settings.max_processes,
-        kept=_kept_by(settings),
+        kept=(*_kept_by(settings), *tiers.kept()),
     )
+
+
+def tiers_of(settings: Settings) -> Tiers:
+    """Where the scratch folders of calls lie."""
+    quotas: dict[Tier, int] = {
+        "LOCAL": settings.scratch_mb,
+        "EXTENDED": settings.scratch_extended_mb,
+        "COLD": settings.scratch_cold_mb,
+    }
+    return Tiers(settings.scratch, quotas, settings.scratch_set())
+
+
+def scratch_of(manifest: Manifest, tiers: Tiers) -> dict[str, dict[str, Any]]:
+    """Where the scratch folders of its calls lie, by tier, as JSON for people.
+
+    `place` is `memory` or a folder, `mb` what a call may have there, in MiB.
+    """
+    places = {tier: tiers.place(tier, namespace=True) for tier in manifest.tiers}
+    return {
+        tier: {"place": "memory" if place.mounts else shown(str(place.root)), "mb": place.mb}
+        for tier, place in places.items()
+    }
 
 
 def _kept_by(settings: Settings) -> tuple[Path, ...]:

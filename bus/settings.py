@@ -23,6 +23,8 @@ from runners.base import SandboxMode  # noqa: TC001  # its members are read at r
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from runners.base import Tier
+
 PREFIX = "AAL_"
 FILE = "aal.toml"
 TOKEN = "AAL_TOKEN"  # noqa: S105  # a variable's name
@@ -44,6 +46,18 @@ def _list(help: str, member: str, allowed: str) -> Any:  # noqa: A002, ANN401
     """A text of members separated by commas, each of which the pattern `member` matches; none by default."""
     pattern = re.compile(member)
     return _setting("", help, lambda value: all(map(pattern.fullmatch, _members(value))), allowed)
+
+
+def _folder(help: str) -> Any:  # noqa: A002, ANN401
+    """A path, for one folder and nothing else in it; or none."""
+    return _setting("", help, _is_path, "a path of a folder for nothing else, or nothing")
+
+
+def _is_path(value: str) -> bool:
+    try:
+        return _path(Path(value).expanduser()) is not None
+    except RuntimeError:  # ~ of a user that is not there
+        return False
 
 
 def _members(value: str) -> tuple[str, ...]:
@@ -113,7 +127,12 @@ class Settings:
         r"[a-z0-9][a-z0-9_-]*",
         "names of overlays",
     )
-    scratch_mb: int = _number(256, "what a call may write to its scratch folder, in MiB", 1, 1_048_576)
+    scratch_local: str = _folder("folder for the scratch of calls of tier LOCAL; memory where empty")
+    scratch_extended: str = _folder("the same of tier EXTENDED; scratch in AAL_STATE where empty")
+    scratch_cold: str = _folder("the same of tier COLD, as on a large slow disk; scratch in AAL_STATE where empty")
+    scratch_mb: int = _number(256, "what a call of tier LOCAL may have in its scratch folder, in MiB", 1, 1_048_576)
+    scratch_extended_mb: int = _number(1024, "the same of tier EXTENDED", 1, 1_048_576)
+    scratch_cold_mb: int = _number(4096, "the same of tier COLD", 1, 1_048_576)
     max_processes: int = _number(256, "processes and threads that a call may have at once", 1, 4_194_304)
     local_phases: str = _list(
         "phases of calls without a token, as long as there is none, separated by commas; all where empty",
@@ -157,8 +176,17 @@ class Settings:
 
     @property
     def scratch(self) -> Path:
-        """The folder of the scratch folders of calls."""
+        """The folder of the scratch folders of calls, where no other is set for their tier."""
         return self.state / "scratch"
+
+    def scratch_set(self) -> dict[Tier, Path]:
+        """The folders that are set for tiers, absolute where the settings are those of a working folder."""
+        given: dict[Tier, str] = {
+            "LOCAL": self.scratch_local,
+            "EXTENDED": self.scratch_extended,
+            "COLD": self.scratch_cold,
+        }
+        return {tier: self.file.parent / Path(path).expanduser() for tier, path in given.items() if path}
 
     def listed(self, name: str) -> tuple[str, ...]:
         """The members of a setting that is a list separated by commas, as `hosts`."""

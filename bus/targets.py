@@ -99,7 +99,8 @@ class Targets:
 
 def _target_of(manifest: Manifest, capability: Capability, env: Mapping[str, str]) -> ProcessTarget | HttpTarget:
     if capability.argv:
-        return ProcessTarget(capability.argv, env, manifest.stdin, manifest.mode, manifest.preload, manifest.workers)
+        workers = dataclasses.replace(manifest.workers, tier=manifest.resident_tier)
+        return ProcessTarget(capability.argv, env, manifest.stdin, manifest.mode, manifest.preload, workers)
     repeatable = capability.idempotent or manifest.deterministic
     service = None if manifest.service is None else _service_of(manifest, manifest.service, env)
     return HttpTarget(capability.url, capability.method, repeatable=repeatable, service=service)
@@ -115,6 +116,7 @@ def _service_of(manifest: Manifest, service: Service, env: Mapping[str, str]) ->
         service.idle_s,
         service.max_mb,
         policy.service_rights(manifest),
+        manifest.resident_tier,
     )
 
 

@@ -11,7 +11,7 @@ import enum
 import json
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -55,8 +55,14 @@ class Code(enum.StrEnum):
     MEMORY_LIMIT = "ERR_MEMORY_LIMIT"
     EVICTED = "ERR_EVICTED"
     PROCESS_LIMIT = "ERR_PROCESS_LIMIT"
+    SCRATCH_LIMIT = "ERR_SCRATCH_LIMIT"
     SANDBOX = "ERR_SANDBOX"
 
+
+Tier = Literal["LOCAL", "EXTENDED", "COLD"]
+"""A kind of place for scratch: memory, a disk, a slower one."""
+
+TIERS: tuple[Tier, ...] = get_args(Tier)
 
 SandboxMode = Literal["enforce", "best-effort", "off"]
 """What becomes of a call that the kernel cannot hold to all of its rights: it is refused, it runs, nothing is held."""
@@ -103,12 +109,14 @@ class Workers:
 
     So is one that uses more memory than `max_mb`, with all that it started, also during a call; None takes the largest
     HARD of the calls so far. From its start a worker has `start_timeout_s` for its first reply, whoever still waits.
+    Its scratch folder is of `tier` as long as it runs, whatever its calls are of.
     """
 
     count: int = 1
     max_calls: int = 10_000
     max_mb: int | None = None
     start_timeout_s: float = 30.0
+    tier: Tier = "LOCAL"
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +150,8 @@ class ServiceTarget:
     max_mb: int | None = None
     rights: Rights = field(default_factory=Rights)
     """The union of those of all the phases that the overlay serves, since one process answers in each."""
+    tier: Tier = "LOCAL"
+    """Of its scratch folder, as long as it runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +235,8 @@ class Job(NamedTuple):
     `limit` is the deadline that the overlay's own timeout gives; the caller may have brought `deadline` nearer.
     `edition` counts what its overlay has been: code, manifest and folder. A higher number is a later one. What keeps
     running from call to call serves only jobs of the edition that it was started for. `meter` is kept up to date by a
-    runner that can look at what it started for this job alone.
+    runner that can look at what it started for this job alone. `tier` is that of the scratch folder of what is started
+    for this job.
     """
 
     request_id: str
@@ -243,6 +254,7 @@ class Job(NamedTuple):
     edition: int = 0
     limit: float = 0.0
     meter: Meter | None = None
+    tier: Tier = "LOCAL"
 
 
 class Outcome(NamedTuple):

@@ -10,7 +10,7 @@ Each right is held by one or more mechanisms, as the last part of this file says
     processes     a pid namespace; else Landlock, which keeps from signals and ptrace(2), and a seccomp filter for what
                   else is done to a process by its number
     system        seccomp and the loss of capabilities
-    limits        setrlimit(2)
+    limits        setrlimit(2); what scratch holds as a whole, and how many processes there are, the helper counts
 
 The plan is plain values, as `sandbox.py` explains them. It is made before anyone knows what the kernel will give, so
 what it comes to is said afterwards, of what was taken.
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from runners.helper import Home
     from runners.kernel import Kernel
     from runners.places import Kept, Places
+    from runners.tiers import Place, Tiers
 
 Right = Literal["read", "write", "network", "exec", "processes", "system", "limits"]
 Mechanism = Literal["namespace", "capabilities", "limits", "landlock", "seccomp", "late"]
@@ -71,13 +72,14 @@ class Held(NamedTuple):
 class Case:
     """What decides how a right can be held: the rights themselves, the ports of a service, and how it is started.
 
-    `stand_in` is that of `Program`.
+    `stand_in` is that of `Program`, `scratch` the gap of its `Place`.
     """
 
     rights: Rights
     listen: tuple[int, ...] = ()
     forks: bool = False
     stand_in: str | None = None
+    scratch: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,29 +125,32 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Confinement:
-    """Makes the plans of a bus. `scratch_root` is the folder of the calls' scratch folders, with its quota.
+    """Makes the plans of a bus. `tiers` says where the scratch folders of calls lie, and how much they may hold.
 
     `kept` is what the bus has for itself, as `places.keep` takes it.
     """
 
     mode: SandboxMode
-    scratch_root: Path
-    scratch_mb: int
+    tiers: Tiers
     max_processes: int
     kernel: Kernel = field(default_factory=kernel.this_kernel)
     kept: tuple[Path, ...] = ()
 
-    def plan(self, home: Home, *, forks: bool) -> Plan:
-        """How to hold the processes of a home, in mode fork if it `forks`. Looks at files; raises nothing."""
+    def plan(self, home: Home, *, forks: bool, namespace: bool = True) -> Plan:
+        """How to hold the processes of a home, in mode fork if it `forks`. Looks at files; raises nothing.
+
+        `namespace`: whether it is tried for. A helper that is refused one is started anew, by another plan.
+        """
+        scratch = self.tiers.place(home.tier, namespace=namespace)
         if self.mode == "off":
-            return Plan("off", self._wire(), Case(home.rights, home.listen, forks), self.kernel)
+            return Plan("off", self._wire(scratch), Case(home.rights, home.listen, forks), self.kernel)
         folder = programs.real(home.folder)
         state = _absolute(home.env.get("OVERLAY_STATE"))
         own = self._own(home.rights, state)
         program = programs.look(home.program, folder, home.env, own)
         where = places.places(self._wishes(home, state, own, program.stand_in), program, folder, home.env)
-        case = Case(home.rights, home.listen, forks, program.stand_in)
-        return Plan(self.mode, self._wire(case, where), case, self.kernel)
+        case = Case(home.rights, home.listen, forks, program.stand_in, scratch.gap)
+        return Plan(self.mode, self._wire(scratch, case, where), case, self.kernel)
 
     def kept_from(self, own: Iterable[Path]) -> Kept:
         """What an overlay is not given, whose folders are `own`. Looks at files."""
@@ -175,7 +180,7 @@ class Confinement:
     def _own(self, rights: Rights, state: tuple[Path, ...]) -> tuple[Path, ...]:
         """What the overlay may write to in some call, real."""
         given = map(Path, dict.fromkeys((*rights.write_paths, *rights.own_paths)))
-        return tuple(programs.real(path) for path in (*state, self.scratch_root, *given))
+        return tuple(programs.real(path) for path in (*state, *self.tiers.roots(), *given))
 
     def _wishes(
         self, home: Home, state: tuple[Path, ...], own: tuple[Path, ...], stand_in: str | None
@@ -191,7 +196,7 @@ class Confinement:
             gpu=rights.gpu,
         )
 
-    def _wire(self, case: Case | None = None, where: Places | None = None) -> dict[str, Any]:
+    def _wire(self, scratch: Place, case: Case | None = None, where: Places | None = None) -> dict[str, Any]:
         """As `sandbox.py` takes it; without a case only what calls are given: a scratch folder."""
         wire: dict[str, Any] = {
             "landlock": None,
@@ -200,7 +205,12 @@ class Confinement:
             "late": b"",
             "limits": [],
             "capabilities": None,
-            "scratch": {"root": str(self.scratch_root), "mb": self.scratch_mb, "bits": self.kernel.known(kernel.WRITE)},
+            "scratch": {
+                "root": str(scratch.root),
+                "mounts": scratch.mounts,
+                "mb": scratch.mb,
+                "bits": self.kernel.known(kernel.WRITE),
+            },
             "processes": 0,
             "strict": False,
         }
@@ -208,7 +218,7 @@ class Confinement:
             wire |= {
                 "landlock": self._landlock(case, where) if self.kernel.no_landlock is None else None,
                 **_filters(case, self.kernel),
-                "limits": _limits(self.scratch_mb),
+                "limits": _limits(scratch.mb),
                 "capabilities": CAPABILITIES,
                 "processes": self.max_processes,
                 "strict": self.mode == "enforce",
@@ -351,8 +361,8 @@ def _system(_case: Case, _machine: Kernel, _got: Collection[str]) -> Held:
     return Held(("capabilities", "seccomp"))
 
 
-def _of_limits(_case: Case, _machine: Kernel, got: Collection[str]) -> Held:
-    return Held(("limits",), None if "namespace" in got else "scratch as a whole has none (no namespace)")
+def _of_limits(case: Case, _machine: Kernel, _got: Collection[str]) -> Held:
+    return Held(("limits",), case.scratch, bearable=True)
 
 
 _WAYS: dict[Right, Callable[[Case, Kernel, Collection[str]], Held]] = {

@@ -63,9 +63,11 @@ def contain() -> None:
     if in_namespace:
         _unshare(channel)
     places = [] if plan is None else _make_places(channel, plan["scratch"], in_namespace)
-    _go_inside(channel, config["bus"], in_namespace, [] if in_namespace else places)
+    on_disk = [] if plan is None or (in_namespace and plan["scratch"]["mounts"]) else places[:1]
+    _go_inside(channel, config["bus"], in_namespace, on_disk)
     if in_namespace:
-        _furnish(channel, places, 0 if plan is None else plan["scratch"]["mb"])
+        mb = 0 if plan is None else plan["scratch"]["mb"]
+        _furnish(channel, [(place, _size_mb(place, mb)) for place in places if place not in on_disk])
     pidfd = os.pidfd_open(os.getpid())
     # Nothing of the overlay is loaded yet, and all children inherit what is taken here.
     taken, failed = ([], {}) if plan is None else sandbox.take(plan, places, in_namespace)
@@ -113,13 +115,23 @@ def _map_ids(uid: int, gid: int) -> None:
 
 
 def _make_places(channel: Any, place: Any, private: bool) -> list[str]:
-    """The folders that are the helper's own: to be mounted in memory where they are private, else one on the disk."""
-    folder = scratch.folder_of(place["root"], sys.argv[2], private)
+    """The folders that are the helper's own: that of scratch, then shared memory where it is private.
+
+    A root may be open to all users (/var/tmp), so that a folder that is there already is not taken for the helper's.
+    """
+    folder = scratch.folder_of(place["root"], sys.argv[2], private and place["mounts"])
     try:
-        os.makedirs(folder, scratch.OWNER, exist_ok=True)
+        os.makedirs(place["root"], scratch.OWNER, exist_ok=True)
+        if folder != place["root"]:
+            os.mkdir(folder, scratch.OWNER)
     except OSError as error:
         _give_up(channel, "not_started", (error.errno, "%s: %s" % (folder, error.strerror)))
     return [folder, scratch.SHARED_MEMORY] if private and os.path.isdir(scratch.SHARED_MEMORY) else [folder]
+
+
+def _size_mb(place: str, mb: int) -> int:
+    """Of scratch twice what a call may have: one that takes too much is ended, and leaves the others as much."""
+    return mb if place == scratch.SHARED_MEMORY else 2 * mb
 
 
 def _go_inside(channel: Any, bus: int, in_namespace: bool, leftover: list[str]) -> None:
@@ -185,12 +197,12 @@ def _has_ended(pipe: int) -> bool:
     return bool(poll.poll(0))
 
 
-def _furnish(channel: Any, places: list[str], mb: int) -> None:
-    """The namespace's own /proc, so that what is in it sees itself, and memory for the places."""
+def _furnish(channel: Any, places: list[tuple[str, int]]) -> None:
+    """The namespace's own /proc, so that what is in it sees itself, and memory for the places, each of so many MiB."""
     try:
         check(_libc.mount(b"none", b"/", None, MS_REC | MS_SLAVE, None))
         check(_libc.mount(b"proc", b"/proc", b"proc", 0, None))
-        for place in places:
+        for place, mb in places:
             sandbox.mount_in_memory(place, mb)
     except OSError as error:
         _give_up(channel, "no_namespace", (error.errno, error.strerror))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-TOO_MANY, TOO_MUCH = "too many processes", "too much memory"
-"""How `Exit.lost` begins of what had more of either than it may."""
+TOO_MANY, TOO_MUCH, TOO_FULL = "too many processes", "too much memory", "too much in scratch"
+"""How `Exit.lost` begins of what had more of any than it may."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,7 +13,8 @@ class Exit:
     """How a process ended.
 
     `code` is negative for a signal, as in `subprocess`; None where nobody can tell. `failed` says why it did not start
-    at all. `lost` says what ended it from outside, where that was its helper's doing.
+    at all. `lost` says what ended it from outside, where that was its helper's doing, or that it left too much in
+    scratch.
     """
 
     code: int | None
@@ -33,3 +34,8 @@ class Exit:
     def had_too_many(self) -> bool:
         """Whether it was ended since it had more processes than it may."""
         return self.lost is not None and self.lost.startswith(TOO_MANY)
+
+    @property
+    def was_too_full(self) -> bool:
+        """Whether its scratch folder had more than it may: then it was ended, or had ended by itself."""
+        return self.lost is not None and self.lost.startswith(TOO_FULL)

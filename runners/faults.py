@@ -55,6 +55,8 @@ def cut_off(fault: FaultError, last_words: str) -> Outcome:
 def death(exit_: Exit) -> FaultError:
     if exit_.had_too_many:
         return FaultError(f"was ended: {exit_.lost}", code=Code.PROCESS_LIMIT)
+    if exit_.was_too_full:
+        return FaultError(f"was ended: {exit_.lost}", code=Code.SCRATCH_LIMIT)
     if exit_.lost is not None:
         return FaultError(f"was ended from outside ({exit_.lost})", from_outside=True)
     return FaultError("ended" if exit_.code is None else describe(exit_.code))

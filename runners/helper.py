@@ -33,14 +33,14 @@ from runners.contained import Contained
 from runners.exits import Exit
 from runners.helper_errors import AnotherWayError, GoneError, UnheldError, in_words
 from runners.output import Log, Output, close_all
-from runners.scratch import remove_tree
+from runners.scratch import folder_of, remove_tree
 from runners.wire import WORDS, Wire, as_error, as_figure, as_reasons, as_words, message
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from runners.base import Rights
+    from runners.base import Rights, Tier
     from runners.confinement import Plan
 
 log = logging.getLogger(__name__)
@@ -93,8 +93,9 @@ class Home:
     """Where a process belongs. Processes with equal homes are started by the same helper, with the same rights.
 
     `edition` grows with each change of the overlay (`Job.edition`). `program` is the first word of the commands that
-    are started there; `listen` has the TCP ports that may be listened on without any right to the network. A helper
-    stands in the folder that it was started in, even if another has taken its place since.
+    are started there; `listen` has the TCP ports that may be listened on without any right to the network; `tier` is
+    where their scratch folders are, of which they may write to no other. A helper stands in the folder that it was
+    started in, even if another has taken its place since.
     """
 
     overlay: str
@@ -105,6 +106,7 @@ class Home:
     edition: int = 0
     program: str = ""
     listen: tuple[int, ...] = ()
+    tier: Tier = "LOCAL"
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +159,11 @@ class Process:
     def sandbox_for(self, scope: Scope) -> Sandbox:
         """What the kernel holds it to."""
         return self._helper.sandbox_for(scope)
+
+    @property
+    def scratch_mb(self) -> int:
+        """What it may have in its scratch folder, in MiB; 0 for any amount."""
+        return self._helper.scratch_mb
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to its group. KILL ends also what left the group. Nothing happens once it has ended."""
@@ -235,6 +242,11 @@ class Helper:
     @property
     def pid(self) -> int:
         return self._contained.pid
+
+    @property
+    def scratch_mb(self) -> int:
+        """What each of its programs may have in its scratch folder, in MiB; 0 for any amount."""
+        return 0 if self._wired is None else int(self._wired["scratch"]["mb"])
 
     @property
     def is_idle(self) -> bool:
@@ -395,12 +407,19 @@ class Helper:
     def _settle(self) -> None:
         """Where no namespace held them, there may be more to end: what only the bus can clear away."""
         orphans = not self._contained.ended_in_order() and self.namespace is False
-        scratch = None if self.namespace or self._wired is None else f"{self._wired['scratch']['root']}/{self._mark}"
+        scratch = self._scratch_on_disk()
         if orphans or (scratch is not None and os.path.lexists(scratch)):
             clearing = self._loop.run_in_executor(None, _clear, self._mark, orphans, scratch)
             clearing.add_done_callback(self._cleared)
         else:
             self._finish()
+
+    def _scratch_on_disk(self) -> str | None:
+        """The folder that its calls have theirs in; None where that is memory which has gone with it."""
+        if self._wired is None:
+            return None
+        place = self._wired["scratch"]
+        return None if self.namespace and place["mounts"] else folder_of(place["root"], self._mark, private=False)
 
     def _cleared(self, clearing: asyncio.Future[None]) -> None:
         if not clearing.cancelled() and (error := clearing.exception()) is not None:

@@ -237,8 +237,8 @@ class Helpers:
         self._confinement = confinement
         self._redact = redact
         self._mark = f"aal-{secrets.token_hex(8)}"
-        self._scratch: ScratchRoot | None = None
-        self._sweep: asyncio.Future[None] | None = None
+        self._scratch: dict[Path, ScratchRoot] = {}
+        self._sweeps: set[asyncio.Future[None]] = set()
         self._numbers = itertools.count(1)
         self._pools: dict[tuple[Home, Script | None], Pool] = {}
         self._draining: set[Pool] = set()
@@ -319,11 +319,10 @@ class Helpers:
             helper.close(at_once=at_once)
         if self._alive:
             await asyncio.wait([helper.gone for helper in self._alive])
-        if self._sweep is not None:
-            await asyncio.wait([self._sweep])
-        if self._scratch is not None:
-            self._scratch.close()
-            self._scratch = None
+        if self._sweeps:
+            await asyncio.wait(self._sweeps)
+        while self._scratch:
+            self._scratch.popitem()[1].close()
 
     # For pools
 
@@ -354,7 +353,7 @@ class Helpers:
         """How the kernel is to hold a helper of the pool; there is a scratch root then. Raises OSError."""
         if self._confinement is None:
             return None
-        plan = self._confinement.plan(pool.home, forks=pool.script is not None)
+        plan = self._confinement.plan(pool.home, forks=pool.script is not None, namespace=self._namespace)
         if not self._namespace and (why := plan.needs_namespace()):
             raise UnheldError(why)
         if plan.wire is not None:
@@ -363,13 +362,13 @@ class Helpers:
 
     def _provide_scratch(self, root: Path) -> None:
         try:
-            if self._scratch is not None:
-                self._scratch.provide()
+            if root in self._scratch:
+                self._scratch[root].provide()
                 return
-            self._scratch = ScratchRoot(root, self._mark)
+            made = self._scratch[root] = ScratchRoot(root, self._mark)
         except OSError as error:
             raise OSError(error.errno, f"the scratch root {root} cannot be made: {error.strerror}") from error
-        self._sweep = asyncio.get_running_loop().run_in_executor(None, self._scratch.sweep)
+        self._sweeps.add(asyncio.get_running_loop().run_in_executor(None, made.sweep))
 
     def do_without_namespace(self, error: OSError) -> None:
         """It was tried, by what can be believed. Raises OSError where the kernel may have one a moment later.
@@ -431,6 +430,7 @@ def _as_json(pool: Pool, helper: Helper, unfit: str | None) -> dict[str, Any]:
     return {
         "pid": helper.pid,
         "phase": pool.home.phase,
+        "tier": pool.home.tier,
         "mode": "spawn" if pool.script is None else "fork",
         **why,
         "running": len(helper.processes),

@@ -33,9 +33,9 @@ def main() -> None:
     _, config = marshal.loads(channel.recv(MESSAGE_BYTES))  # noqa: S302  # only the bus has the other end
     plan, forks = config["plan"], config["arguments"] is not None
     failed = take_late(channel, plan) if plan is not None and forks else {}
-    folder = None if plan is None else folder_of(plan["scratch"]["root"], mark, os.getpid() == 1)
+    folder = None if plan is None else place_of(plan["scratch"], mark)
     program = load_program(channel, config, folder or UNPLANNED) if forks else None  # type: Any
-    scratch = None if folder is None else Scratch(os.fsencode(folder) if forks else folder, os.getpid() == 1)
+    scratch = None if folder is None else scratch_in(folder, plan["scratch"], forks)
     most = 0 if plan is None else plan["processes"]
     environment, ahead = config["environment"], config["ahead"]
     launcher = Launcher(channel, program, mark, environment=environment, ahead=ahead, scratch=scratch, most=most)
@@ -48,6 +48,20 @@ def main() -> None:
     if program is not None:
         program.run(launcher.serve)
     launcher.serve()
+
+
+def is_mounted(place: Any) -> bool:
+    """Whether the scratch folders lie in memory of this helper's own."""
+    return os.getpid() == 1 and place["mounts"]
+
+
+def place_of(place: Any, mark: str) -> str:
+    return folder_of(place["root"], mark, is_mounted(place))
+
+
+def scratch_in(folder: str, place: Any, forks: bool) -> Any:
+    """What a fork is told of it is bytes."""
+    return Scratch(os.fsencode(folder) if forks else folder, os.getpid() == 1, place["mb"] << 10, is_mounted(place))
 
 
 def take_late(channel: Any, plan: Any) -> dict[str, str]:

@@ -32,7 +32,7 @@ is not for what nobody can trust.
                                  "unfit" why, "unclean" {module: why} or "unheld" {mechanism: why}
                       "failed"   (call, errno, words): it did not start
                       "ended"    [(call, wait status, cpu ms, peak KiB, why), ...]: None, `LOST`, or that it
-                                 had "too many processes" or "too much memory"
+                                 had "too many processes", "too much memory" or "too much in scratch"
                       "memory"   (call, KiB or None)
                       "using"    [(call, KiB), ...]: what calls that run for a while have of memory, if that changed
 
@@ -350,6 +350,8 @@ class Launcher:
             if seen.take(kib, now):
                 using.append((number, kib))
             excess = self._excess(pids, kib, seen)
+            if excess is None and self._scratch is not None:
+                excess = self._scratch.excess(number)
             if excess is not None:
                 self._excessive.setdefault(number, excess)
                 self._end_roots(roots[number])
@@ -391,8 +393,7 @@ class Launcher:
                 break
             self._bury(seen.si_pid)
         if (self._ended or self._orphans_crowd) and not self._orphans_left():
-            for number, *_ in self._ended:
-                self._clear(number)
+            self._ended = list(map(self._cleared, self._ended))
             while self._ended:
                 tell(self._channel, "ended", self._ended[:TOLD_AT_ONCE])
                 del self._ended[:TOLD_AT_ONCE]
@@ -400,12 +401,22 @@ class Launcher:
             self._orphans_crowd = False
             self._killed.clear()
 
-    def _clear(self, number: int) -> None:
-        """Let nothing be left of what a call has written to the places that are made for calls."""
-        if self._scratch is not None:
-            self._scratch.remove(number)
-            if not self._calls:
-                self._scratch.empty_shared_memory()
+    def _cleared(self, end: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The end of a call, once nothing is left of it. Nobody has looked at what it wrote last."""
+        excess = self._clear(end[0])
+        return end if excess is None or end[-1] is not None else (*end[:-1], excess)
+
+    def _clear(self, number: int) -> str | None:
+        """Let nothing be left of what a call has written to the places that are made for calls.
+
+        Returns what of that was too much, in words; None for nothing.
+        """
+        if self._scratch is None:
+            return None
+        excess = self._scratch.remove(number)
+        if not self._calls:
+            self._scratch.empty_shared_memory()
+        return excess
 
     def _bury(self, pid: int) -> None:
         """Reap one. Its group is killed before, while nobody else can have its number."""

@@ -14,6 +14,7 @@ from runners.base import Code, JsonError, Outcome, parse_json
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Iterable
+    from collections.abc import Set as AbstractSet
 
 READ_SIZE = 64 * 1024
 """Bytes taken from a pipe at once; a pipe holds that much unless the program enlarged it."""
@@ -250,10 +251,15 @@ _WORDS_OF_NO_MEMORY = ("MemoryError", "Cannot allocate memory", "out of memory",
 """What Python, the C library, Node and Go, and C++ say."""
 
 
-def with_hint(outcome: Outcome, hard_mb: int) -> Outcome:
+_WORDS_OF_NO_SPACE = ("No space left on device", "File too large", "Disk quota exceeded", "ENOSPC", "EFBIG")
+"""What the C library says, and Node."""
+
+
+def with_hint(outcome: Outcome, hard_mb: int, scratch: str) -> Outcome:
     """A program that was given no more memory says so at most in its own words; and who killed it, nobody says.
 
-    Nothing of the bus kills without a word, so a KILL is the kernel's, for want of memory, or some person's.
+    Nothing of the bus kills without a word, so a KILL is the kernel's, for want of memory, or some person's. Who writes
+    more than there is room for says so no louder; `scratch` is what it may write, in words.
     """
     if outcome.exit_code == -signal.SIGKILL and outcome.code == Code.CRASH:
         error = f"{outcome.error}, and not by the bus: the kernel does so where memory has run out"
@@ -261,16 +267,23 @@ def with_hint(outcome: Outcome, hard_mb: int) -> Outcome:
     if _may_lack_memory(outcome):
         hint = f"It may have run out of memory: of its own data it can have twice its HARD of {hard_mb} MiB at most."
         return outcome._replace(hint=hint)
+    if _may_lack(outcome, {signal.SIGXFSZ}, _WORDS_OF_NO_SPACE):
+        return outcome._replace(hint=f"It may have filled its scratch folder: {scratch}.")
     return outcome
 
 
 def _may_lack_memory(outcome: Outcome) -> bool:
+    return _may_lack(outcome, _OF_NO_MEMORY, _WORDS_OF_NO_MEMORY)
+
+
+def _may_lack(outcome: Outcome, signals: AbstractSet[int], words: Iterable[str]) -> bool:
+    """Whether it failed, and by one of these signals or with one of these words."""
     failed = isinstance(outcome.result, dict) and outcome.result.get("ok") is False
     if outcome.ok and not failed:
         return False
-    died = outcome.exit_code is not None and -outcome.exit_code in _OF_NO_MEMORY
+    died = outcome.exit_code is not None and -outcome.exit_code in signals
     said = str(outcome.result) if failed else outcome.log
-    return died or any(words in said for words in _WORDS_OF_NO_MEMORY)
+    return died or any(word in said for word in words)
 
 
 def join_log(noise: bytes, log: Log) -> str:

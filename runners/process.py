@@ -140,7 +140,8 @@ class ProcessRunner:
         """Raises OSError (no such folder, too many files, ...) or TimeoutError, and then leaves nothing behind."""
         if job.deadline <= time.monotonic():
             raise TimeoutError
-        home = Home(job.overlay, job.phase, job.rights, job.folder, target.env, job.edition, target.argv[0])
+        edition, program = job.edition, target.argv[0]
+        home = Home(job.overlay, job.phase, job.rights, job.folder, target.env, edition, program, tier=job.tier)
         script = _script(target.argv, target.preload, target.stdin) if target.mode in ("auto", "fork") else None
         while True:
             with contextlib.suppress(GoneError, UnfitError):  # then its pool has, or is, another
@@ -221,6 +222,7 @@ class _Run:
         loop = self._loop = asyncio.get_running_loop()
         self._deadline = job.deadline
         self.hard_mb = job.hard_mb
+        self.tier = job.tier
         self.allowed_s = job.deadline - time.monotonic()
         self.reason: Code | None = None
         self.why = ""
@@ -245,6 +247,11 @@ class _Run:
     @property
     def sandbox(self) -> Sandbox:
         return self._process.sandbox_for("call")
+
+    @property
+    def may_write(self) -> str:
+        """To its scratch folder, in words."""
+        return f"tier {self.tier} has {self._process.scratch_mb} MiB a call"
 
     @property
     def stdout(self) -> bytes:
@@ -317,6 +324,8 @@ async def _outcome(run: _Run, exit_: Exit) -> Outcome:
         return _outcome_of(run, exit_, run.reason, _ended_early(run, run.reason))
     if exit_.had_too_many:
         return _outcome_of(run, exit_, Code.PROCESS_LIMIT, exit_.lost)
+    if exit_.was_too_full:
+        return _outcome_of(run, exit_, Code.SCRATCH_LIMIT, f"{exit_.lost} ({run.may_write})")
     if exit_.lost is not None and not exit_.had_too_much:
         return _outcome_of(run, exit_, Code.CRASH, exit_.lost)._replace(retryable=True)
     if why := _too_much(run, exit_):
@@ -324,7 +333,7 @@ async def _outcome(run: _Run, exit_: Exit) -> Outcome:
     stdout = run.stdout
     reply = read_reply(stdout) if len(stdout) <= LARGE_BYTES else await asyncio.to_thread(read_reply, stdout)
     code, error = judge(reply, exit_.code or 0)
-    return with_hint(_outcome_of(run, exit_, code, error, reply), run.hard_mb)
+    return with_hint(_outcome_of(run, exit_, code, error, reply), run.hard_mb, run.may_write)
 
 
 def _too_much(run: _Run, exit_: Exit) -> str | None:

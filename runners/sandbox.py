@@ -10,7 +10,8 @@ A plan is a dict of plain values, as the bus makes it from the rights of a phase
     "late"          the same, taken once the overlay's interpreter has started in mode fork (`launcher.py`)
     "limits"        [[resource number, value], ...], hard as soft; none is raised
     "capabilities"  the bits of those that stay; None: as they are
-    "scratch"       {"root": folder, "mb": MiB that a mount of it holds, "bits": Landlock's for what is in it}
+    "scratch"       {"root": folder, "mounts": whether a helper in a namespace covers it with memory of its own, "mb":
+                    MiB that a call may have there, "bits": Landlock's for what is in it}
     "processes"     how many processes and threads a call may have at once; 0: any number
     "strict"        whether a helper ends that cannot take all of it
 

@@ -1,8 +1,9 @@
-"""The folder that the scratch folders of calls are in, as the bus sees it.
+"""A folder that scratch folders of calls are in, as the bus sees it. Each tier may have its own.
 
-A helper without a namespace keeps the scratch folders of its calls in `<root>/<mark>` and removes them itself; where
-it was killed, the bus does. Of a bus that was killed too, the next one does: each bus holds a lock (flock(2)) on
-`<root>/<the bus's mark>.lock` as long as it lives, and what belongs to no held lock is nobody's.
+A helper whose scratch is not memory of its own keeps the folders of its calls in `<root>/<mark>` and removes them
+itself; where it was killed, the bus does. Of a bus that was killed too, the next one does: each bus holds a lock
+(flock(2)) on `<root>/<the bus's mark>.lock` as long as it lives, and what belongs to no held lock is nobody's. Buses of
+several users may share a root, and each removes what is its own user's.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class ScratchRoot:
 def sweep(root: Path, *, but: str = "") -> None:
     """Remove what buses have left that are gone. It blocks; what cannot be removed is logged."""
     try:
-        marks = {found[1] for name in _names(root) if (found := _OURS.fullmatch(name))}
+        marks = {found[1] for name in _names(root) if (found := _OURS.fullmatch(name)) and _is_own(root / name)}
     except FileNotFoundError:
         return
     except OSError as error:
@@ -85,6 +86,13 @@ def _sweep_after(root: Path, mark: str) -> None:
             if name.startswith(f"{mark}-"):
                 remove_tree(str(root / name))
         _lock_of(root, mark).unlink(missing_ok=True)
+
+
+def _is_own(path: Path) -> bool:
+    try:
+        return path.lstat().st_uid == os.geteuid()
+    except FileNotFoundError:  # another bus has just removed it
+        return False
 
 
 def _lock_of(root: Path, mark: str) -> Path:

@@ -141,7 +141,8 @@ class Service:
         self.url = ""
         self.up: asyncio.Future[bool] = loop.create_future()
         self.gone: asyncio.Future[None] = loop.create_future()
-        self._home = Home(job.overlay, "", target.rights, job.folder, target.env, job.edition, target.argv[0])
+        edition, program = job.edition, target.argv[0]
+        self._home = Home(job.overlay, "", target.rights, job.folder, target.env, edition, program, tier=target.tier)
         self._target = target
         self._house = house
         self._on_fault = on_fault

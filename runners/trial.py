@@ -26,6 +26,7 @@ from runners.helpers import Helpers
 from runners.probe_rights import start_of
 from runners.process import ProcessRunner
 from runners.programs import elf_loader, real
+from runners.tiers import Tiers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -72,7 +73,7 @@ async def find_out(phases: Mapping[str, Rights], mode: SandboxMode = "best-effor
     with ExitStack() as stack:
         base = real(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="aal-trial-"))))
         envelope = json.dumps(_lay_out(base, stack)).encode()
-        confinement = Confinement(mode, base / "scratch", SCRATCH_MB, _PROCESSES)
+        confinement = Confinement(mode, Tiers.all_in(base / "scratch", SCRATCH_MB), _PROCESSES)
         runner = ProcessRunner(Helpers(most=1, confinement=confinement), kill_grace_s=0)
         ground = _Ground(runner, confinement, base, envelope)
         try:

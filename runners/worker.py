@@ -513,7 +513,7 @@ class Worker:
 
     def _finish(self, exit_: Exit) -> None:
         how = self._say(exit_)
-        code, what = self._fault or (Code.PROCESS_LIMIT if exit_.had_too_many else Code.CRASH, how)
+        code, what = self._fault or (_code_of(exit_), how)
         failure = Outcome(
             code,
             error=f"the worker {what}",
@@ -561,6 +561,13 @@ class Worker:
             self._loop.remove_writer(fd)
             os.close(fd)
         return _NO_FD
+
+
+def _code_of(exit_: Exit) -> Code:
+    """What it was ended for, where nobody here had it ended."""
+    if exit_.had_too_many:
+        return Code.PROCESS_LIMIT
+    return Code.SCRATCH_LIMIT if exit_.was_too_full else Code.CRASH
 
 
 def _unread(pipe: int) -> int:

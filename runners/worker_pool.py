@@ -24,7 +24,17 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_STARTLESS = frozenset({Code.START, Code.CRASH, Code.PROTOCOL, Code.MEMORY_LIMIT, Code.PROCESS_LIMIT, Code.SANDBOX})
+_STARTLESS = frozenset(
+    {
+        Code.START,
+        Code.CRASH,
+        Code.PROTOCOL,
+        Code.MEMORY_LIMIT,
+        Code.PROCESS_LIMIT,
+        Code.SCRATCH_LIMIT,
+        Code.SANDBOX,
+    }
+)
 """What a worker ends of that is not likely to do better at its next start."""
 
 _IS = {"late": "late with a call that was given up"}
@@ -87,7 +97,10 @@ class WorkerPool:
         *,
         draining: str | None = None,
     ) -> None:
-        self.home = Home(job.overlay, job.phase, job.rights, job.folder, target.env, job.edition, target.argv[0])
+        tier = target.workers.tier
+        self.home = Home(
+            job.overlay, job.phase, job.rights, job.folder, target.env, job.edition, target.argv[0], tier=tier
+        )
         self.argv = target.argv
         self.log_limit = job.max_log_bytes
         self.start_timeout_s = target.workers.start_timeout_s

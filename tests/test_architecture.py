@@ -44,7 +44,7 @@ PROGRAMS += ["watching", "zygote_script", "zygote_reading", "zygote_loading", "z
 RUNNER_FLOORS = [
     ["base", "launch", "inside", "launcher", "channel", "execution"],
     ["sandbox", "scratch", "containment", "descendants", "watching", "zygote"],
-    ["alarm", "bpf", "syscalls", "kernel", "programs", "probe_rights"],
+    ["alarm", "bpf", "syscalls", "kernel", "programs", "probe_rights", "tiers"],
     ["zygote_script", "zygote_reading", "zygote_loading", "zygote_ending"],
     ["output", "logs", "ports", "breaker", "http_client", "python_command", "strays", "seccomp"],
     ["exits", "sealed_file", "helper_errors"],
@@ -59,7 +59,7 @@ RUNNER_FLOORS = [
     ["trial"],
 ]
 RUNNER_FLOOR = {f"runners.{name}": floor for floor, names in enumerate(RUNNER_FLOORS, 1) for name in names}
-DOCTORS = {"runners.confinement", "runners.helpers", "runners.trial"}
+DOCTORS = {"runners.confinement", "runners.helpers", "runners.tiers", "runners.trial"}
 LONGEST_FUNCTION = 60
 PACKAGES = {"bus", "runners"}
 
@@ -141,6 +141,7 @@ def test_the_bus_knows_of_the_runners_the_ground_floor_only(file: Path) -> None:
                 "python_command",
                 "scratch_root",
                 "services",
+                "tiers",
             )
         }
         if name_of(file) == "bus.plugins"

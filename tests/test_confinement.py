@@ -19,6 +19,7 @@ from runners.helper import LAUNCH, Home
 from runners.helpers import Helpers
 from runners.kernel import Kernel, this_kernel
 from runners.process import ProcessRunner
+from runners.tiers import Tiers
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,7 +53,7 @@ def home(tmp_path: Path) -> Home:
 
 def confinement(home: Home, mode: SandboxMode = "best-effort", on: Kernel = WHOLE) -> Confinement:
     root = home.folder.parent.parent / "scratch"
-    return Confinement(mode, root, scratch_mb=16, max_processes=64, kernel=on)
+    return Confinement(mode, Tiers.all_in(root, 16), max_processes=64, kernel=on)
 
 
 def plan(home: Home, rights: Rights, *, forks: bool = False, on: Kernel = WHOLE, mode: SandboxMode = "enforce") -> Plan:
@@ -125,7 +126,7 @@ def test_a_link_that_another_overlay_laid_to_what_the_bus_keeps_leads_nowhere(ho
 def test_scratch_is_left_to_the_process_inside_with_its_bits(home: Home) -> None:
     wire = plan(home, CLEAR).wire
     root = home.folder.parent.parent / "scratch"
-    assert wire["scratch"] == {"root": str(root), "mb": 16, "bits": kernel.WRITE}
+    assert wire["scratch"] == {"root": str(root), "mounts": True, "mb": 16, "bits": kernel.WRITE}
     assert granted(wire, root) == 0
 
 
@@ -274,7 +275,6 @@ def test_without_a_namespace_other_processes_are_seen_but_not_reached(home: Home
     assert missing == {
         "write: no shared memory (no pid namespace)",
         "processes: those of others can be seen (no pid namespace)",
-        "limits: scratch as a whole has none (no namespace)",
     }
     assert "processes" not in said(plan(home, CLEAR), namespace=False, without="seccomp")[0]
     old = plan(home, CLEAR, on=Kernel(5, None, None))

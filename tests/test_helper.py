@@ -75,7 +75,7 @@ class AConfinement:
     why: str | None = None
     asked: list[tuple[Home, bool]] = field(default_factory=list)
 
-    def plan(self, home: Home, *, forks: bool) -> APlan:
+    def plan(self, home: Home, *, forks: bool, namespace: bool = True) -> APlan:
         self.asked.append((home, forks))
         wire: dict[str, Any] = {
             "landlock": None,
@@ -84,7 +84,7 @@ class AConfinement:
             "others": b"",
             "limits": [[int(resource.RLIMIT_NOFILE), 64]],
             "capabilities": None,
-            "scratch": {"root": str(self.scratch), "mb": 4, "bits": 0},
+            "scratch": {"root": str(self.scratch), "mounts": namespace, "mb": 4, "bits": 0},
             "processes": 0,
             "strict": False,
         }

@@ -898,13 +898,14 @@ def test_details_tell_how_the_programs_run(root: Path, registry: Registry) -> No
     put(root / "c")
     shown = [json.loads(json.dumps(entry.detail())) for entry in registry.entries()]
     keys = ("mode", "stdin", "preload", "workers")
-    workers = {"count": 2, "max_calls": 10_000, "max_mb": None, "start_timeout_s": 30.0}
+    workers = {"count": 2, "max_calls": 10_000, "max_mb": None, "start_timeout_s": 30.0, "tier": "LOCAL"}
     assert [[detail[key] for key in keys] for detail in shown] == [
         ["worker", "pipe", [], workers],
         [None, None, [], None],
         ["auto", "file", [], None],
     ]
     service = {"argv": ["cat"], "ready_path": "/health", "start_timeout_s": 30.0, "idle_s": 300.0, "max_mb": None}
+    service["tier"] = "LOCAL"
     assert [detail["service"] for detail in shown] == [service, None, None]
     assert shown[0]["details"]["ping"]["url"] == "/ping"
 

@@ -188,6 +188,16 @@ def test_what_the_bus_keeps_for_itself_is_out_of_reach_for_every_process(setting
     assert own == set(kept)
 
 
+def test_folders_that_are_set_for_scratch_are_kept_as_well(settings: Settings) -> None:
+    home = settings.overlays.parent
+    settings = replace(settings, scratch_cold=str(home / "cold"), scratch_local="/dev/shm")
+    assert home / "cold" in Plugins(settings).confinement.kept
+    assert Path("/dev/shm") not in Plugins(settings).confinement.kept
+    folder = add_native(settings.overlays, "one", {"run": {"runner": "proc", "rights": {"read": [str(home / "cold")]}}})
+    (fault,) = Plugins(settings).check_overlay(manifests.read(folder), folder)
+    assert "cold" in fault
+
+
 def test_an_overlay_that_the_bus_works_in_has_no_right_to_what_the_bus_keeps_there(settings: Settings) -> None:
     """Its folder is its own, but what is kept lies deeper."""
     home = settings.overlays.parent

@@ -20,13 +20,14 @@ import pytest
 from bus.model import Phase
 from bus.policy import PHASES, authorize
 from runners import helpers
-from runners.base import Code, HttpTarget, Job, ProcessTarget, Rights, Sandbox, ServiceTarget, Workers
+from runners.base import TIERS, Code, HttpTarget, Job, ProcessTarget, Rights, Sandbox, ServiceTarget, Workers
 from runners.confinement import RIGHTS, Confinement
 from runners.helpers import Helpers
 from runners.http import EXTERNAL, HttpRunner
 from runners.kernel import ABI_OF_SCOPES, Kernel, this_kernel
 from runners.process import ProcessRunner
 from runners.services import Services
+from runners.tiers import Tiers
 from tests import programs
 from tests.runner_fixtures import nothing_left  # noqa: F401  # pytest finds it by its name
 from tests.support import PATIENCE_S, a_capability, a_manifest, until
@@ -99,7 +100,10 @@ class House:
 
     def __init__(self, outside: Outside, mode: SandboxMode = "best-effort", **changes: Any) -> None:
         namespace = changes.pop("namespace", True)
-        values: dict[str, Any] = {"scratch_root": outside.folder / "scratch", "scratch_mb": 16, "max_processes": 64}
+        self.root = outside.folder / "scratch"
+        places = dict.fromkeys(TIERS, self.root)  # also without a namespace, where LOCAL would be in /dev/shm
+        tiers = Tiers(self.root, dict.fromkeys(TIERS, 16), {} if namespace else places)
+        values: dict[str, Any] = {"tiers": tiers, "max_processes": 64}
         self.confinement = Confinement(mode=mode, **values | changes)
         self.outside = outside
         self.helpers = self._helpers(namespace)
@@ -146,7 +150,7 @@ class House:
     @property
     def scratch(self) -> list[Path]:
         """What lies in the scratch root, but for what says who is alive."""
-        return [path for path in self.confinement.scratch_root.iterdir() if path.suffix != ".lock"]
+        return [path for path in self.root.iterdir() if path.suffix != ".lock"]
 
     @property
     def in_use(self) -> list[Path]:
@@ -408,10 +412,7 @@ async def test_scratch_is_gone_after_its_helper_was_killed(outside: Outside, kin
 def _scratch_has(helper: psutil.Process, house: House, name: str) -> bool:
     """Whether there is such a file in scratch, as the process inside sees it."""
     with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
-        return any(
-            list(Path(f"/proc/{inside.pid}/root{house.confinement.scratch_root}").rglob(name))
-            for inside in helper.children()
-        )
+        return any(list(Path(f"/proc/{inside.pid}/root{house.root}").rglob(name)) for inside in helper.children())
     return False
 
 

@@ -112,6 +112,133 @@ def test_it_leaves_no_descriptor_open(tmp_path: Path) -> None:
     assert os.listdir("/proc/self/fd") == before  # noqa: PTH208
 
 
+# What is in one
+
+
+def counted(folder: Path) -> scratch.Count:
+    count = scratch.Count(os.fsencode(folder))
+    assert count.go_on(scratch.NEVER)
+    return count
+
+
+def own_kib(folder: Path) -> int:
+    """What a folder counts itself."""
+    return max(scratch.ENTRY_KIB, folder.stat().st_blocks // 2)
+
+
+def test_what_the_file_system_has_given_out_counts_and_no_hole(tmp_path: Path) -> None:
+    with (tmp_path / "holes").open("wb") as file:
+        file.truncate(1 << 40)
+    assert counted(tmp_path).kib == own_kib(tmp_path) + scratch.ENTRY_KIB
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/full").write_bytes(os.urandom(1 << 20))
+    assert 1024 <= counted(tmp_path).kib <= 1024 + 16 * scratch.ENTRY_KIB
+
+
+def test_a_file_of_two_names_counts_once_and_a_link_for_nothing_but_itself(tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside/large").write_bytes(os.urandom(4 << 20))
+    (tmp_path / "top").mkdir()
+    (tmp_path / "top/a").write_bytes(os.urandom(1 << 20))
+    (tmp_path / "top/b").hardlink_to(tmp_path / "top/a")
+    (tmp_path / "top/away").symlink_to(tmp_path / "outside")
+    (tmp_path / "top/round").symlink_to(tmp_path / "top")
+    assert 1024 <= counted(tmp_path / "top").kib < 2048
+
+
+def test_a_link_in_the_place_of_the_folder_is_not_counted_for_what_it_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside/large").write_bytes(os.urandom(4 << 20))
+    (tmp_path / "top").symlink_to(tmp_path / "outside")
+    assert counted(tmp_path / "top").kib == scratch.ENTRY_KIB
+
+
+def test_empty_files_count_and_no_more_of_them_than_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(50):
+        (tmp_path / str(number)).touch()
+    assert counted(tmp_path).kib == own_kib(tmp_path) + 50 * scratch.ENTRY_KIB
+    monkeypatch.setattr(scratch, "MOST_ENTRIES", 49)
+    assert counted(tmp_path).fault == "too much in scratch: more than 49 files and folders"
+
+
+def test_a_tree_that_no_path_reaches_the_end_of_is_too_much(tmp_path: Path) -> None:
+    nested(tmp_path / "top", 10_000)
+    assert counted(tmp_path / "top").fault == scratch.TOO_DEEP
+    scratch.remove_tree(str(tmp_path / "top"))
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o100, 0o400])
+def test_what_is_in_a_folder_that_nobody_may_look_into_counts(tmp_path: Path, mode: int) -> None:
+    (tmp_path / "top/closed").mkdir(parents=True)
+    (tmp_path / "top/closed/full").write_bytes(os.urandom(1 << 20))
+    (tmp_path / "top/closed").chmod(mode)
+
+    def at_least_a_mib() -> None:
+        assert counted(tmp_path / "top").kib >= 1024
+
+    assert as_a_plain_owner(at_least_a_mib) == 0
+
+
+def test_a_count_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    for number in range(3 * scratch.BATCH):
+        (tmp_path / str(number)).touch()
+    count = scratch.Count(os.fsencode(tmp_path))
+    seen = [count.kib for _ in range(4) if not count.go_on(0.0)]
+    assert seen == sorted(seen)
+    assert count.go_on(scratch.NEVER)
+    assert count.kib == own_kib(tmp_path) + 3 * scratch.BATCH * scratch.ENTRY_KIB
+
+
+def test_what_lies_beside_the_folders_of_calls_goes_and_they_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scratch, "TIDY_S", 0.0)
+    made = scratch.Scratch(os.fsencode(tmp_path), shared_memory=False, most_kib=1024)
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "beside/file").touch()
+    running, ended = (Path(os.fsdecode(made.make(number))) for number in (1, 2))
+    assert made.remove(2) is None
+    assert (list(tmp_path.iterdir()), ended.exists()) == ([running], False)
+    (tmp_path / "again").touch()
+    assert made.excess(1) is None
+    assert list(tmp_path.iterdir()) == [running]
+
+
+def test_memory_of_its_own_that_is_not_half_full_is_not_looked_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = scratch.Scratch(str(tmp_path), shared_memory=False, most_kib=1024, mounted=True)
+    folder = made.make(1)
+    assert isinstance(folder, str)
+    Path(folder, "full").write_bytes(os.urandom(2 << 20))
+    whole = os.statvfs(tmp_path)
+
+    def with_used(kib: int) -> None:
+        free = whole.f_blocks - kib * 1024 // whole.f_frsize
+        used = os.statvfs_result((*whole[:3], free, free, 4, 4, *whole[7:]))
+        monkeypatch.setattr(os, "statvfs", lambda _: used)
+
+    with_used(1000)
+    assert made.excess(1) is None
+    with_used(1100)
+    assert "too much in scratch" in str(made.excess(1))
+    with_used(1000)
+    assert made.remove(1) is None
+
+
+def test_a_call_that_ended_with_too_much_is_told_the_figure(tmp_path: Path) -> None:
+    made = scratch.Scratch(str(tmp_path), shared_memory=False, most_kib=1024)
+    for number, mib, is_over in ((1, 1, False), (2, 2, True)):
+        folder = made.make(number)
+        assert isinstance(folder, str)
+        Path(folder, "full").write_bytes(os.urandom(mib << 20))
+        excess = made.remove(number)
+        assert (excess is not None) == is_over
+        assert list(tmp_path.iterdir()) == []
+    assert excess is not None
+    assert excess.endswith(" KiB, where 1024 are allowed")
+
+
 def test_a_place_that_was_made_unusable_is_made_usable_again(tmp_path: Path) -> None:
     place = tmp_path / "place"
     place.mkdir()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from typing import TYPE_CHECKING
 
 import pytest
 
+from runners import scratch_root
 from runners.scratch_root import ScratchRoot
 
 if TYPE_CHECKING:
@@ -55,6 +57,17 @@ def test_what_a_bus_has_that_still_runs_is_left_alone(tmp_path: Path) -> None:
     root.sweep()
     assert names(tmp_path) == {f"{OURS}.lock"}
     root.close()
+
+
+def test_what_buses_of_another_user_have_left_is_theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave(tmp_path, ANOTHERS)
+    owner = tmp_path.stat().st_uid
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    scratch_root.sweep(tmp_path)
+    assert names(tmp_path) == {f"{ANOTHERS}-7"}
+    monkeypatch.undo()
+    scratch_root.sweep(tmp_path)
+    assert names(tmp_path) == set()
 
 
 def test_its_own_calls_and_what_is_of_no_bus_are_left_alone(tmp_path: Path) -> None:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bus import settings as bus_settings
 from bus.errors import SettingError
 from bus.settings import DeclaredSecret, Settings, explain, load, stores_payload, table
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 # Each setting: a value as TOML, the same as text, and what is read; then values that cannot be, as TOML.
 EXAMPLES: dict[str, tuple[str, str, Any, list[str]]] = {
@@ -40,7 +38,17 @@ EXAMPLES: dict[str, tuple[str, str, Any, list[str]]] = {
     "dev_log_payload": ("true", "1", True, ['"maybe"', "2"]),
     "sandbox": ('"enforce"', "enforce", "enforce", ['"on"', "true"]),
     "trusted": ('"a, b-c"', "a, b-c", "a, b-c", ['"A B"', "[]"]),
+    "scratch_local": ('"/srv/x"', "/srv/x", "/srv/x", ["1", "true", '"~no-such-user-here/x"', '"' + 300 * "x" + '"']),
+    "scratch_extended": (
+        '"/srv/x"',
+        "/srv/x",
+        "/srv/x",
+        ["1", "true", '"~no-such-user-here/x"', '"' + 300 * "x" + '"'],
+    ),
+    "scratch_cold": ('"/srv/x"', "/srv/x", "/srv/x", ["1", "true", '"~no-such-user-here/x"', '"' + 300 * "x" + '"']),
     "scratch_mb": ("1", "1", 1, ["0", "1048577"]),
+    "scratch_extended_mb": ("1", "1", 1, ["0", "1048577"]),
+    "scratch_cold_mb": ("1", "1", 1, ["0", "1048577"]),
     "max_processes": ("1", "1", 1, ["0", "1.5"]),
     "local_phases": ('"OPEN,CLEAR"', "OPEN,CLEAR", "OPEN,CLEAR", ['"open"', '"OPEN SEAL"']),
     "hosts": ('"bus.lan, [fd00::1]"', "bus.lan, [fd00::1]", "bus.lan, [fd00::1]", ['"http://bus"', '"a b"']),
@@ -220,6 +228,16 @@ def test_paths_are_absolute_and_relative_ones_start_at_the_working_folder(tmp_pa
     assert settings.logs == tmp_path / "var/../logs2"
     assert str(settings.state) == "/srv/state"
     assert settings.ledger == settings.logs / "provenance.jsonl"
+
+
+def test_folders_for_scratch_are_absolute_as_well_and_none_where_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    given = {"AAL_SCRATCH_LOCAL": "", "AAL_SCRATCH_EXTENDED": "fast", "AAL_SCRATCH_COLD": "~/slow"}
+    settings = load(tmp_path, given)
+    assert settings.scratch_set() == {"EXTENDED": tmp_path / "fast", "COLD": Path("/home/somebody/slow")}
+    assert settings.scratch == tmp_path / ".aal/scratch"
 
 
 def test_without_a_folder_the_current_one_is_the_working_folder(

@@ -299,8 +299,7 @@ _TO_TAKE_MORE = (
     _limit(
         "fill scratch by many files",
         "fill_scratch_with_many",
-        refused=frozenset({"ENOSPC"}),
-        needs="namespace",
+        code="ERR_SCRATCH_LIMIT",
         unheld="nobody",
     ),
     _limit("open many files", "open_many_files", refused=frozenset({"EMFILE"}), unheld="nobody"),

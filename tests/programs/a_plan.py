@@ -24,8 +24,8 @@ ALLOW, EPERM = 0x7FFF0000, 0x00050001
 """Of <linux/bpf_common.h> and <linux/seccomp.h>."""
 
 
-def a_plan(root: Path | str = "/nowhere", **changes: Any) -> dict[str, Any]:
-    """Nothing is taken but what `changes` say."""
+def a_plan(root: Path | str = "/nowhere", *, mounts: bool = True, **changes: Any) -> dict[str, Any]:
+    """Nothing is taken but what `changes` say. With `mounts` scratch is memory where there is a namespace."""
     plan: dict[str, Any] = {
         "landlock": None,
         "seccomp": b"",
@@ -33,7 +33,7 @@ def a_plan(root: Path | str = "/nowhere", **changes: Any) -> dict[str, Any]:
         "late": b"",
         "limits": [],
         "capabilities": None,
-        "scratch": {"root": str(root), "mb": 1, "bits": ALL & ~EXECUTE},
+        "scratch": {"root": str(root), "mounts": mounts, "mb": 1, "bits": ALL & ~EXECUTE},
         "processes": 0,
         "strict": False,
     }

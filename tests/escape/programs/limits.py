@@ -39,13 +39,14 @@ def fill_scratch(facts: Facts) -> int:
 
 
 def fill_scratch_with_many(facts: Facts) -> int:
-    """Files of which none is too large."""
+    """Files of which none is too large. The call is ended for them, whether or not there was room for the last."""
     folder = Path(os.environ["OVERLAY_SCRATCH"])
-    for number in range(2 * facts["scratch_mb"]):
-        with (folder / str(number)).open("wb", buffering=0) as file:
-            if file.write(bytes(MIB)) < MIB:
-                raise OSError(errno.ENOSPC, "written in part")
-    return 2 * int(facts["scratch_mb"])
+    with contextlib.suppress(OSError):
+        for number in range(2 * facts["scratch_mb"]):
+            with (folder / str(number)).open("wb", buffering=0) as file:
+                file.write(bytes(MIB))
+    time.sleep(600)
+    return 0
 
 
 def fill_shared_memory(facts: Facts) -> int:
