@@ -334,12 +334,25 @@ def _removed(name: str, is_folder: bool, fd: int) -> bool:
 
 
 def _enter(name: str | bytes, above: int | None = None) -> int:
-    """Open a folder, and no link to one, that its owner can use then. A path leads to any, a descriptor to this one."""
-    held = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above)
+    """Open a folder, and no link to one, that its owner can use then. A path leads to any, a descriptor to this one.
+
+    /proc is asked only where the folder cannot be listed: the process outside a namespace has none that it is in.
+    """
+    flags = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        itself = "/proc/self/fd/%d" % held
-        if os.fstat(held).st_mode & OWNER != OWNER:
+        fd = os.open(name, os.O_RDONLY | flags, dir_fd=above)
+    except PermissionError:
+        held = os.open(name, os.O_PATH | flags, dir_fd=above)
+        try:
+            itself = "/proc/self/fd/%d" % held
             os.chmod(itself, OWNER)
-        return os.open(itself, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    finally:
-        os.close(held)
+            return os.open(itself, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        finally:
+            os.close(held)
+    try:
+        if os.fstat(fd).st_mode & OWNER != OWNER:
+            os.chmod(fd, OWNER)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd

@@ -430,3 +430,140 @@ print("done")
         helper.until_ready()
         said, (_, _, _, _, why) = helper.run(python(code))
     assert (said, why) == ("done\n", None)
+
+
+# What they may have in scratch
+
+QUOTA_KIB = 1024
+FILLS = """
+import os, signal
+for number in range(%d):
+    with open(os.environ["OVERLAY_SCRATCH"] + "/%%d" %% number, "wb", buffering=0) as file:
+        file.write(os.urandom(64 * 1024))
+"""
+ON_DISK, IN_MEMORY = False, True
+
+
+def filling(kib: int, then: str = "") -> str:
+    return FILLS % (kib // 64) + then
+
+
+@pytest.fixture(params=[ON_DISK, IN_MEMORY], ids=["on disk", "in memory"])
+def mounts(request: pytest.FixtureRequest, namespace: bool) -> bool:
+    """Whether scratch is memory of the helper's own, which takes a namespace."""
+    if request.param and not namespace:
+        pytest.skip("there is no memory of its own without a namespace")
+    return bool(request.param)
+
+
+@pytest.fixture(params=[False, True], ids=["spawn", "fork"])
+def helper(
+    request: pytest.FixtureRequest, namespace: bool, mounts: bool, tmp_path: Path
+) -> Iterator[tuple[BareHelper, list[str]]]:
+    """One whose calls may have a MiB, and the command to which the code of a program is added."""
+    script = tmp_path / "run.py"
+    script.write_text(WAITS_OR_RUNS)
+    plan = a_plan.a_plan(tmp_path / "root", mounts=mounts)
+    with a_helper(plan, namespace=namespace, script=script if request.param else None) as made:
+        made.until_ready()
+        yield made, [str(script)] if request.param else [*PYTHON, str(script)]
+    assert list((tmp_path / "root").iterdir()) == []
+
+
+def assert_too_full(why: str) -> None:
+    assert why.startswith("too much in scratch: ")
+    assert why.endswith(f" KiB, where {QUOTA_KIB} are allowed")
+
+
+def test_where_it_is_not_memory_the_folders_are_on_the_disk_with_a_namespace_too(
+    namespace: bool, tmp_path: Path
+) -> None:
+    root = tmp_path / "root"
+    with a_helper(a_plan.a_plan(root, mounts=False), namespace=namespace) as helper:
+        helper.until_ready()
+        place, found, beside = json.loads(helper.run(python(FOLDERS))[0])
+        assert (place, found, beside) == (f"{root}/{helper.mark}/1", [], ["1"])
+        assert [path.name for path in root.iterdir()] == [helper.mark]
+    assert list(root.iterdir()) == []
+
+
+def test_a_call_that_runs_on_with_too_much_is_ended_and_no_other(helper: tuple[BareHelper, list[str]]) -> None:
+    made, command = helper
+    made.start(command, 2)
+    full = made.start([*command, filling(2 * QUOTA_KIB - 128, "signal.pause()")], 2)
+    number, status, _, _, why = made.ended()
+    assert (number, os.waitstatus_to_exitcode(status)) == (full, -signal.SIGKILL)
+    assert_too_full(why)
+    (inside,) = children(made.process.pid)
+    assert len(children(inside)) == 1  # the other call
+
+
+def test_a_call_that_has_ended_with_too_much_is_told_so(helper: tuple[BareHelper, list[str]]) -> None:
+    made, command = helper
+    said, (_, status, _, _, why) = made.run([*command, filling(2 * QUOTA_KIB - 128, "print('done')")])
+    assert (said, os.waitstatus_to_exitcode(status)) == ("done\n", 0)
+    assert_too_full(why)
+
+
+def test_a_call_that_has_what_it_may_goes_on_beside_one_that_has_too_much(
+    helper: tuple[BareHelper, list[str]],
+) -> None:
+    made, command = helper
+    patient = f"import time; time.sleep({4 * RARELY_S}); print('done')"
+    said, (_, status, _, _, why) = made.run([*command, filling(QUOTA_KIB - 64, patient)])
+    assert (said, status, why) == ("done\n", 0, None)
+    made.run([*command, filling(2 * QUOTA_KIB - 128)])
+    said, (_, status, _, _, why) = made.run([*command, filling(QUOTA_KIB - 64, "print('done')")])
+    assert (said, status, why) == ("done\n", 0, None)
+
+
+def test_what_a_link_leads_to_is_not_the_calls(helper: tuple[BareHelper, list[str]]) -> None:
+    made, command = helper
+    code = f"""
+import os, time
+os.symlink("/", os.environ["OVERLAY_SCRATCH"] + "/everything")
+time.sleep({3 * RARELY_S})
+print("done")
+"""
+    said, (_, status, _, _, why) = made.run([*command, code])
+    assert (said, status, why) == ("done\n", 0, None)
+
+
+EMPTY = """
+import os, signal
+for number in range(1_000_000):
+    open(os.environ["OVERLAY_SCRATCH"] + "/%d" % number, "w").close()
+"""
+
+
+def test_a_million_empty_files_are_too_many(helper: tuple[BareHelper, list[str]], mounts: bool) -> None:
+    made, command = helper
+    _, (_, status, _, _, why) = made.run([*command, EMPTY])
+    assert_too_full(why)
+    assert status != 0
+
+
+def test_a_call_may_fill_the_folder_of_another_which_is_ended(namespace: bool, mounts: bool, tmp_path: Path) -> None:
+    """They are not shielded from each other; what they have together is bounded all the same."""
+    with a_helper(a_plan.a_plan(tmp_path / "root", mounts=mounts), namespace=namespace) as made:
+        made.until_ready()
+        victim = made.start(python("import signal; signal.pause()"), 2)
+        code = f"import os; os.environ['OVERLAY_SCRATCH'] = os.environ['OVERLAY_SCRATCH'][:-1] + '{victim}'"
+        _, end = made.run(python(code + filling(2 * QUOTA_KIB - 128)))
+        ends = {end[0]: end} if end[0] == victim else {end[0]: end, victim: made.ended()}
+        assert_too_full(ends[victim][-1])
+
+
+def test_what_is_put_beside_the_folders_of_calls_goes(namespace: bool, mounts: bool, tmp_path: Path) -> None:
+    code = """
+import os, time
+beside = os.path.dirname(os.environ["OVERLAY_SCRATCH"]) + "/beside"
+os.mkdir(beside)
+open(beside + "/file", "wb").write(bytes(100_000))
+while os.path.exists(beside):
+    time.sleep(0.01)
+print("gone")
+"""
+    with a_helper(a_plan.a_plan(tmp_path / "root", mounts=mounts), namespace=namespace) as made:
+        made.until_ready()
+        assert made.run(python(code))[0] == "gone\n"
