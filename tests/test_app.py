@@ -103,7 +103,9 @@ def test_the_list_of_overlays_shows_the_good_and_the_broken(client: TestClient) 
 
 def test_one_overlay_is_shown_with_its_capabilities(client: TestClient) -> None:
     assert set(client.get("/overlays/two").json()["details"]) == {"ping", "pong"}
-    assert client.get("/overlays/broken").json()["error"]
+    assert client.get("/overlays/two").json()["scratch"] == {"LOCAL": {"place": "memory", "mb": 256}}
+    broken = client.get("/overlays/broken").json()
+    assert (bool(broken["error"]), broken["scratch"]) == (True, {})
     missing = client.get("/overlays/nobody")
     assert (missing.status_code, missing.json()["code"]) == (404, "ERR_UNKNOWN_OVERLAY")
 

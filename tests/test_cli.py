@@ -391,6 +391,8 @@ def test_show_has_everything_about_each_capability(aal: Callable[..., Ran], over
     told = aal("overlays", "show", "fixed").out
     assert re.search(r"^name +fixed$", told, re.MULTILINE)
     assert re.search(r"^command +sh run.sh$", told, re.MULTILINE)
+    assert shown["scratch"] == {"LOCAL": {"place": "memory", "mb": 256}}
+    assert re.search(r"^scratch +LOCAL: memory, 256 MiB a call$", told, re.MULTILINE)
     assert not re.search(r"^\w+$", told, re.MULTILINE)
 
 

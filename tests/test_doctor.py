@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,8 @@ import pytest
 
 from bus import doctor
 from bus.policy import PHASES
-from runners import kernel, places, trial
-from runners.base import Rights
+from runners import kernel, places, tiers, trial
+from runners.base import TIERS, Rights
 from runners.confinement import RIGHTS
 from runners.kernel import this_kernel
 from runners.trial import Found
@@ -21,6 +22,8 @@ from runners.trial import Found
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from bus.doctor import Finding
+    from bus.settings import Settings
     from runners.trial import Findings
 
 HELD = Found(allowed=False, enforced=True, by=("landlock",), found="elsewhere refused (EACCES)")
@@ -116,6 +119,55 @@ def test_where_no_program_can_be_held_the_reason_is_found(tried: Callable[[Any],
     (finding,) = doctor.rights()
     assert (finding.name, finding.mark) == ("rights", "fail")
     assert "it ended at once" in finding.found
+
+
+def scratch_findings(settings: Settings, *, namespace: bool = True, **changes: Any) -> dict[str, Finding]:
+    found = doctor.scratch(replace(settings, **changes), namespace=namespace)
+    return {one.name.removeprefix("scratch "): one for one in found}
+
+
+def test_each_tier_is_a_finding_with_its_place_its_file_system_and_what_is_free(settings: Settings) -> None:
+    found = scratch_findings(settings)
+    assert list(found) == list(TIERS)
+    assert found["LOCAL"].mark == "ok"
+    assert "memory of each helper's own (tmpfs), 256 MiB a call" in found["LOCAL"].found
+    kind = tiers.file_system(settings.scratch)
+    for tier, quota in (("EXTENDED", 1024), ("COLD", 4096)):
+        assert found[tier].found.startswith(f"{settings.scratch} ({kind}), ")
+        assert found[tier].found.endswith(f" MiB free, {quota} MiB a call")
+
+
+def test_local_that_is_not_memory_is_a_warning(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "file_system", lambda _: "ext4")
+    (settings.overlays.parent / "disk").mkdir()
+    found = scratch_findings(settings, scratch_local=str(settings.overlays.parent / "disk"))["LOCAL"]
+    assert (found.mark, "not memory" in found.found, "AAL_SCRATCH_LOCAL" in found.hint) == ("warn", True, True)
+    monkeypatch.setattr(tiers, "shared_memory_is_usable", lambda: False)
+    assert scratch_findings(settings, namespace=False)["LOCAL"].mark == "warn"
+
+
+def test_a_place_that_is_set_and_not_there_is_a_warning_and_one_that_cannot_be_written_a_failure(
+    settings: Settings,
+) -> None:
+    home = settings.overlays.parent
+    (home / "file").write_text("no folder")
+    given: dict[str, Any] = {
+        "scratch_cold": str(home / "unmounted"),
+        "scratch_cold_mb": 1,
+        "scratch_extended": str(home / "file/sub"),
+    }
+    found = scratch_findings(settings, **given)
+    assert (found["COLD"].mark, "not there yet" in found["COLD"].found) == ("warn", True)
+    assert (found["EXTENDED"].mark, "AAL_SCRATCH_EXTENDED" in found["EXTENDED"].hint) == ("fail", True)
+
+
+def test_a_place_with_less_room_than_a_call_may_take_is_a_warning(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings.scratch.mkdir(parents=True)
+    monkeypatch.setattr(doctor, "_free_mb", lambda _: 4095)
+    marks = {tier: one.mark for tier, one in scratch_findings(settings).items()}
+    assert marks == {"LOCAL": "ok", "EXTENDED": "ok", "COLD": "warn"}
 
 
 def test_the_table_has_a_row_a_phase_and_a_column_a_right() -> None:

@@ -35,7 +35,7 @@ from tests.support import PATIENCE_S, a_capability, a_manifest, until
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
-    from runners.base import Mode, Outcome, SandboxMode
+    from runners.base import Mode, Outcome, SandboxMode, Tier
 
 WITHOUT_LANDLOCK = Kernel(0, "this kernel has no Landlock", None)
 SCRIPT = str(programs.FOLDER / "rights.py")
@@ -115,7 +115,7 @@ class House:
 
     async def run(self, kind: str, rights: Rights, *tries: Any, phase: str = "OPEN", **job: Any) -> Outcome:
         """Have them tried by a process of this kind and these rights, one after the other."""
-        target = self._target(kind, rights)
+        target = self._target(kind, rights, job.get("tier", "LOCAL"))
         payload = {"try": [list(each) for each in tries]}
         made = programs.make_job(target, payload, timeout_s=PATIENCE_S)
         made = made._replace(envelope=self._envelope(made, payload), rights=rights, phase=phase, **job)
@@ -132,14 +132,14 @@ class House:
     def _envelope(self, job: Job, payload: Any) -> bytes:
         return json.dumps({"request_id": job.request_id, "payload": payload}).encode()
 
-    def _target(self, kind: str, rights: Rights) -> ProcessTarget | HttpTarget:
+    def _target(self, kind: str, rights: Rights, tier: Tier) -> ProcessTarget | HttpTarget:
         env = programs.ENV | {"OVERLAY_STATE": self.outside.state}
         argv = (sys.executable, SCRIPT)
         if kind == "service":
-            service = ServiceTarget((*argv, "service"), env, max_mb=256, rights=rights)
+            service = ServiceTarget((*argv, "service"), env, max_mb=256, rights=rights, tier=tier)
             return HttpTarget("/", "POST", service=service)
         if kind == "worker":
-            return ProcessTarget((*argv, "worker"), env, mode="worker", workers=Workers(max_mb=256))
+            return ProcessTarget((*argv, "worker"), env, mode="worker", workers=Workers(max_mb=256, tier=tier))
         mode: Mode = "fork" if kind == "fork" else "spawn"
         return ProcessTarget(argv, env, mode=mode)
 
@@ -407,6 +407,83 @@ async def test_scratch_is_gone_after_its_helper_was_killed(outside: Outside, kin
         outcome = await running
         assert outcome.code == Code.CRASH
         await until(lambda: house.scratch == [])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("namespace", [True, False], ids=["namespace", "subreaper"])
+async def test_scratch_on_the_disk_is_gone_after_its_helper_was_killed(
+    outside: Outside, kind: str, namespace: bool
+) -> None:
+    async with a_house(outside, namespace=namespace) as house:
+        tries = ("write_in", "OVERLAY_SCRATCH", "a"), ("breed", 0)
+        running = asyncio.create_task(house.run(kind, Rights(), *tries, tier="EXTENDED"))
+        await until(lambda: house.root.exists() and bool(list(house.root.rglob("a"))))
+        helpers = psutil.Process().children()
+        for process in [inside for helper in helpers for inside in helper.children()] + helpers:
+            process.send_signal(signal.SIGKILL)
+        assert (await running).code == Code.CRASH
+        await until(lambda: house.scratch == [])
+
+
+def tiers_in(folder: Path, mb: int = 16) -> Tiers:
+    """Each with a folder of its own."""
+    return Tiers(folder / "scratch", dict.fromkeys(TIERS, mb), {tier: folder / tier for tier in TIERS})
+
+
+@needs_landlock
+@each_kind
+@pytest.mark.parametrize("namespace", [True, False], ids=["namespace", "subreaper"])
+@pytest.mark.parametrize("tier", ["EXTENDED", "COLD"])
+async def test_a_call_may_write_to_the_place_of_its_tier_and_to_no_other(
+    outside: Outside, kind: str, namespace: bool, tier: Tier
+) -> None:
+    others = [outside.folder / other for other in TIERS if other != tier]
+    for other in others:
+        other.mkdir()
+    tries = [("write_in", "OVERLAY_SCRATCH", "a"), *(("write", f"{other}/new") for other in others)]
+    async with a_house(outside, namespace=namespace, tiers=tiers_in(outside.folder)) as house:
+        (written, *refused), _ = await house.tried(kind, Rights(write=True), *tries, tier=tier)
+        assert written.startswith(str(outside.folder / tier))
+        assert refused == ["EACCES", "EACCES"]
+    assert [list((outside.folder / tier).iterdir()) for tier in TIERS] == [[], [], []]
+
+
+@pytest.mark.parametrize("kind", ["spawn", "fork"])
+async def test_calls_of_two_tiers_of_one_overlay_run_at_once(outside: Outside, kind: str) -> None:
+    async with a_house(outside, tiers=tiers_in(outside.folder)) as house:
+        calls = [
+            house.tried(kind, Rights(), ("write_in", "OVERLAY_SCRATCH", "a"), tier=tier)
+            for tier in TIERS
+            for _ in range(4)
+        ]
+        found = [result.partition(" ")[0] for (result,), _ in await asyncio.gather(*calls)]
+        assert [Path(path).relative_to(outside.folder).parts[0] for path in found] == [
+            tier for tier in TIERS for _ in range(4)
+        ]
+        assert {helper["tier"] for helper in house.helpers.state("test")} == set(TIERS)
+
+
+@each_kind
+@pytest.mark.parametrize("tier", ["LOCAL", "COLD"])
+async def test_too_much_in_scratch_ends_the_call_and_the_figure_is_told(
+    outside: Outside, kind: str, tier: Tier
+) -> None:
+    async with a_house(outside, tiers=Tiers.all_in(outside.folder / "scratch", 1)) as house:
+        outcome = await house.run(kind, Rights(), ("fill", 30), ("breed", 0), tier=tier)
+    assert outcome.code == Code.SCRATCH_LIMIT
+    assert "too much in scratch: " in (outcome.error or "")
+    assert "where 1024 are allowed" in (outcome.error or "")
+    assert not outcome.retryable
+
+
+@pytest.mark.parametrize("kind", ["spawn", "fork"])
+async def test_a_call_that_was_refused_more_room_has_the_tier_and_the_quota_in_its_hint(
+    outside: Outside, kind: str
+) -> None:
+    async with a_house(outside, tiers=Tiers.all_in(outside.folder / "scratch", 1)) as house:
+        outcome = await house.run(kind, Rights(), ("outgrow", 2), tier="EXTENDED")
+    assert outcome.code == Code.CRASH
+    assert outcome.hint == "It may have filled its scratch folder: tier EXTENDED has 1 MiB a call."
 
 
 def _scratch_has(helper: psutil.Process, house: House, name: str) -> bool:

@@ -130,6 +130,24 @@ def leave(name: str) -> str:
     return "killed"
 
 
+def fill(files: int) -> str:
+    """Files of 64 KiB."""
+    for number in range(files):
+        (Path(os.environ["OVERLAY_SCRATCH"]) / str(number)).write_bytes(os.urandom(64 * 1024))
+    return "filled"
+
+
+def outgrow(mb: int) -> str:
+    """One file, as an error that nobody catches."""
+    try:
+        (Path(os.environ["OVERLAY_SCRATCH"]) / "large").write_bytes(bytes(mb << 20))
+    except OSError as error:
+        raise SystemExit(str(error)) from error
+    finally:
+        (Path(os.environ["OVERLAY_SCRATCH"]) / "large").unlink()
+    return "written"
+
+
 TRIES: dict[str, Callable[..., str]] = {
     function.__name__: function
     for function in (
@@ -149,7 +167,7 @@ TRIES: dict[str, Callable[..., str]] = {
         limits,
     )
 }
-TRIES |= {function.__name__: function for function in (allocate, breed, leave)}
+TRIES |= {function.__name__: function for function in (allocate, breed, leave, fill, outgrow)}
 
 
 def outcome_of(name: str, arguments: list[Any]) -> str:
