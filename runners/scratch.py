@@ -53,6 +53,7 @@ BATCH = 64
 TOO_FULL = "too much in scratch: %d KiB, where %d are allowed"
 TOO_MANY = "too much in scratch: more than %d files and folders"
 TOO_DEEP = "too much in scratch: folders in folders that no path leads to"
+TOO_CLOSED = "too much in scratch: a folder that cannot be looked into"
 """What is said of a call that has more than it may."""
 
 
@@ -100,6 +101,8 @@ class Count:
                         self.fault = TOO_MANY % MOST_ENTRIES
                         return
                     self._left.append(entry.path)
+        except PermissionError:
+            self.fault = TOO_CLOSED
         except OSError as error:  # it is gone, or has been made something else
             if error.errno == errno.ENAMETOOLONG:
                 self.fault = TOO_DEEP
@@ -109,8 +112,11 @@ class Count:
             status = os.lstat(path)
             if S_ISDIR(status.st_mode):
                 if status.st_mode & READABLE != READABLE:
-                    os.close(_enter(path))
+                    _open_up(path)
                 self._folders.append(path)
+        except PermissionError:
+            self.fault = TOO_CLOSED
+            return
         except OSError as error:
             if error.errno == errno.ENAMETOOLONG:
                 self.fault = TOO_DEEP
@@ -331,6 +337,14 @@ def _removed(name: str, is_folder: bool, fd: int) -> bool:
             raise
         return False
     return True
+
+
+def _open_up(folder: str | bytes) -> None:
+    """Where the helper's own rights allow to change modes; in CLEAR they do not."""
+    try:
+        os.close(_enter(folder))
+    except OSError:
+        pass
 
 
 def _enter(name: str | bytes, above: int | None = None) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
-from runners import kernel, seccomp
+from runners import kernel, seccomp, tiers
 from runners.base import Code, Job, ProcessTarget, Rights
 from runners.confinement import CAPABILITIES, MECHANISMS, OPEN_FILES, RIGHTS, Confinement
 from runners.helper import LAUNCH, Home
@@ -267,6 +267,16 @@ def test_enforce_refuses_what_a_kernel_lacks_before_anything_starts(
     why = confinement(home, "enforce", on).lacking(rights)
     assert why in missing or (why is None and not missing)
     assert confinement(home, "best-effort", on).lacking(rights) is None
+
+
+def test_local_scratch_that_is_not_in_memory_is_said_and_borne(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiers, "shared_memory_is_usable", lambda: False)
+    made = confinement(home, "enforce").plan(home, forks=False, namespace=False)
+    assert made.held(namespace=False, taken=MECHANISMS)["limits"].suffices
+    assert "limits: LOCAL scratch is not in memory (no namespace, no /dev/shm)" in said(made, namespace=False)[1]
+    assert made.wire["scratch"]["mounts"] is False
+    cold = confinement(home).plan(replace(home, tier="COLD"), forks=False, namespace=False)
+    assert not any("scratch" in gap for gap in said(cold, namespace=False)[1])
 
 
 def test_without_a_namespace_other_processes_are_seen_but_not_reached(home: Home) -> None:

@@ -179,6 +179,26 @@ def test_what_is_in_a_folder_that_nobody_may_look_into_counts(tmp_path: Path, mo
     assert as_a_plain_owner(at_least_a_mib) == 0
 
 
+@pytest.mark.parametrize("mode", [0o000, 0o300, 0o400])
+def test_a_folder_that_cannot_be_looked_into_is_too_much_where_no_mode_can_be_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int
+) -> None:
+    (tmp_path / "top/closed").mkdir(parents=True)
+    (tmp_path / "top/closed/file").touch()
+    (tmp_path / "top/closed").chmod(mode)
+
+    def refused(*_: object) -> None:
+        raise PermissionError
+
+    def is_too_much() -> None:
+        assert counted(tmp_path / "top").fault == scratch.TOO_CLOSED
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "chmod", refused)
+        assert as_a_plain_owner(is_too_much) == 0
+    scratch.remove_tree(str(tmp_path / "top"))
+
+
 def test_a_count_goes_on_where_it_stopped(tmp_path: Path) -> None:
     for number in range(3 * scratch.BATCH):
         (tmp_path / str(number)).touch()
