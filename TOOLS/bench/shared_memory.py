@@ -187,11 +187,9 @@ def _pareto_mb(draw: random.Random) -> float:
 
 def run_memory(plan: MemoryPlan, folder: Path, progress: Callable[[str], None]) -> MemoryFound:
     calls = calls_of(plan)
-    total_mb = sum(call.mb for call in calls)
-    progress(
-        f"{plan.calls} calls of {min(c.mb for c in calls)} to {max(c.mb for c in calls)} MiB (mean {total_mb / len(calls):.0f}), "
-        f"{plan.limit_mb} MiB to share, seed {plan.seed}"
-    )
+    sizes = sorted(call.mb for call in calls)
+    progress(f"{plan.calls} calls of {sizes[0]} to {sizes[-1]} MiB, {sum(sizes) / len(sizes):.0f} in the mean")
+    progress(f"{plan.limit_mb} MiB to share, seed {plan.seed}")
     make_python(folder)
     home = write_overlay(
         folder,
@@ -212,8 +210,8 @@ def run_memory(plan: MemoryPlan, folder: Path, progress: Callable[[str], None]) 
 def line_of(run: Run) -> str:
     used_mb = run.seen.mb_s / run.seen.seconds if run.seen.seconds else 0.0
     return (
-        f"{run.policy.name:>20}: {run.rate:6.2f} calls/s  {run.seconds:6.1f} s  killed {run.killed:4}  lost {run.lost:3}  "
-        f"late {run.late:3}  p50 {run.wait_s(0.5):6.1f} s  p99 {run.wait_s(0.99):6.1f} s  "
+        f"{run.policy.name:>20}: {run.rate:6.2f} calls/s  {run.seconds:6.1f} s  killed {run.killed:4}  "
+        f"lost {run.lost:3}  late {run.late:3}  p50 {run.wait_s(0.5):6.1f} s  p99 {run.wait_s(0.99):6.1f} s  "
         f"memory {used_mb:5.0f} mean, {run.seen.peak_mb:5.0f} MiB peak"
     )
 
@@ -310,11 +308,9 @@ class _Clients:
 def tell_memory(found: MemoryFound) -> list[str]:
     """The verdict, for people."""
     best, ours = found.best_rival, found.ours
-    rival = (
-        "no rival loses so few"
-        if best is None
-        else f"x {found.ratio:.2f} of {best.policy.name}, the best that loses no more"
-    )
+    rival = "no rival loses so few"
+    if best is not None:
+        rival = f"x {found.ratio:.2f} of {best.policy.name}, the best that loses no more"
     answers = ", ".join(f"{count} {code}" for code, count in ours.codes.most_common())
     return [
         f"{'':>20}  answers of the bus: {answers}",
