@@ -563,8 +563,8 @@ class Admissions:
 
     def _victim(self) -> Ticket | None:
         """The youngest of the lowest priority, of those that can be ended."""
-        able = (ticket for ticket in self.running if ticket.meter.evict is not None)
-        return min(able, key=lambda ticket: (ticket.wish.priority, -ticket.started), default=None)
+        able = (ticket for ticket in reversed(self.running) if ticket.meter.evict is not None)
+        return min(able, key=lambda ticket: ticket.wish.priority, default=None)
 
     # For people
 

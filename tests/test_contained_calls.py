@@ -11,7 +11,7 @@ import signal
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
@@ -36,11 +36,15 @@ def namespace(request: pytest.FixtureRequest) -> bool:
     """Whether the helpers have one."""
     wanted = request.param == "namespace"
     if wanted:
-        with BareHelper(None, namespace=True) as helper:
-            verb, given = helper.heard()
-        if verb == "no_namespace":
-            pytest.skip(f"this kernel gives no pid namespace: {given}")
+        need_namespace()
     return bool(wanted)
+
+
+def need_namespace() -> None:
+    with BareHelper(None, namespace=True) as helper:
+        verb, given = helper.heard()
+    if verb == "no_namespace":
+        pytest.skip(f"this kernel gives no pid namespace: {given}")
 
 
 @contextmanager
@@ -441,30 +445,37 @@ for number in range(%d):
     with open(os.environ["OVERLAY_SCRATCH"] + "/%%d" %% number, "wb", buffering=0) as file:
         file.write(os.urandom(64 * 1024))
 """
-ON_DISK, IN_MEMORY = False, True
+
+
+class Place(NamedTuple):
+    """Whether the helper has a namespace, and whether scratch is memory of its own there, which takes one."""
+
+    namespace: bool
+    mounts: bool
 
 
 def filling(kib: int, then: str = "") -> str:
     return FILLS % (kib // 64) + then
 
 
-@pytest.fixture(params=[ON_DISK, IN_MEMORY], ids=["on disk", "in memory"])
-def mounts(request: pytest.FixtureRequest, namespace: bool) -> bool:
-    """Whether scratch is memory of the helper's own, which takes a namespace."""
-    if request.param and not namespace:
-        pytest.skip("there is no memory of its own without a namespace")
-    return bool(request.param)
+@pytest.fixture(
+    params=[Place(True, True), Place(True, False), Place(False, False)],
+    ids=["in memory", "on disk with a namespace", "on disk"],
+)
+def place(request: pytest.FixtureRequest) -> Place:
+    found: Place = request.param
+    if found.namespace:
+        need_namespace()
+    return found
 
 
 @pytest.fixture(params=[False, True], ids=["spawn", "fork"])
-def helper(
-    request: pytest.FixtureRequest, namespace: bool, mounts: bool, tmp_path: Path
-) -> Iterator[tuple[BareHelper, list[str]]]:
+def helper(request: pytest.FixtureRequest, place: Place, tmp_path: Path) -> Iterator[tuple[BareHelper, list[str]]]:
     """One whose calls may have a MiB, and the command to which the code of a program is added."""
     script = tmp_path / "run.py"
     script.write_text(WAITS_OR_RUNS)
-    plan = a_plan.a_plan(tmp_path / "root", mounts=mounts)
-    with a_helper(plan, namespace=namespace, script=script if request.param else None) as made:
+    plan = a_plan.a_plan(tmp_path / "root", mounts=place.mounts)
+    with a_helper(plan, namespace=place.namespace, script=script if request.param else None) as made:
         made.until_ready()
         yield made, [str(script)] if request.param else [*PYTHON, str(script)]
     assert list((tmp_path / "root").iterdir()) == []
@@ -536,16 +547,16 @@ for number in range(1_000_000):
 """
 
 
-def test_a_million_empty_files_are_too_many(helper: tuple[BareHelper, list[str]], mounts: bool) -> None:
+def test_a_million_empty_files_are_too_many(helper: tuple[BareHelper, list[str]]) -> None:
     made, command = helper
     _, (_, status, _, _, why) = made.run([*command, EMPTY])
     assert_too_full(why)
     assert status != 0
 
 
-def test_a_call_may_fill_the_folder_of_another_which_is_ended(namespace: bool, mounts: bool, tmp_path: Path) -> None:
+def test_a_call_may_fill_the_folder_of_another_which_is_ended(place: Place, tmp_path: Path) -> None:
     """They are not shielded from each other; what they have together is bounded all the same."""
-    with a_helper(a_plan.a_plan(tmp_path / "root", mounts=mounts), namespace=namespace) as made:
+    with a_helper(a_plan.a_plan(tmp_path / "root", mounts=place.mounts), namespace=place.namespace) as made:
         made.until_ready()
         victim = made.start(python("import signal; signal.pause()"), 2)
         code = f"import os; os.environ['OVERLAY_SCRATCH'] = os.environ['OVERLAY_SCRATCH'][:-1] + '{victim}'"
@@ -554,7 +565,7 @@ def test_a_call_may_fill_the_folder_of_another_which_is_ended(namespace: bool, m
         assert_too_full(ends[victim][-1])
 
 
-def test_what_is_put_beside_the_folders_of_calls_goes(namespace: bool, mounts: bool, tmp_path: Path) -> None:
+def test_what_is_put_beside_the_folders_of_calls_goes(place: Place, tmp_path: Path) -> None:
     code = """
 import os, time
 beside = os.path.dirname(os.environ["OVERLAY_SCRATCH"]) + "/beside"
@@ -564,6 +575,6 @@ while os.path.exists(beside):
     time.sleep(0.01)
 print("gone")
 """
-    with a_helper(a_plan.a_plan(tmp_path / "root", mounts=mounts), namespace=namespace) as made:
+    with a_helper(a_plan.a_plan(tmp_path / "root", mounts=place.mounts), namespace=place.namespace) as made:
         made.until_ready()
         assert made.run(python(code))[0] == "gone\n"
