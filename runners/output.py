@@ -262,7 +262,7 @@ def with_hint(outcome: Outcome, hard_mb: int, scratch: str) -> Outcome:
     more than there is room for says so no louder; `scratch` is what it may write, in words.
     """
     if outcome.exit_code == -signal.SIGKILL and outcome.code == Code.CRASH:
-        error = f"{outcome.error}, and not by the bus: the kernel does so where memory has run out"
+        error = f"{outcome.error}; the bus did not do it, and the kernel does where memory has run out"
         return outcome._replace(error=error, retryable=True)
     if _may_lack_memory(outcome):
         hint = f"It may have run out of memory: of its own data it can have twice its HARD of {hard_mb} MiB at most."

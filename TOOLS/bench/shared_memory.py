@@ -70,7 +70,7 @@ class MemoryPlan:
     calls: int = 200
     limit_mb: int = 2048
     seed: int = 1
-    counts: tuple[int, ...] = (4, 6, 8, 12, 16, 24)
+    counts: tuple[int, ...] = (5, 6, 8, 12)
 
 
 @dataclass(frozen=True, slots=True)
