@@ -190,6 +190,7 @@ class Api:
             Route("/ready", self.ready),
             Route("/overlays", self.overlays),
             Route("/overlays/{name}", self.overlay),
+            Route("/overlays/{name}/purge", self.purge, methods=["POST"]),
             Route("/provenance", self.provenance),
             Route("/provenance/{seq}", self.record),
             Route("/stress", self.stress),
@@ -222,14 +223,24 @@ class Api:
 
     async def overlay(self, request: Request) -> Response:
         await self._bus.start()
+        entry = self._bus.registry.entry(self._own_name(request))
+        scratch = {} if entry.manifest is None else scratch_of(entry.manifest, self._bus.confinement.tiers)
+        return JsonResponse(entry.detail() | {"scratch": scratch} | self._now(entry))
+
+    async def purge(self, request: Request) -> Response:
+        """Tell an overlay's workers and service to let go of their caches: whom that reached, by runner."""
+        await self._bus.start()
+        name = self._own_name(request)
+        return JsonResponse({"name": name, "told": self._bus.purge(name)})
+
+    def _own_name(self, request: Request) -> str:
+        """The overlay that is asked for. Raises `NotFoundError` for one that is not among those of the token."""
         caller: Caller = request.user
-        name = request.path_params["name"]
+        name: str = request.path_params["name"]
         if not caller.has_overlay(name):
             among = ", ".join(caller.overlays)
             raise NotFoundError("ERR_UNKNOWN_OVERLAY", f"no overlay {show(name)} among those of the token: {among}")
-        entry = self._bus.registry.entry(name)
-        scratch = {} if entry.manifest is None else scratch_of(entry.manifest, self._bus.confinement.tiers)
-        return JsonResponse(entry.detail() | {"scratch": scratch} | self._now(entry))
+        return name
 
     def _entries_of(self, caller: Caller) -> list[Entry]:
         """What there is of the overlays that the caller may call."""

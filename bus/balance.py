@@ -1,5 +1,7 @@
 """The balance of memory: what the monitor finds goes to the scheduler, and where it is short the runners let go.
 
+What is kept and idle is ended; what goes on is told to let go of its caches, where its overlay says that it can.
+
 Between two samples of the stress nothing is read anew; the scheduler keeps account of what it has given away.
 """
 
@@ -10,10 +12,11 @@ import time
 from typing import TYPE_CHECKING
 
 from bus.memory import MIB, Room
+from bus.purges import UnderStress
 from runners.base import HELPERS, Share
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping
 
     from bus.scheduler import Scheduler
     from bus.settings import Settings
@@ -33,13 +36,22 @@ AGAIN_S = 1.0
 
 
 class Balance:
-    """Of one bus. `sampled` is to be called after each sample of the monitor, `is_short` where a call waits."""
+    """Of one bus. `sampled` is to be called after each sample of the monitor, `is_short` where a call waits.
+
+    `purged` gives the overlays that are to let go of their caches while memory is short.
+    """
 
     def __init__(
-        self, settings: Settings, runners: Mapping[str, Runner], clock: Callable[[], float] = time.monotonic
+        self,
+        settings: Settings,
+        runners: Mapping[str, Runner],
+        purged: Callable[[], Collection[str]] = tuple,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings = settings
         self._runners = runners
+        self._purged = purged
+        self._under_stress = UnderStress(clock)
         self._clock = clock
         self._monitor: StressMonitor | None = None
         self._scheduler: Scheduler | None = None
@@ -64,10 +76,23 @@ class Balance:
         self._scheduler.sampled(self._monitor.free_mb, self._monitor.total_mb, shares)
         if self._monitor.band == CRITICAL:
             self._relieve(0.0)
+        if self._under_stress.is_due(self._monitor.band) and (overlays := self._purged()):
+            log.info("stress is %s: told to let go of their caches: %s", self._monitor.band, self.purge(overlays))
 
     def is_short(self) -> None:
         """A call waits for memory."""
         self._relieve(IDLE_S)
+
+    def purge(self, overlays: Collection[str]) -> dict[str, dict[str, int]]:
+        """Have the runners tell these overlays: how many workers or services of each, by overlay and runner."""
+        told: dict[str, dict[str, int]] = {}
+        for runner in self._runners.values():
+            try:
+                for overlay, count in runner.purge(overlays).items():
+                    told.setdefault(overlay, {})[runner.name] = count
+            except Exception:  # a plugin's; the others have something to tell as well
+                log.exception("the runner %s could not tell of a purge", runner.name)
+        return told
 
     def _relieve(self, idle_s: float) -> None:
         now = self._clock()

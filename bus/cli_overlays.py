@@ -134,7 +134,7 @@ def show(ctx: typer.Context, name: Name, as_json: AsJson = False) -> None:
 def _print_detail(detail: dict[str, Any]) -> None:
     """What an overlay is, what is wrong with it, and a paragraph for each of its capabilities."""
     members = ("name", "version", "status", "description", "phases", "permissions", "deterministic")
-    ways = ("mode", "preload", "workers", "service")  # a broken one has none of them
+    ways = ("resources", "mode", "preload", "workers", "service", "purged_on")  # a broken one has none of them
     said = ((name, detail.get(name)) for name in members + ways)
     print_table(("", ""), ((name, _shown(value)) for name, value in said if _says(value)))
     _print_findings(detail)
@@ -161,13 +161,15 @@ def _told(capability: dict[str, Any], scratch: dict[str, dict[str, Any]]) -> "It
 
 
 def _says(value: Any) -> bool:  # noqa: ANN401
-    return value not in ("", None, [])
+    return value not in ("", None, [], {})
 
 
 def _shown(value: Any) -> str:  # noqa: ANN401
     """A value in a table for people."""
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_shown(member)}" for name, member in value.items() if _says(member))
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
@@ -367,6 +369,44 @@ def disable(ctx: typer.Context, name: Name, as_json: AsJson = False) -> None:
     """
     _registry(ctx).disable(name)
     _print_switched(name, as_json, enabled=False)
+
+
+@app.command()
+def purge(
+    ctx: typer.Context,
+    *,
+    name: Name,
+    url: Annotated[
+        str | None, typer.Option(metavar="URL", help="Where the server is; default: the one that serves this folder.")
+    ] = None,
+    token_env: Annotated[
+        str | None, typer.Option(metavar="VARIABLE", help="The environment variable with a token of the scope admin.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Have a running server tell an overlay's workers and service to let go of their caches.
+
+    One that has a call is told once it has answered.
+
+    Example: aal overlays purge my-model
+    """
+    from bus import remote
+
+    token = None if token_env is None else _variable(token_env)
+    answer = remote.purge(url or remote.address_of(workplace(ctx).settings().state), name, token)
+    if as_json:
+        print_json(answer)
+        return
+    told: dict[str, int] = answer.get("told", {})
+    reached = ", ".join(f"{count} of the runner {runner}" for runner, count in told.items())
+    say(f"told {name}: {reached or 'nothing of it runs that could be told'}", "green" if reached else "yellow")
+
+
+def _variable(name: str) -> str:
+    """What a variable of the environment holds. Raises `typer.BadParameter`."""
+    if not (text := os.environ.get(name)):
+        raise typer.BadParameter(f"the environment has no variable {name!r}", param_hint="--token-env")
+    return text
 
 
 def _print_switched(name: str, as_json: bool, *, enabled: bool) -> None:

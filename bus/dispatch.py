@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
-from bus import envelopes, policy, provenance, schemas
+from bus import envelopes, policy, provenance, purges, schemas
 from bus.admission import NO_NEED
 from bus.balance import Balance
 from bus.callers import Callers
@@ -104,7 +104,7 @@ class Bus:
             profiles=self.profiles,
         )
         self.targets = Targets(settings, self.secrets)
-        self.balance = Balance(settings, self.runners)
+        self.balance = Balance(settings, self.runners, self.targets.purged_under_stress)
         self.stress = StressMonitor(self.plugins.stress_sources(), rooms=self.balance.rooms)
         self.scheduler = Scheduler(
             slots=settings.slots,
@@ -332,6 +332,15 @@ class Bus:
         """Raises `DeniedError` (ERR_SECRET) for one that the overlay asks for and cannot have."""
         if resolved.manifest.secrets:
             self.targets.prepare(resolved)
+
+    def purge(self, name: str) -> dict[str, int]:
+        """Tell an overlay, as the operator asks, to let go of its caches: how many workers or services, by runner.
+
+        Raises as `Registry.entry`, and `DeniedError` (ERR_NO_PURGE) for one that does not take it.
+        """
+        manifest = self.registry.entry(name).usable()
+        purges.require_on_event(manifest)
+        return self.balance.purge({manifest.name}).get(manifest.name, {})
 
     def _require_ledger(self) -> None:
         """What cannot be written down does not start. The refusal's own line is the next try to write."""

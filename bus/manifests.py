@@ -59,6 +59,7 @@ _OF_WORKERS: Mapping[str, Callable[[Any], Any]] = {
     "max_calls": int,
     "max_mb": int,
     "start_timeout_s": float,
+    "purge": bool,
 }
 _OF_KERNEL = ("/proc", "/sys")
 """What these name is another thing to each process that looks, so that nobody can say what a right to it gives."""
@@ -197,6 +198,7 @@ class _Reading:
             secrets=tuple(document.get("secrets", ())),
             **self._process(),
             service=self._service(),
+            purge_url=self._purge_url(),
             resources=document.get("resources", {}),
             warnings=(*self.form.warnings, *itertools.islice(self._not_kept(), MAX_FAULTS)),
         )
@@ -225,6 +227,10 @@ class _Reading:
             return None
         given = {name: read(http[name]) for name, read in _OF_SERVICE.items() if name in http}
         return Service(tuple(http["command"]), **given)
+
+    def _purge_url(self) -> str | None:
+        http = self._entrypoint("http")
+        return _join(http.get("base_url", ""), http["purge_path"]) if "purge_path" in http else None
 
     def _not_kept(self) -> Iterator[str]:
         """What the manifest asks for and cannot have, so that nobody relies on it."""

@@ -85,7 +85,7 @@ class Manifest:
     `folder` is resolved. `manifest_hash` is the SHA-256 of the file's bytes. `op_policy` maps an `op` of the payload to
     the permissions it needs; None where the manifest has none. `service` is set where the bus starts the HTTP service:
     then the `url` of a capability is the path alone, from its `/` on. `warnings` are for people. `own_paths` are the
-    `write_paths` of all capabilities.
+    `write_paths` of all capabilities. `purge_url` is where its service takes a purge, as the `url` of a capability.
     """
 
     name: str
@@ -109,6 +109,7 @@ class Manifest:
     preload: tuple[str, ...] = ()
     workers: Workers = field(default_factory=Workers)
     service: Service | None = None
+    purge_url: str | None = None
     resources: Mapping[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     own_paths: tuple[str, ...] = field(init=False)
@@ -137,6 +138,11 @@ class Manifest:
     def starts_programs(self) -> bool:
         """Whether the bus starts anything for it; else it is a service of somebody else's."""
         return self.has_program or self.service is not None
+
+    @property
+    def takes_purges(self) -> bool:
+        """Whether its workers or its service can be told to let go of their caches; `purges` says when they are."""
+        return self.purge_url is not None or (self.mode == "worker" and self.workers.purge)
 
     @property
     def prefers_gpu(self) -> bool:

@@ -99,6 +99,11 @@ OPERATIONS = {
         _object(["overlays"], overlays={"type": "array", "items": _ref("Overlay")}),
     ),
     "/overlays/{name}": _Operation("One overlay with its capabilities.", "overlays", _ref("Overlay")),
+    "/overlays/{name}/purge": _Operation(
+        "Tell an overlay's workers and service to let go of their caches.",
+        "overlays",
+        _object(["name", "told"], name=_TEXT, told={"type": "object", "additionalProperties": {"type": "integer"}}),
+    ),
     "/invoke/{name}": _Operation("Call an overlay.", "calls", _ref("Outcome")),
     "/invoke/{name}/{capability}": _Operation("Call a capability of an overlay.", "calls", _ref("Outcome")),
     "/provenance": _Operation(

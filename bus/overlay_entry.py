@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from bus import purges
 from bus.canonical import shown
 from bus.errors import DeniedError
 
@@ -71,6 +72,7 @@ class Entry:
             "permissions": permissions,
             "runners": sorted({capability.runner for capability in capabilities.values()}),
             "deterministic": manifest.deterministic if manifest else False,
+            "prefers_gpu": manifest.prefers_gpu if manifest else False,
             "enabled": self.enabled,
             "warnings": list(map(shown, self.warnings)),
             "error": self.error.detail if self.error else None,
@@ -116,7 +118,10 @@ def _fault_as_json(fault: Fault) -> dict[str, str]:
 
 
 def _processes_as_json(manifest: Manifest) -> dict[str, Any]:
-    """How the overlay's programs run; null for what it has not: a program, workers, a service that the bus starts."""
+    """How the overlay's programs run; null for what it has not: a program, workers, a service that the bus starts.
+
+    `purged_on` is when what keeps running is told to let go of its caches: `stress`, `event`.
+    """
     tier = {"tier": manifest.resident_tier}
     return {
         "mode": manifest.mode if manifest.has_program else None,
@@ -124,6 +129,7 @@ def _processes_as_json(manifest: Manifest) -> dict[str, Any]:
         "preload": list(manifest.preload),
         "workers": asdict(manifest.workers) | tier if manifest.mode == "worker" else None,
         "service": asdict(manifest.service) | tier if manifest.service else None,
+        "purged_on": purges.occasions(manifest),
     }
 
 

@@ -241,9 +241,8 @@ class Plugins:
 
 def _lacks(runner: Runner) -> list[str]:
     """What of the protocol `Runner` an object has not, as a programmer would write it."""
-    lacking = [
-        name for name in ("name", "run", "state", "shares", "relieve", "forget", "close") if not hasattr(runner, name)
-    ]
+    members = ("name", "run", "state", "shares", "relieve", "purge", "forget", "close")
+    lacking = [name for name in members if not hasattr(runner, name)]
     if "close" not in lacking:
         try:
             inspect.signature(runner.close).bind(at_once=True)

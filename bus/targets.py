@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from bus import policy
+from bus import policy, purges
 from bus.errors import OperatorError
 from runners.base import HttpTarget, ProcessTarget, ServiceTarget
 
@@ -30,13 +30,15 @@ class _Means:
 
     `secrets` is the stamp of the secrets that its environment was made with, None where it depends on none. `env` is
     that of its programs, empty where it has none; `state` the folder for their state, with a `/` behind it, so
-    that nothing else can be there; `targets` is where each capability's calls go.
+    that nothing else can be there; `is_purged` whether the overlay is told of a purge while memory is short; `targets`
+    is where each capability's calls go.
     """
 
     edition: int
     secrets: int | None = None
     env: Mapping[str, str] = field(default_factory=dict)
     state: str | None = None
+    is_purged: bool = False
     targets: dict[str, ProcessTarget | HttpTarget] = field(default_factory=dict)
 
 
@@ -74,6 +76,10 @@ class Targets:
         has_its_state = means.state is None or os.access(means.state, os.F_OK)
         return not has_its_state or (means.secrets is not None and means.secrets != self._secrets.stamp())
 
+    def purged_under_stress(self) -> list[str]:
+        """The overlays that were called and are told to let go of their caches while memory is short."""
+        return [name for name, means in self._means.items() if means.is_purged]
+
     def forget(self, overlay: str) -> None:
         self._means.pop(overlay, None)
 
@@ -91,10 +97,11 @@ class Targets:
     def _new_means(self, resolved: Resolved) -> _Means:
         manifest = resolved.manifest
         secrets = self._secrets.stamp() if manifest.secrets or manifest.env or self._passed else None
+        is_purged = "stress" in purges.occasions(manifest)
         if not manifest.starts_programs:
-            return _Means(resolved.edition, secrets)
+            return _Means(resolved.edition, secrets, is_purged=is_purged)
         env = child_env(manifest, self._settings, self._secrets)
-        return _Means(resolved.edition, secrets, env, env["OVERLAY_STATE"] + "/")
+        return _Means(resolved.edition, secrets, env, env["OVERLAY_STATE"] + "/", is_purged)
 
 
 def _target_of(manifest: Manifest, capability: Capability, env: Mapping[str, str]) -> ProcessTarget | HttpTarget:
@@ -103,7 +110,8 @@ def _target_of(manifest: Manifest, capability: Capability, env: Mapping[str, str
         return ProcessTarget(capability.argv, env, manifest.stdin, manifest.mode, manifest.preload, workers)
     repeatable = capability.idempotent or manifest.deterministic
     service = None if manifest.service is None else _service_of(manifest, manifest.service, env)
-    return HttpTarget(capability.url, capability.method, repeatable=repeatable, service=service)
+    purge_url = manifest.purge_url
+    return HttpTarget(capability.url, capability.method, repeatable=repeatable, service=service, purge_url=purge_url)
 
 
 def _service_of(manifest: Manifest, service: Service, env: Mapping[str, str]) -> ServiceTarget:

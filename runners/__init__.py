@@ -4,7 +4,8 @@ Read `base` first, the words of it all. Then, by the way in which a call is carr
 
     process             a program for each call; python_command says which can be forked, output what a program says
     workers             programs that take call after call: worker_pool, worker
-    http                services that are called; http_client is one exchange, breaker leaves a sick one alone
+    http                services that are called; http_client is one exchange, breaker leaves a sick one alone, and
+                        purges tells them to let go of their caches
     services            those that the bus starts: service, probe, ports, faults
     alarm               one timer for the deadlines of many calls
     logs                what all of them wrote

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
     from pathlib import Path
 
 _BOM = b"\xef\xbb\xbf"
@@ -109,7 +109,8 @@ class Workers:
 
     So is one that uses more memory than `max_mb`, with all that it started, also during a call; None takes the largest
     HARD of the calls so far. From its start a worker has `start_timeout_s` for its first reply, whoever still waits.
-    Its scratch folder is of `tier` as long as it runs, whatever its calls are of.
+    Its scratch folder is of `tier` as long as it runs, whatever its calls are of. `purge` is whether it reads the line
+    `PURGE` between two calls, which it must not answer.
     """
 
     count: int = 1
@@ -117,6 +118,11 @@ class Workers:
     max_mb: int | None = None
     start_timeout_s: float = 30.0
     tier: Tier = "LOCAL"
+    purge: bool = False
+
+
+PURGE = b'{"event":"purge"}'
+"""What a worker reads as a line, and a service as a body: let go of what is kept in memory and can be had again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +164,8 @@ class ServiceTarget:
 class HttpTarget:
     """A service to call. GET sends `query` and no body; every other method sends the envelope as its JSON body.
 
-    Of a `service` that the bus starts, `url` is the path alone: the port is known once it runs.
+    Of a `service` that the bus starts, `url` is the path alone: the port is known once it runs. So is `purge_url`,
+    where the service takes a POST of `PURGE`; None where it takes none.
     """
 
     url: str
@@ -167,6 +174,7 @@ class HttpTarget:
     repeatable: bool = False
     """True where sending twice does no harm (idempotent or deterministic capability)."""
     service: ServiceTarget | None = None
+    purge_url: str | None = None
 
 
 class Share(NamedTuple):
@@ -316,6 +324,13 @@ class Runner(Protocol):
 
     def relieve(self, idle_s: float) -> None:
         """Memory is short: end what is kept and was without a call for so many seconds."""
+
+    def purge(self, overlays: Collection[str] | None) -> dict[str, int]:
+        """Have what is kept for these overlays, or for all (None), let go of its caches, where its target takes that.
+
+        Gives to how many processes or services of each overlay that is told: now, or once they have answered the call
+        that they have. Waits for none of them.
+        """
 
     def forget(self, overlay: str) -> None:
         """The overlay was removed or disabled: what is kept for it ends, each as soon as its calls have ended."""

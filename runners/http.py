@@ -33,9 +33,10 @@ from runners.http_client import (
     UnreadableError,
 )
 from runners.output import preview
+from runners.purges import Purges
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
     from contextlib import AbstractAsyncContextManager
 
     from runners.base import Job, ServiceTarget, Share
@@ -97,6 +98,9 @@ class ServiceStarter(Protocol):
 
     def relieve(self, idle_s: float) -> None: ...
 
+    def url_of(self, overlay: str) -> str | None:
+        """The base URL of the overlay's service, while one can be called."""
+
     def forget(self, overlay: str) -> None: ...
 
     async def close(self, *, at_once: bool = False) -> None: ...
@@ -126,6 +130,7 @@ class HttpRunner:
         self._targets = targets
         self._clock = clock
         self._breakers: dict[str, tuple[int, Breaker]] = {}
+        self._purges = Purges(self._open_client)
         self._client: HttpClient | None = None
         self._closed = False
 
@@ -134,7 +139,7 @@ class HttpRunner:
         target = job.target
         if not isinstance(target, HttpTarget):
             raise TypeError(f"the runner {self.name} cannot carry {target!r}")
-        breaker = self._breaker(job)
+        breaker = self._breaker(job, target)
         admission = breaker.admit()
         if admission is None:
             return _not_called(breaker, job)
@@ -146,10 +151,13 @@ class HttpRunner:
             admission.give_back()
 
     def state(self, overlay: str) -> dict[str, Any]:
-        """`{"breaker": {"state", "failures", "retry_in_s", "last_error"}}`, and what is known of a service started."""
+        """`{"breaker": {"state", "failures", "retry_in_s", "last_error"}}`, and what is known of a service started.
+
+        Where the service was told of a purge, also that of `Purges.state`.
+        """
         found = self._breakers.get(overlay)
-        breaker = {} if found is None else {"breaker": found[1].to_json()}
-        return breaker if self._services is None else breaker | self._services.state(overlay)
+        told = ({} if found is None else {"breaker": found[1].to_json()}) | self._purges.state(overlay)
+        return told if self._services is None else told | self._services.state(overlay)
 
     def shares(self) -> dict[str, Share]:
         return {} if self._services is None else self._services.shares()
@@ -158,9 +166,22 @@ class HttpRunner:
         if self._services is not None:
             self._services.relieve(idle_s)
 
+    def purge(self, overlays: Collection[str] | None) -> dict[str, int]:
+        """Tell the services that take it: those that the bus has started and that run, and others that were called."""
+        told: dict[str, int] = {}
+        if self._closed:
+            return told
+        for overlay, target in self._purges.targets(overlays):
+            base_url = "" if target.service is None else self._services and self._services.url_of(overlay)
+            if base_url is not None:
+                self._purges.tell(overlay, f"{base_url}{target.purge_url}", own=target.service is not None)
+                told[overlay] = 1
+        return told
+
     def forget(self, overlay: str) -> None:
         """Keep nothing of the overlay from now on; a service that was started for it ends once its calls have."""
         self._breakers.pop(overlay, None)
+        self._purges.forget(overlay)
         if self._services is not None:
             self._services.forget(overlay)
 
@@ -168,13 +189,14 @@ class HttpRunner:
         """End what still runs and close every connection. Then end the services that were started."""
         self._closed = True
         try:
+            await self._purges.close()
             if self._client is not None:
                 await self._client.close()
         finally:
             if self._services is not None:
                 await self._services.close(at_once=at_once)
 
-    def _breaker(self, job: Job) -> Breaker:
+    def _breaker(self, job: Job, target: HttpTarget) -> Breaker:
         """An overlay has one base URL and so one breaker; a later edition begins anew.
 
         A call of an edition before that has one for itself alone.
@@ -185,6 +207,7 @@ class HttpRunner:
         fresh = Breaker(clock=self._clock)
         if edition is None or edition < job.edition:
             self._breakers[job.overlay] = (job.edition, fresh)
+            self._purges.serve(job.overlay, target)
         return fresh
 
     async def _try(self, job: Job, target: HttpTarget) -> _Tried:

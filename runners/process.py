@@ -43,6 +43,8 @@ from runners.unstarted import unstarted
 from runners.workers import WorkerPools
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from runners.base import Job, Sandbox, Share
     from runners.exits import Exit
     from runners.helper import Helper, Process
@@ -119,6 +121,10 @@ class ProcessRunner:
     def relieve(self, idle_s: float) -> None:
         self._workers.relieve(idle_s)
         self._helpers.relieve(idle_s)
+
+    def purge(self, overlays: Collection[str] | None) -> dict[str, int]:
+        """Only workers outlast a call."""
+        return self._workers.purge(overlays)
 
     def forget(self, overlay: str) -> None:
         self._workers.forget(overlay)

@@ -14,6 +14,11 @@ the worker is ended, and its group with it. So is one that says something withou
 that no result can go to another caller. Where a worker that has answered before ends by itself without having read any
 of its call, that goes on to another; where any of it was read, the work may have been done, and the call fails.
 
+One that declares it is told of a purge, by a line which it does not answer: at once where it is free, else after its
+reply and before the next call. So a call is always the last in its pipe, and what lies before it is no part of it.
+
+    {"event":"purge"}
+
 A call costs no task, no timer and no thread: a write, one callback when the reply is there, and a future.
 """
 
@@ -31,7 +36,7 @@ import time
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from runners.alarm import TICK_S
-from runners.base import LARGE_BYTES, Code, JsonError, Outcome, parse_json
+from runners.base import LARGE_BYTES, PURGE, Code, JsonError, Outcome, parse_json
 from runners.logs import Voice
 from runners.output import READ_SIZE, Log, close_all, describe, preview
 from runners.unstarted import unstarted
@@ -50,6 +55,9 @@ LAST_READS = 16
 """Reads from each pipe of an ended worker: a full megabyte, the largest that an ordinary user may give a pipe."""
 
 _NO_FD = -1
+
+_PURGE_LINE = PURGE + b"\n"
+"""Shorter than PIPE_BUF, so a pipe takes it whole or not at all."""
 
 State = Literal["loading", "idle", "busy", "late", "ending"]
 """What a worker does. `loading`: it has never answered; `late`: nobody waits any more for the reply that it owes."""
@@ -133,8 +141,9 @@ class Owner(Protocol):
 class Worker:
     """One process that loops, from before its start until nothing of it is left; then `ended` is done.
 
-    `calls` counts its replies, `memory_mb` is what it had when it was last looked at, `peak_mb` the most of all looks,
-    `sandbox` what the kernel holds it to once it has started. `number` is how the overlay's log calls it.
+    `calls` counts its replies, `purges` how often it was told to let go of its caches, `memory_mb` is what it had when
+    it was last looked at, `peak_mb` the most of all looks, `sandbox` what the kernel holds it to once it has started.
+    `number` is how the overlay's log calls it.
     """
 
     def __init__(self, number: int, owner: Owner, means: Means) -> None:
@@ -143,6 +152,7 @@ class Worker:
         self.process: Process | None = None
         self.call: WorkerCall | None = None
         self.calls = 0
+        self.purges = 0
         self.memory_mb: float | None = None
         self.peak_mb: float | None = None
         self.sandbox: Sandbox | None = None
@@ -160,6 +170,8 @@ class Worker:
         self._extra = b""
         self._log: Log | None = None
         self._parsing = False
+        self._purge_is_due = False
+        self._last_purge_ms = 0
         self._leaving = False
         self._signalled = False
         self._at_once = False
@@ -187,6 +199,8 @@ class Worker:
         told: dict[str, Any] = {"phase": self._owner.home.phase, "state": self.doing, "calls": self.calls}
         if self.process is not None:
             told |= {"pid": self.process.helper_pid, "uptime_s": round(time.monotonic() - self._began, 3)}
+        if self.purges:
+            told |= {"purges": self.purges, "last_purge_ms": self._last_purge_ms}
         return told if self.memory_mb is None else told | {"memory_mb": round(self.memory_mb, 1)}
 
     async def measure(self) -> float | None:
@@ -374,9 +388,31 @@ class Worker:
         elif not self._leaving:
             if self._timer is not None:
                 self._set_timer(None)
-            self._owner.free(self)
+            if self._purge_is_due:
+                self._tell_purge()
+            if not self._leaving:  # its stdin may have turned out closed
+                self._owner.free(self)
         peak_mb = self.peak_mb
         call.finish(Outcome(result=reply, log=log, output_bytes=size, sandbox=self.sandbox, peak_mb=peak_mb))
+
+    # A purge
+
+    def purge(self) -> bool:
+        """Tell it now, or once it has answered its call. Whether it is: not while it only starts or is about to end."""
+        if self.process is None or self._leaving:
+            return False
+        if self.call is None:
+            self._tell_purge()
+        else:
+            self._purge_is_due = True
+        return not self._leaving
+
+    def _tell_purge(self) -> None:
+        """It must have no call. One that has yet to read of the last purge reads of this one with it."""
+        self._purge_is_due = False
+        if _unread(self._stdin) < len(_PURGE_LINE) and self._write(_PURGE_LINE) and not self._leaving:
+            self.purges += 1
+            self._last_purge_ms = time.time_ns() // 1_000_000
 
     def _patience_s(self) -> float:
         """Seconds for which its reply is worth waiting for, though its caller may not: 0 where it has had its time."""
@@ -489,9 +525,9 @@ class Worker:
         """The process has ended: take what it has left in its pipes, a reply perhaps."""
         self._leaving = True
         self._exit = exit_ = ended.result()
-        # Whether all that was written of the call still lies there.
+        # Whether all that was written of the call still lies there; before it may lie a purge, behind it nothing.
         call = self.awaited
-        untouched = call is not None and self._stdin != _NO_FD and _unread(self._stdin) == self._written
+        untouched = call is not None and self._stdin != _NO_FD and _unread(self._stdin) >= self._written
         for read in (self._read_stderr, self._read_stdout):
             for _ in range(LAST_READS):
                 if not read():

@@ -311,6 +311,10 @@ class WorkerPool:
             for worker in list(self._free):
                 worker.end("is let go: memory is short")
 
+    def purge(self) -> int:
+        """Tell the workers, where they take it: how many."""
+        return sum(worker.purge() for worker in list(self._workers)) if self._limits.purge else 0
+
     # Ends
 
     def drain(self, why: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from runners.base import Code, Outcome, ProcessTarget, Share, shared_by
@@ -17,6 +18,8 @@ from runners.worker import WorkerCall
 from runners.worker_pool import Means, WorkerPace, WorkerPool
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from runners.base import Job, Rights
     from runners.helpers import Helpers
     from runners.logs import OverlayLogs
@@ -66,7 +69,8 @@ class WorkerPools:
     def state(self, overlay: str) -> dict[str, Any]:
         """`{}`, or `{"workers": [{"phase", "state", "calls", "pid", "uptime_s", "memory_mb"}, ...]}`, oldest first.
 
-        `pid` and `uptime_s` are there once a worker has started, `memory_mb` (MiB) once it was looked at.
+        `pid` and `uptime_s` are there once a worker has started, `memory_mb` (MiB) once it was looked at, `purges` (a
+        number) and `last_purge_ms` (since the epoch) once it was told to let go of its caches.
         """
         workers = [worker.told() for worker in self._means.alive if worker.overlay == overlay]
         return {"workers": workers} if workers else {}
@@ -84,6 +88,14 @@ class WorkerPools:
         """End the workers of every pool that was without a call for so many seconds."""
         for pool in list(self._living):
             pool.relieve(idle_s)
+
+    def purge(self, overlays: Collection[str] | None) -> dict[str, int]:
+        """Tell the workers of these overlays, or of all, where they take it. How many of each are told."""
+        told: Counter[str] = Counter()
+        for pool in list(self._living):
+            if overlays is None or pool.home.overlay in overlays:
+                told[pool.home.overlay] += pool.purge()
+        return {overlay: count for overlay, count in told.items() if count}
 
     def forget(self, overlay: str) -> None:
         """Let all workers of the overlay end, each as soon as its calls have. A later call has a new pool."""

@@ -28,7 +28,7 @@ from bus.settings import Settings
 from runners.base import Job, Outcome, Share
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
     from http.client import HTTPMessage
 
     from bus.hookspecs import RegisterRunner, RegisterStressSource
@@ -168,6 +168,7 @@ class InProcessRunner:
     jobs: list[Job] = field(default_factory=list)
     forgotten: list[str] = field(default_factory=list)
     relieved: list[float] = field(default_factory=list)
+    purged: list[Collection[str] | None] = field(default_factory=list)
     closed: bool = False
 
     @hookimpl
@@ -187,6 +188,10 @@ class InProcessRunner:
 
     def relieve(self, idle_s: float) -> None:
         self.relieved.append(idle_s)
+
+    def purge(self, overlays: Collection[str] | None) -> dict[str, int]:
+        self.purged.append(overlays)
+        return {}
 
     def forget(self, overlay: str) -> None:
         self.forgotten.append(overlay)

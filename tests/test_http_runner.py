@@ -996,6 +996,7 @@ class FakeServices:
 
     def __init__(self, *services: FakeService | Outcome) -> None:
         self.services = services
+        self.url: str | None = None
         self.in_use = 0
         self.used: list[ServiceTarget] = []
         self.forgotten: list[str] = []
@@ -1024,6 +1025,9 @@ class FakeServices:
 
     def relieve(self, idle_s: float) -> None:
         pass
+
+    def url_of(self, overlay: str) -> str | None:
+        return self.url
 
     def forget(self, overlay: str) -> None:
         self.forgotten.append(overlay)

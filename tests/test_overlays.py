@@ -898,7 +898,14 @@ def test_details_tell_how_the_programs_run(root: Path, registry: Registry) -> No
     put(root / "c")
     shown = [json.loads(json.dumps(entry.detail())) for entry in registry.entries()]
     keys = ("mode", "stdin", "preload", "workers")
-    workers = {"count": 2, "max_calls": 10_000, "max_mb": None, "start_timeout_s": 30.0, "tier": "LOCAL"}
+    workers = {
+        "count": 2,
+        "max_calls": 10_000,
+        "max_mb": None,
+        "start_timeout_s": 30.0,
+        "tier": "LOCAL",
+        "purge": False,
+    }
     assert [[detail[key] for key in keys] for detail in shown] == [
         ["worker", "pipe", [], workers],
         [None, None, [], None],

@@ -84,7 +84,7 @@ async def test_a_plugins_runner_is_used_under_a_name_of_its_own(settings: Settin
     assert runner.closed
 
 
-@pytest.mark.parametrize("lacking", ["forget", "state", "shares", "relieve", "close(*, at_once)"])
+@pytest.mark.parametrize("lacking", ["forget", "state", "shares", "relieve", "purge", "close(*, at_once)"])
 def test_a_runner_that_was_made_for_another_version_stops_the_start_and_says_what_it_lacks(
     settings: Settings, lacking: str
 ) -> None:
@@ -94,7 +94,7 @@ def test_a_runner_that_was_made_for_another_version_stops_the_start_and_says_wha
     runner = InProcessRunner(name="old")
     members = {
         name: getattr(runner, name)
-        for name in ("run", "state", "shares", "relieve", "forget", "close")
+        for name in ("run", "state", "shares", "relieve", "purge", "forget", "close")
         if name != lacking
     }
     old = type("Old", (), {"name": "old", **members} | ({"close": close} if lacking.startswith("close") else {}))()

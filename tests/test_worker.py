@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import itertools
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -926,3 +928,143 @@ async def test_what_a_helper_takes_with_it_is_said(bench: Bench, tmp_path: Path)
         outcome = await call
     assert (outcome.code, outcome.retryable) == (Code.CRASH, True)
     assert re.fullmatch(r"the worker was ended from outside \(.+\) before it answered", error_of(outcome))
+
+
+# Purges
+
+PURGEABLE = Workers(purge=True)
+
+
+async def ask(bench: Bench, do: str, **payload: Any) -> Outcome:
+    return await bench.pools.run(a_job({"do": do, **payload}, workers=PURGEABLE))
+
+
+async def purges_of(bench: Bench) -> Any:
+    """How often the worker that answers was told."""
+    return (await ask(bench, "purges")).result["result"]
+
+
+@contextlib.asynccontextmanager
+async def at_the_gate(bench: Bench, tmp_path: Path, do: str) -> AsyncIterator[tuple[asyncio.Task[Outcome], str]]:
+    """A call whose worker has begun with it and goes on once the FIFO is opened to write."""
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    async with programs.start_signal(tmp_path) as (path, started):
+        call = asyncio.create_task(ask(bench, do, gate=str(gate), started=path))
+        await started
+        yield call, str(gate)
+
+
+async def let_through(gate: str) -> None:
+    await asyncio.to_thread(lambda: os.close(os.open(gate, os.O_WRONLY)))
+
+
+async def test_a_free_worker_is_told_of_a_purge_at_once_and_goes_on(bench: Bench) -> None:
+    before = time.time_ns() // 1_000_000
+    first = (await ask(bench, "pid")).result["result"]
+    assert bench.pools.purge(None) == {"test": 1}
+    assert await purges_of(bench) == 1
+    assert (await ask(bench, "pid")).result["result"] == first
+    (told,) = bench.workers()
+    assert told["purges"] == 1
+    assert told["last_purge_ms"] >= before
+
+
+async def test_a_purge_frees_what_a_worker_keeps(bench: Bench) -> None:
+    await ask(bench, "grow", mb=64)
+    await until(lambda: bench.workers()[0].get("memory_mb", 0) > 64)
+    bench.pools.purge({"test"})
+    assert await purges_of(bench) == 1
+    await until(lambda: bench.workers()[0]["memory_mb"] < 64)
+
+
+async def test_a_worker_that_has_a_call_is_told_after_its_reply_and_before_the_next_call(
+    bench: Bench, tmp_path: Path
+) -> None:
+    async with at_the_gate(bench, tmp_path, "wait") as (call, gate):
+        assert bench.pools.purge(None) == {"test": 1}
+        assert "purges" not in bench.workers()[0]
+        queued = asyncio.create_task(purges_of(bench))
+        await let_through(gate)
+        assert (await call).ok
+        assert await queued == 1
+
+
+async def test_a_worker_that_is_late_is_told_once_its_reply_has_come(bench: Bench, tmp_path: Path) -> None:
+    async with at_the_gate(bench, tmp_path, "wait") as (call, gate):
+        call.cancel()
+        await until(lambda: bench.do("late"))
+        assert bench.pools.purge(None) == {"test": 1}
+        await let_through(gate)
+        assert await purges_of(bench) == 1
+
+
+@pytest.mark.parametrize(
+    ("workers", "overlays"), [(Workers(), None), (PURGEABLE, {"another"}), (PURGEABLE, set[str]())]
+)
+async def test_nobody_else_is_told_of_a_purge(bench: Bench, workers: Workers, overlays: set[str] | None) -> None:
+    await bench.pools.run(a_job(workers=workers))
+    assert bench.pools.purge(overlays) == {}
+    outcome = await bench.pools.run(a_job({"do": "purges"}, workers=workers))
+    assert outcome.result["result"] == 0
+
+
+async def test_every_worker_of_an_overlay_is_told(bench: Bench, tmp_path: Path) -> None:
+    async with at_the_gate(bench, tmp_path, "wait") as (call, gate):
+        other = await bench.pools.run(a_job({}, workers=PURGEABLE, changes={"phase": "CLEAR"}))
+        assert other.ok
+        assert bench.pools.purge(None) == {"test": 2}
+        await let_through(gate)
+        await call
+
+
+async def test_a_worker_that_answers_a_purge_breaks_the_protocol_and_is_replaced(bench: Bench) -> None:
+    await ask(bench, "rude")
+    bench.pools.purge(None)
+    await until(lambda: bench.workers() == [])
+    assert "nobody had asked for" in bench.logs.notes
+    assert await purges_of(bench) == 0
+
+
+async def test_a_call_that_its_worker_never_read_behind_a_purge_goes_on_to_another(
+    bench: Bench, tmp_path: Path
+) -> None:
+    async with at_the_gate(bench, tmp_path, "leave") as (call, gate):
+        assert (await call).ok
+        assert bench.pools.purge(None) == {"test": 1}
+        unread = asyncio.create_task(purges_of(bench))
+        await until(lambda: bench.do("busy"))
+        await let_through(gate)
+        assert await unread == 0
+
+
+async def test_purges_that_a_worker_has_not_read_yet_are_one(bench: Bench, tmp_path: Path) -> None:
+    async with at_the_gate(bench, tmp_path, "leave") as (call, gate):
+        assert (await call).ok
+        assert [bench.pools.purge(None) for _ in range(5000)] == [{"test": 1}] * 5000
+        assert bench.workers()[0]["purges"] == 1
+        await let_through(gate)
+
+
+async def test_a_worker_that_has_closed_its_stdin_is_not_told_and_takes_no_more_calls(bench: Bench) -> None:
+    assert (await ask(bench, "deaf")).ok
+    assert bench.pools.purge(None) == {}
+    assert await purges_of(bench) == 0
+    await until(lambda: bench.do("idle"))
+
+
+async def test_a_worker_that_closed_its_stdin_during_its_call_gets_no_other_after_a_purge(
+    bench: Bench, tmp_path: Path
+) -> None:
+    async with at_the_gate(bench, tmp_path, "deaf") as (call, gate):
+        assert bench.pools.purge(None) == {"test": 1}
+        await let_through(gate)
+        assert (await call).ok
+        assert await purges_of(bench) == 0
+
+
+async def test_a_worker_that_only_starts_has_nothing_to_let_go_of(bench: Bench) -> None:
+    call = asyncio.create_task(purges_of(bench))
+    await asyncio.sleep(0)
+    assert bench.pools.purge(None) == {}
+    assert await call == 0

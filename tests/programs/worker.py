@@ -8,6 +8,9 @@
     breed   a child takes them, and neither answers   flood   `size` bytes without an end
     exit    ends with `status` and no reply           last    answers at some `size`, and ends
     twice   answers two times                         mute    closes its stdout, and stays
+    wait    answers once the FIFO `gate` is opened    leave   answers, and ends once that is
+    deaf    closes its stdin, answers, and stays      purges  how often it was told to let go of what it keeps
+    rude    the payload, and from now on answers a purge, too
 
 Where the payload has `log` it writes that to stderr first; where it has `started`, the path of a FIFO, a line there.
 """
@@ -24,6 +27,10 @@ if TYPE_CHECKING:
     from typing import Any
 
 kept: list[bytes] = []
+purges: list[str] = []
+"""What it said to each."""
+
+rude = [""]
 
 
 def write(text: str) -> None:
@@ -67,16 +74,47 @@ def work(call: dict[str, Any]) -> None:
             os._exit(0)
         case "twice":
             write(echo + echo)
-        case "mute":
-            os.close(1)
-            signal.pause()
-        case _:
-            write(echo)
+        case "purges":
+            write(answer(call, result=len(purges)))
+        case how:
+            work_oddly(how, payload, echo)
+
+
+def work_oddly(how: str, payload: dict[str, Any], echo: str) -> None:
+    """What is odd about it is not its reply."""
+    if how in ("deaf", "mute"):
+        os.close(0 if how == "deaf" else 1)
+    if how == "mute":
+        signal.pause()
+    if how == "rude":
+        rude[0] = '{"ok": true}\n'
+    if how != "leave" and "gate" in payload:
+        gate(payload)
+    write(echo)
+    if how == "leave":
+        gate(payload)
+        os._exit(0)
+    if how == "deaf":
+        signal.pause()
+
+
+def gate(payload: dict[str, Any]) -> None:
+    """Wait until somebody opens the FIFO to write."""
+    os.close(os.open(payload["gate"], os.O_RDONLY))
+
+
+def purge() -> None:
+    kept.clear()
+    purges.append(rude[0])
+    write(rude[0])
 
 
 def main() -> None:
     for line in sys.stdin:
         call = json.loads(line)
+        if call.get("event") == "purge":
+            purge()
+            continue
         payload = call["payload"]
         sys.stderr.write(payload.get("log", ""))
         sys.stderr.flush()
