@@ -12,19 +12,21 @@ import socket
 import ssl
 import subprocess
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import aiohttp.connector
 import pytest
 from aiohttp import ThreadedResolver, web
 
-from runners import breaker, http
+from runners import breaker, http, purges
 from runners.base import Code, HttpTarget, Outcome, Sandbox, ServiceTarget
 from runners.breaker import FAILURES, FIRST_WAIT_S
 from runners.faults import End, ServiceError
 from runners.http import HttpRunner
 from tests import programs
 from tests.runner_fixtures import PATIENCE, anyio_backend, clock, nothing_left
+from tests.support import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -1171,3 +1173,129 @@ async def test_a_second_closing_can_be_quicker_than_the_first(nothing_left: None
     await runner.close(at_once=True)
     await patient
     assert services.closings == [False, True]
+
+
+# Purges
+
+
+class Purged:
+    """A service that is told of purges: what it was sent, and what it answers once `may_answer` is set."""
+
+    def __init__(self, status: int = 200) -> None:
+        self.bodies: list[Any] = []
+        self.status = status
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
+
+    async def handle(self, request: web.Request) -> web.Response:
+        if request.path != "/purge":
+            return web.json_response(1)
+        self.bodies.append((request.method, request.content_type, await request.json()))
+        await self.may_answer.wait()
+        return web.json_response({}, status=self.status)
+
+
+def told_of(runner: HttpRunner) -> Any:
+    return runner.state("test").get("purge", {})
+
+
+@contextlib.asynccontextmanager
+async def a_called_runner(purged: Purged) -> AsyncIterator[HttpRunner]:
+    """A runner that has called an external service which takes purges."""
+    async with service(purged.handle) as url:
+        runner = HttpRunner()
+        assert (await runner.run(programs.make_job(HttpTarget(url, purge_url=f"{url}/purge")))).ok
+        try:
+            yield runner
+        finally:
+            await runner.close()
+
+
+async def test_a_service_that_takes_purges_is_sent_one_and_nobody_waits(nothing_left: None) -> None:
+    purged = Purged()
+    async with a_called_runner(purged) as runner:
+        assert "purge" not in runner.state("test")
+        before = time.time_ns() // 1_000_000
+        assert runner.purge(None) == {"test": 1}
+        await until(lambda: bool(told_of(runner)["purges"]))
+        assert purged.bodies == [("POST", "application/json", {"event": "purge"})]
+        assert told_of(runner)["last_purge_ms"] >= before
+        assert (told_of(runner)["failures"], told_of(runner)["last_error"]) == (0, None)
+
+
+async def test_a_service_has_one_purge_at_a_time(nothing_left: None) -> None:
+    purged = Purged()
+    purged.may_answer.clear()
+    async with a_called_runner(purged) as runner:
+        assert [runner.purge({"test"}) for _ in range(3)] == [{"test": 1}] * 3
+        await until(lambda: len(purged.bodies) == 1)
+        assert runner.purge({"test"}) == {"test": 1}
+        purged.may_answer.set()
+        await until(lambda: told_of(runner)["purges"] == 1)
+        runner.purge({"test"})
+        await until(lambda: told_of(runner)["purges"] == 2)
+    assert len(purged.bodies) == 2
+
+
+async def test_a_purge_that_fails_is_counted_and_is_nobodys_error(
+    nothing_left: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", "runners.purges")
+    async with a_called_runner(Purged(status=500)) as runner:
+        runner.purge(None)
+        await until(lambda: bool(told_of(runner)["failures"]))
+        assert told_of(runner)["last_error"] == "the service answered HTTP 500 Internal Server Error"
+        assert (told_of(runner)["purges"], told_of(runner)["last_purge_ms"]) == (0, None)
+        assert runner.state("test")["breaker"]["failures"] == 0
+    assert [record.levelname for record in caplog.records] == ["DEBUG"]
+
+
+async def test_a_purge_that_nobody_answers_ends_in_time(nothing_left: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(purges, "ANSWER_S", 0.05)
+    purged = Purged()
+    purged.may_answer.clear()
+    async with a_called_runner(purged) as runner:
+        runner.purge(None)
+        await until(lambda: bool(told_of(runner)["failures"]))
+        assert told_of(runner)["last_error"] == "the service had not answered after 0.05 s"
+
+
+async def test_closing_ends_a_purge_that_is_not_answered_and_begins_none(nothing_left: None) -> None:
+    purged = Purged()
+    purged.may_answer.clear()
+    async with a_called_runner(purged) as runner:
+        runner.purge(None)
+        await until(lambda: bool(purged.bodies))
+        await runner.close()
+        assert runner.purge(None) == {}
+
+
+@pytest.mark.parametrize("overlays", [{"another"}, set[str]()])
+async def test_no_other_service_is_told_of_a_purge(nothing_left: None, overlays: set[str]) -> None:
+    async with a_called_runner(Purged()) as runner:
+        assert runner.purge(overlays) == {}
+        runner.forget("test")
+        assert runner.purge({"test"}) == {}
+
+
+async def test_a_service_without_a_place_for_purges_is_not_told(nothing_left: None) -> None:
+    async with service(Purged().handle) as url:
+        runner = HttpRunner()
+        await runner.run(programs.make_job(HttpTarget(url, purge_url=f"{url}/purge")))
+        await runner.run(programs.make_job(HttpTarget(url))._replace(edition=1))
+        assert runner.purge(None) == {}
+        await runner.close()
+
+
+async def test_a_service_that_the_bus_starts_is_told_only_while_it_runs(nothing_left: None) -> None:
+    purged = Purged()
+    async with service(purged.handle) as url:
+        services = FakeServices(FakeService(url))
+        runner = HttpRunner(services, targets=frozenset({"elsewhere.example"}))
+        await runner.run(programs.make_job(HttpTarget("/x", service=SERVICE, purge_url="/purge")))
+        assert runner.purge(None) == {}
+        services.url = url
+        assert runner.purge(None) == {"test": 1}
+        await until(lambda: told_of(runner)["purges"] == 1)
+        await runner.close()
+    assert len(purged.bodies) == 1

@@ -164,6 +164,7 @@ def test_the_shape_that_is_read_is_the_one_that_the_schema_tells() -> None:
     keys = ("phases", "input_schema", "output_schema", "memory", "concurrency", "cost_cents", "idempotent", "x")
     changes += [{"capabilities": {"x": {"runner": "proc"}, "y": {"runner": "proc", key: 1}}} for key in keys]
     ways = ("mode", "stdin", "preload", "workers", "command", "ready_path", "start_timeout_s", "idle_s", "max_mb", "x")
+    changes += [{"entrypoints": {kind: {"purge_path": 1}}} for kind in ("proc", "http")]
     changes += [{"entrypoints": {kind: {key: 1}}} for kind in ("proc", "http") for key in ways]
     for document in (plain | change for change in changes):
         assert (manifest_form.examine(document).shape == "native") == is_native.is_valid(document)
@@ -543,6 +544,26 @@ def test_of_a_service_that_the_bus_starts_a_url_is_the_path_alone(tmp_path: Path
     assert read(tmp_path, document).capabilities["a"].url == url
 
 
+@pytest.mark.parametrize(
+    ("http", "url"),
+    [
+        ({"base_url": "http://h/v1/", "purge_path": "/purge?deep=1"}, "http://h/v1/purge?deep=1"),
+        ({"command": ["x"], "purge_path": "/purge"}, "/purge"),
+        ({"command": ["x"], "purge_path": "//evil.example/x"}, "/evil.example/x"),
+        ({"command": ["x"]}, None),
+    ],
+)
+def test_a_service_takes_a_purge_where_it_says(tmp_path: Path, http: dict[str, Any], url: str | None) -> None:
+    manifest = read(tmp_path, with_http(**http))
+    assert (manifest.shape, manifest.purge_url, manifest.takes_purges) == ("native", url, url is not None)
+
+
+def test_workers_take_a_purge_where_the_manifest_says_so(tmp_path: Path) -> None:
+    assert read(tmp_path, with_proc(mode="worker", workers={"purge": True})).takes_purges
+    assert not read(tmp_path, with_proc(mode="worker", workers={"purge": False})).takes_purges
+    assert not read(tmp_path, with_proc(mode="worker")).takes_purges
+
+
 def test_programs_and_a_service_may_stand_in_one_manifest(tmp_path: Path) -> None:
     entrypoints = {"proc": {"command": ["./tool"], "mode": "worker"}, "http": {"command": ["./service"]}}
     capabilities = {"a": {"runner": "http", "path": "a"}, "b": {"runner": "proc", "path": "b"}}
@@ -593,6 +614,9 @@ def test_shape_a_knows_no_ways_to_run(tmp_path: Path) -> None:
         (with_http(command=[""]), "$.entrypoints.http.command[0]", "the name of a program"),
         (with_http(command=["x"], ready_path="health"), "$.entrypoints.http.ready_path", "^/"),
         (with_http(command=["x"], ready_path="/a b"), "$.entrypoints.http.ready_path", "^/"),
+        (with_http(command=["x"], purge_path="purge"), "$.entrypoints.http.purge_path", "^/"),
+        (with_proc(mode="worker", workers={"purge": "yes"}), "$.entrypoints.proc.workers.purge", "boolean"),
+        (with_proc(mode="worker", purge=True), "$.entrypoints.proc.purge", "unknown"),
         (with_http(command=["x"], start_timeout_s=0), "$.entrypoints.http.start_timeout_s", "more than 0"),
         (with_http(command=["x"], start_timeout_s=3601), "$.entrypoints.http.start_timeout_s", "3600 or less"),
         (with_http(command=["x"], idle_s=0), "$.entrypoints.http.idle_s", "more than 0"),

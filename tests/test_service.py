@@ -806,3 +806,19 @@ async def test_what_a_service_lacks_is_said_without_the_head_of_its_answer(answe
 
 async def test_no_service_is_known_of_an_overlay_that_was_not_called() -> None:
     assert Services(Helpers(), None, kill_grace_s=0, drain_s=0).state("test") == {}
+
+
+async def test_where_a_service_is_is_known_while_it_can_be_called(bench: Bench) -> None:
+    assert bench.services.url_of("test") is None
+    async with bench.use(a_service()) as url:
+        assert bench.services.url_of("test") == url
+        assert bench.services.url_of("another") is None
+        bench.services.forget("test")
+        assert bench.services.url_of("test") is None
+
+
+async def test_a_service_that_ends_is_not_asked_for_anything_more(bench: Bench) -> None:
+    async with bench.use(a_service()) as url:
+        assert bench.services.url_of("test") == url
+    bench.services.relieve(0.0)
+    assert bench.services.url_of("test") is None
