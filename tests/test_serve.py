@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from bus import provenance
-from bus.errors import SettingError
+from bus import provenance, remote
+from bus.errors import OperatorError, SettingError
 from bus.model import Phase
 from bus.serve import serve
 from bus.tokens import SCOPES, Tokens
@@ -308,3 +308,11 @@ def asked(
     answer = json.loads(response.read())
     connection.close()
     return response.status, answer
+
+
+def test_who_wants_to_ask_a_server_finds_it_while_it_runs(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path)
+    with serving(tmp_path) as (_, address):
+        assert remote.address_of(settings.state) == f"http://{address}"
+    with pytest.raises(OperatorError, match="no server runs"):
+        remote.address_of(settings.state)
