@@ -6,10 +6,11 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+import orjson
 import pytest
 from starlette.testclient import TestClient
 
-from bus import remote, runes
+from bus import remote, resources, runes, schemas
 from bus.app import create_app
 from bus.balance import Balance
 from bus.errors import BusError, DeniedError
@@ -18,7 +19,7 @@ from bus.purges import AGAIN_S, UnderStress, occasions, require_on_event
 from bus.scheduler import Scheduler
 from bus.stress import StressMonitor
 from bus.tokens import Tokens
-from runners.base import Workers
+from runners.base import PURGE, Workers
 from tests import programs
 from tests.cli_fixtures import aal, plain_environment
 from tests.support import (
@@ -112,6 +113,13 @@ def add_service(root: Path, name: str) -> None:
 )
 def test_the_runes_say_when_and_both_where_none_has_kv(rules: tuple[str | None, ...], told: list[Occasion]) -> None:
     assert occasions(declaring(*rules)) == told
+
+
+def test_what_is_told_is_what_the_schema_says() -> None:
+    request = resources.load_json("schemas/overlay_request.schema.json")
+    validator = schemas.compiled({"$ref": "#/$defs/purge", "$defs": request["$defs"]})
+    assert list(validator.iter_errors(orjson.loads(PURGE))) == []
+    assert list(validator.iter_errors({"event": "purge", "request_id": "1"})) != []
 
 
 def test_who_does_not_take_purges_is_never_told() -> None:
