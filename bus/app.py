@@ -225,7 +225,7 @@ class Api:
         await self._bus.start()
         entry = self._bus.registry.entry(self._own_name(request))
         scratch = {} if entry.manifest is None else scratch_of(entry.manifest, self._bus.confinement.tiers)
-        return JsonResponse(entry.detail() | {"scratch": scratch} | self._now(entry))
+        return JsonResponse(entry.detail(self._measured(entry)) | {"scratch": scratch} | self._now(entry))
 
     async def purge(self, request: Request) -> Response:
         """Tell an overlay's workers and service to let go of their caches: whom that reached, by runner."""
@@ -247,10 +247,23 @@ class Api:
         return [entry for entry in self._bus.registry.entries() if caller.has_overlay(entry.name)]
 
     def _now(self, entry: Entry) -> dict[str, Any]:
-        """What no file says of an overlay: what of its rights this kernel cannot hold, and what of it runs."""
+        """What no file says of an overlay.
+
+        That is what of its rights this kernel cannot hold, what of it runs, and what it declares of memory that is far
+        from what it needs.
+        """
         confinement = self._bus.confinement
         missing = [] if entry.manifest is None else confinement.gaps(cases_of(entry.manifest))
-        return {"sandbox": {"mode": confinement.mode, "missing": missing}, "running": self._running(entry)}
+        return {
+            "sandbox": {"mode": confinement.mode, "missing": missing},
+            "running": self._running(entry),
+            "findings": [] if entry.manifest is None else self._bus.needs.findings(entry.manifest),
+        }
+
+    def _measured(self, entry: Entry) -> dict[str, dict[str, Any]]:
+        if entry.manifest is None:
+            return {}
+        return self._bus.needs.told(entry.manifest, reserves=self._bus.settings.admission == "memory")
 
     def _running(self, entry: Entry) -> dict[str, Any]:
         """What the runners keep for an overlay from call to call: helpers, workers, service, circuit breaker.

@@ -37,6 +37,7 @@ from bus.settings import Settings
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from bus.needs import Needs
     from bus.overlays import Entry, Registry
 
 app = make_app("See, check, make, add, switch and remove overlays, and read their logs; a running server follows.")
@@ -71,6 +72,20 @@ def _registry(ctx: typer.Context) -> "Registry":
     return open_registry(workplace(ctx).settings())
 
 
+def recalled_needs(settings: Settings) -> "Needs":
+    """What calls needed of memory, by the last lines of the ledger, as a server of this folder learns it at its start.
+
+    Nothing where the ledger cannot be read.
+    """
+    from bus import provenance
+    from bus.needs import RECALLED, Needs
+
+    needs = Needs()
+    with contextlib.suppress(OSError):
+        needs.recall(provenance.tail(settings.ledger, RECALLED))
+    return needs
+
+
 def _named(registry: "Registry", name: str) -> "Entry":
     """One of the entries, also of a folder whose name no overlay can have, as the list shows it.
 
@@ -87,15 +102,19 @@ def _named(registry: "Registry", name: str) -> "Entry":
 
 @app.command("list")
 def list_(ctx: typer.Context, as_json: AsJson = False) -> None:
-    """Every overlay, the broken ones with their reason.
+    """Every overlay, the broken ones with their reason; below, what declares far from the memory that it needs.
 
     Example: aal overlays list
     """
-    entries = _registry(ctx).entries()
+    entries, needs = _registry(ctx).entries(), recalled_needs(workplace(ctx).settings())
+    found = {entry.name: needs.findings(entry.manifest) for entry in entries if entry.manifest}
     if as_json:
-        print_json({"overlays": [entry.summary() for entry in entries]})
+        print_json({"overlays": [entry.summary() | {"findings": found.get(entry.name, [])} for entry in entries]})
         return
     print_table(("name", "version", "status", "runner", "phases", "capabilities", "about"), map(_row, entries))
+    for name, findings in found.items():
+        for finding in findings:
+            say(f"{name}: {finding}", "yellow")
     if not entries:
         say(f"no overlays in {workplace(ctx).settings().overlays}; aal overlays new NAME makes one", "dim")
 
@@ -116,15 +135,18 @@ def _row(entry: "Entry") -> tuple[object, ...]:
 
 @app.command()
 def show(ctx: typer.Context, name: Name, as_json: AsJson = False) -> None:
-    """One overlay with everything that its manifest says; its schemas with --json only.
+    """One overlay with everything that its manifest says, and what its calls needed; its schemas with --json only.
 
     Example: aal overlays show abraxas
     """
     from bus.plugins import scratch_of, tiers_of
 
-    entry = _named(_registry(ctx), name)
-    tiers = tiers_of(workplace(ctx).settings())
-    detail = entry.detail() | {"scratch": scratch_of(entry.manifest, tiers) if entry.manifest else {}}
+    settings = workplace(ctx).settings()
+    entry, needs = _named(open_registry(settings), name), recalled_needs(settings)
+    manifest, reserves = entry.manifest, settings.admission == "memory"
+    detail = entry.detail(needs.told(manifest, reserves=reserves) if manifest else None)
+    detail["findings"] = needs.findings(manifest) if manifest else []
+    detail["scratch"] = scratch_of(manifest, tiers_of(settings)) if manifest else {}
     if as_json:
         print_json(detail)
     else:
@@ -154,10 +176,25 @@ def _told(capability: dict[str, Any], scratch: dict[str, dict[str, Any]]) -> "It
     yield "phases", capability["phases"]
     yield "timeout", f"{capability['timeout_s']} s"
     yield "memory", f"{memory['profile']}: {memory['soft_mb']} to {memory['hard_mb']} MiB"
+    yield from _told_of_memory(capability["measured"])
     place = scratch[memory["tier"]]
     yield "scratch", f"{memory['tier']}: {place['place']}, {place['mb']} MiB a call"
     yield from rights.items()
     yield "payload needs", (capability["input_schema"] or {}).get("required", [])
+
+
+def _told_of_memory(measured: dict[str, Any] | None) -> "Iterator[tuple[str, str]]":
+    """What its calls needed, and what each degradation step bought."""
+    if not measured or not measured["measured_calls"]:
+        return
+    figures = f"median {measured['median_mb']}, p95 {measured['p95_mb']}, most {measured['peak_mb']} MiB"
+    yield "measured", f"{figures}, of the last {measured['measured_calls']} calls"
+    yield "reserves", f"{measured['reserved_mb']} MiB ({measured['basis']})"
+    for step in measured["degradation"]:
+        if step["calls"]:
+            medians = f"median {step['median_with_mb']} MiB, without {step['median_without_mb'] or 'unknown'}"
+            alike = f"; {step['saved_mb']} MiB less for the same payload" if step["payloads"] else ""
+            yield step["step"], f"in force of {step['calls']} calls: {medians}{alike}"
 
 
 def _says(value: Any) -> bool:  # noqa: ANN401
@@ -247,12 +284,13 @@ def _print_verdict(verdict: dict[str, Any]) -> None:
 
 
 def _print_findings(found: dict[str, Any]) -> None:
-    """The faults, warnings and links of a verdict or of an overlay's detail."""
+    """The faults, warnings and links of a verdict or of an overlay's detail, and what was found of its memory."""
     faults = [str(Fault(**fault)) for fault in found["faults"]] or list(filter(None, [found["error"]]))
     for kind, texts, style in (
         ("fault", faults, "red"),
         ("warning", found["warnings"], "yellow"),
         ("link", found["links"], "dim"),
+        ("memory", found.get("findings", []), "yellow"),
     ):
         for text in texts:
             say(f"  {kind:7}  {text}", style)

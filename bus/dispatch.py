@@ -27,7 +27,7 @@ from bus.errors import BusError, DeniedError
 from bus.events import Events
 from bus.ledger import Ledger, LedgerError
 from bus.model import Phase, Told, now_ms
-from bus.needs import Needs
+from bus.needs import RECALLED, Learned, Needs, is_external
 from bus.overlays import Registry
 from bus.plugins import Plugins
 from bus.profiles import Profiles
@@ -57,8 +57,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 VALIDATORS_KEPT = 1024
-RECALLED = 5000
-"""The last lines of the ledger that tell what calls needed of memory."""
 LAST_LINES_S = 5.0
 """How long closing waits for the lines of calls that were ended."""
 _HELD_PHASES = frozenset({Phase.CLEAR, Phase.SEAL})
@@ -388,12 +386,15 @@ class Bus:
             course.sandbox = self._sandbox_of(outcome)
             outcome = await self._judge(course, resolved, outcome)  # within the slot: closing waits for slots
             if outcome.peak_mb is not None and call.replay_of is None:
-                self.needs.learn(key, outcome.peak_mb, outcome.code, told.memory["applied"], ticket.paused_s)
+                applied = None if call.profile else told.memory["applied"]
+                payload_hash = course.payload_hash or ""
+                learned = Learned(outcome.peak_mb, outcome.code, ticket.paused_s, applied, payload_hash)
+                self.needs.learn(key, learned)
             return outcome
 
     def _need(self, key: str, manifest: Manifest, capability: Capability, phase: Phase, profile: MemoryProfile) -> Need:
         """What the call takes of memory: nothing of ours where another's service does the work."""
-        if self.settings.admission == "slots" or (capability.runner == "http" and manifest.service is None):
+        if self.settings.admission == "slots" or is_external(manifest, capability):
             return NO_NEED
         if capability.runner == "http":
             return self.needs.of(key, profile, shared=shared_by(manifest.name))

@@ -8,18 +8,21 @@ learned outlives the process, as it stands in the ledger: `Needs.recall` reads t
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from statistics import median
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from bus.admission import Need
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from bus.model import Record
+    from bus.model import Capability, Manifest, Record
     from bus.runes import MemoryProfile, Volatility
+
+RECALLED = 5000
+"""The last lines of the ledger that tell what calls needed of memory."""
 
 LEARNED = 20
 """Measured calls from which on the reservation is learned."""
@@ -46,13 +49,28 @@ _LOWER_BOUNDS = frozenset({"ERR_TIMEOUT", "ERR_CANCELLED", "ERR_EVICTED", "ERR_S
 Verdict = Literal["above soft", "below a tenth of soft"]
 
 
+class Learned(NamedTuple):
+    """What one call tells: its peak in MiB, how it ended, its longest pause before it grew again, in seconds.
+
+    `applied` are the degradation steps in force, None where they are those of a profile that its caller named and not
+    of the capability's own rune. `payload_hash` is empty where it is not known.
+    """
+
+    peak_mb: float
+    code: str
+    paused_s: float
+    applied: Sequence[str] | None = ()
+    payload_hash: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    """One call: its peak in MiB, its longest pause before it grew again, and the degradation steps in force."""
+    """One call that counts; its members are those of `Learned`."""
 
     peak_mb: float
     paused_s: float
-    applied: tuple[str, ...]
+    applied: tuple[str, ...] | None
+    payload_hash: str
 
 
 @dataclass(slots=True)
@@ -90,20 +108,19 @@ class Needs:
         mb = min(profile.hard_mb, history.p95_mb * spare)
         return Need(mb, profile.hard_mb, "measured", history.quiet_s, spare, shared, processes)
 
-    def learn(self, key: str, peak_mb: float, code: str, applied: Iterable[str], paused_s: float) -> None:
-        """A call ended with `code`; it had `peak_mb` at most, and after `paused_s` without growing it never grew."""
+    def learn(self, key: str, learned: Learned) -> None:
+        """A call has ended, of which a peak was measured."""
         history = self._histories.setdefault(key, _History())
-        if code in _LOWER_BOUNDS and peak_mb <= (history.p95_mb or 0.0):
+        if learned.code in _LOWER_BOUNDS and learned.peak_mb <= (history.p95_mb or 0.0):
             return
-        history.add(_Measured(peak_mb, paused_s, tuple(applied)))
+        applied = None if learned.applied is None else tuple(learned.applied)
+        history.add(_Measured(learned.peak_mb, learned.paused_s, applied, learned.payload_hash))
 
     def recall(self, records: Iterable[Record]) -> None:
-        """Learn from lines of the ledger, oldest first."""
+        """Learn from lines of the ledger, oldest first. A line that nobody verified may say anything."""
         for record in records:
-            memory = record.get("memory") or {}
-            if record.get("type") == "invoke" and memory.get("peak_mb") is not None:
-                key = f"{record['overlay']}.{record['capability']}"
-                self.learn(key, memory["peak_mb"], record["code"], memory["applied"], record["duration_ms"] / 1000)
+            if (learned := _learned_of(record)) is not None:
+                self.learn(f"{record.get('overlay')}.{record.get('capability')}", learned)
 
     def forget(self, overlay: str) -> None:
         """Nothing of an overlay is known any more."""
@@ -112,13 +129,12 @@ class Needs:
 
     def peaks_mb(self, key: str) -> list[float]:
         """Those of the last measured calls, in MiB, oldest first."""
-        history = self._histories.get(key)
-        return [] if history is None else [call.peak_mb for call in history.calls]
+        return [call.peak_mb for call in self._calls(key)]
 
     def report(self, key: str, profile: MemoryProfile) -> dict[str, Any]:
         """What is known of a capability, as JSON: figures in MiB, and what each degradation step bought."""
-        history = self._histories.get(key) or _History()
-        peaks = [call.peak_mb for call in history.calls]
+        calls = self._calls(key)
+        peaks = [call.peak_mb for call in calls]
         need = self.of(key, profile)
         return {
             "measured_calls": len(peaks),
@@ -128,8 +144,72 @@ class Needs:
             "reserved_mb": _rounded(need.mb),
             "basis": need.basis,
             "finding": verdict(peaks, profile.soft_mb),
-            "degradation": _bought(history.calls, profile),
+            "degradation": _bought(calls, profile),
         }
+
+    def told(self, manifest: Manifest, *, reserves: bool) -> dict[str, dict[str, Any]]:
+        """The `report` of each capability of an overlay, by name; `reserves` is whether calls are admitted by memory.
+
+        What somebody else's service does reserves nothing of ours.
+        """
+        reports = {}
+        for name, capability in manifest.capabilities.items():
+            reports[name] = self.report(f"{manifest.name}.{name}", capability.memory)
+            if not reserves or is_external(manifest, capability):
+                reports[name] |= {"reserved_mb": 0.0, "basis": "none"}
+        return reports
+
+    def findings(self, manifest: Manifest) -> list[str]:
+        """Those of its capabilities that declare far from what they need, each with its figures and what to do."""
+        return [said for each in manifest.capabilities.values() if (said := self._finding(manifest, each)) is not None]
+
+    def _finding(self, manifest: Manifest, capability: Capability) -> str | None:
+        peaks, soft_mb = self.peaks_mb(f"{manifest.name}.{capability.name}"), capability.memory.soft_mb
+        match verdict(peaks, soft_mb):
+            case "above soft":
+                said = f"stays above its SOFT of {soft_mb} MiB: half of its last {len(peaks)} calls had"
+                said += f" {median(peaks):.1f} MiB or more"
+            case "below a tenth of soft":
+                said = f"stays under a tenth of its SOFT of {soft_mb} MiB: 95 % of its last {len(peaks)} calls had"
+                said += f" {quantile(peaks):.1f} MiB or less"
+            case None:
+                return None
+        which = f" --capability {capability.name}" if len(manifest.capabilities) > 1 else ""
+        return f"{capability.name}: {said}; aal overlays profile {manifest.name}{which} proposes a rune"
+
+    def steps(self) -> Iterator[tuple[str, str, bool, float]]:
+        """For each degradation step that was in force: of which capability, with it or without, and the median peak.
+
+        Peaks in MiB, of the last measured calls. May be asked from another thread.
+        """
+        for key in list(self._histories):
+            calls = [call for call in self._calls(key) if call.applied is not None]
+            for step in dict.fromkeys(step for call in calls for step in call.applied or ()):
+                for is_with, peaks in _apart(calls, step).items():
+                    if peaks:
+                        yield key, step, is_with, _rounded(median(peaks))
+
+    def _calls(self, key: str) -> tuple[_Measured, ...]:
+        """A copy, made at once: a scrape asks from another thread."""
+        history = self._histories.get(key)
+        return () if history is None else tuple(history.calls)
+
+
+def is_external(manifest: Manifest, capability: Capability) -> bool:
+    """Whether somebody else's service does the work, whose memory nobody sees."""
+    return capability.runner == "http" and manifest.service is None
+
+
+def _learned_of(record: Record) -> Learned | None:
+    """What a line of the ledger tells of memory; None where it tells nothing."""
+    memory, took_ms = record.get("memory"), record.get("duration_ms")
+    if record.get("type") != "invoke" or not isinstance(memory, dict) or not isinstance(took_ms, int | float):
+        return None
+    peak_mb, applied = memory.get("peak_mb"), memory.get("applied")
+    if not isinstance(peak_mb, int | float) or not isinstance(applied, list):
+        return None
+    own = [str(step) for step in applied] if record.get("profile") is None else None
+    return Learned(peak_mb, str(record.get("code")), took_ms / 1000, own, str(record.get("payload_hash") or ""))
 
 
 def quantile(figures: Iterable[float]) -> float:
@@ -147,23 +227,49 @@ def verdict(peaks_mb: list[float], soft_mb: int) -> Verdict | None:
     return "below a tenth of soft" if quantile(peaks_mb) < TENTH * soft_mb else None
 
 
-def _bought(calls: Iterable[_Measured], profile: MemoryProfile) -> list[dict[str, Any]]:
-    """For each step of the rune: of how many calls it was in force, and the median peaks with and without it."""
+def _bought(calls: Sequence[_Measured], profile: MemoryProfile) -> list[dict[str, Any]]:
+    """For each step of the rune: of how many calls it was in force, and the median peaks with it and without.
+
+    Calls with and without differ in their payloads and in the other steps as well. `saved_mb` leaves both out: it is
+    the median, over those payloads that were called with the steps up to this one and with those before it only, of
+    the difference of their median peaks; None where there is no such payload. Negative is more memory with the step.
+    """
+    steps = tuple(map(str, profile.steps))
+    own = [call for call in calls if call.applied is not None]
+    levels = [_by_payload(call for call in own if call.applied == steps[:level]) for level in range(len(steps) + 1)]
     told = []
-    for step in map(str, profile.steps):
-        peaks: Mapping[bool, list[float]] = {True: [], False: []}
-        for call in calls:
-            peaks[step in call.applied].append(call.peak_mb)
+    for step, before, with_it in zip(steps, levels, levels[1:], strict=False):
+        peaks = _apart(own, step)
+        alike = before.keys() & with_it.keys()
+        saved = [median(before[payload]) - median(with_it[payload]) for payload in alike]
         told.append(
             {
                 "step": step,
                 "calls": len(peaks[True]),
                 "median_with_mb": _rounded(median(peaks[True])) if peaks[True] else None,
                 "median_without_mb": _rounded(median(peaks[False])) if peaks[False] else None,
+                "payloads": len(alike),
+                "saved_mb": _rounded(median(saved)) if saved else None,
             }
         )
     return told
 
 
+def _apart(calls: Iterable[_Measured], step: str) -> Mapping[bool, list[float]]:
+    """The peaks of calls with the step, and of those without."""
+    peaks: Mapping[bool, list[float]] = {True: [], False: []}
+    for call in calls:
+        peaks[step in (call.applied or ())].append(call.peak_mb)
+    return peaks
+
+
+def _by_payload(calls: Iterable[_Measured]) -> dict[str, list[float]]:
+    peaks: defaultdict[str, list[float]] = defaultdict(list)
+    for call in calls:
+        if call.payload_hash:
+            peaks[call.payload_hash].append(call.peak_mb)
+    return dict(peaks)
+
+
 def _rounded(mb: float) -> float:
-    return round(mb, 1)
+    return round(float(mb), 1)  # whole ones come back from the ledger as integers

@@ -249,10 +249,47 @@ def _error() -> Json:
 
 
 def _overlay() -> Json:
-    """Of `Entry.summary`; what else there is differs from overlay to overlay."""
+    """Of `Entry.summary`, and of what is measured; what else there is differs from overlay to overlay."""
     nullable = {"type": ["string", "null"]}
     known = {"name": _TEXT, "version": nullable, "status": _TEXT, "description": _TEXT, "phases": _LIST}
-    return _object(known, **known, capabilities=_LIST, permissions=_LIST, enabled=_TRUTH, error=nullable)
+    known["findings"] = _LIST | {"description": "Capabilities whose SOFT is far from what is measured, and what to do."}
+    capability = _object(measured=_measured())
+    details = {"description": "The capabilities by name; of one overlay only.", "additionalProperties": capability}
+    return _object(
+        known,
+        **known,
+        capabilities=_LIST,
+        permissions=_LIST,
+        enabled=_TRUTH,
+        error=nullable,
+        details={"type": "object"} | details,
+    )
+
+
+def _measured() -> Json:
+    """Of `Needs.report`."""
+    count: Json = {"type": "integer", "minimum": 0}
+    mb: Json = {"type": ["number", "null"]}
+    step = {
+        "step": _TEXT,
+        "calls": count | {"description": "Of how many calls it was in force."},
+        "median_with_mb": mb,
+        "median_without_mb": mb,
+        "payloads": count | {"description": "How many payloads came with it as the last step, and without it."},
+        "saved_mb": mb | {"description": "The median of what these then needed less."},
+    }
+    known = {
+        "measured_calls": count,
+        "median_mb": mb,
+        "p95_mb": mb,
+        "peak_mb": mb,
+        "reserved_mb": {"type": "number", "description": "What the next call reserves."},
+        "basis": {"enum": ["none", "declared", "measured"]},
+        "finding": {"enum": ["above soft", "below a tenth of soft", None]},
+        "degradation": {"type": "array", "items": _object(step, **step)},
+    }
+    said = "What the last calls of the capability needed of memory, in MiB; medians are of at most 100 of them."
+    return _object(known, **known) | {"type": ["object", "null"], "description": said}
 
 
 def _shipped(name: str) -> Json:

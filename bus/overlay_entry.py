@@ -10,6 +10,7 @@ from bus.canonical import shown
 from bus.errors import DeniedError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from bus.errors import Fault
@@ -81,8 +82,11 @@ class Entry:
             "folder": shown(self.folder.name),
         }
 
-    def detail(self) -> dict[str, Any]:
-        """`summary` and everything about each capability, as JSON."""
+    def detail(self, measured: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """`summary` and everything about each capability, as JSON.
+
+        `measured` has, by the name of the capability, what its calls needed of memory; null where nobody says.
+        """
         manifest = self.manifest
         if manifest is None:
             return self.summary() | {"details": {}}
@@ -96,7 +100,10 @@ class Entry:
             "secrets": list(manifest.secrets),
             "resources": dict(manifest.resources),
             **_processes_as_json(manifest),
-            "details": {name: _capability_as_json(offered) for name, offered in manifest.capabilities.items()},
+            "details": {
+                name: _capability_as_json(offered) | {"measured": (measured or {}).get(name)}
+                for name, offered in manifest.capabilities.items()
+            },
         }
 
 
