@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -16,7 +17,7 @@ from bus import errors
 from bus.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from prometheus_client import Metric
     from starlette.requests import Request
@@ -25,30 +26,49 @@ if TYPE_CHECKING:
     from bus.hookspecs import RegisterRoutes
     from bus.model import Record
 
-_BOUNDS_MS = (1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10000, 30000, 60000)
-_BUCKETS = (*(str(bound / 1000) for bound in _BOUNDS_MS), "+Inf")
+
+class _Scale(NamedTuple):
+    """The buckets of a histogram: its figures are told as they come, divided by `unit`."""
+
+    bounds: tuple[float, ...]
+    unit: float
+
+    @property
+    def buckets(self) -> tuple[str, ...]:
+        return (*(str(bound / self.unit) for bound in self.bounds), "+Inf")
+
+
+_SECONDS = _Scale((1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10000, 30000, 60000), 1000)
+"""Of figures in milliseconds."""
+
+_MIB = _Scale(tuple(2.0**power for power in range(2, 17)), 1)
+"""4 MiB to 64 GiB."""
+
 UNKNOWN = "unknown"
 """Stands for overlays that do not exist, so that callers cannot grow the metrics by asking for names. For the same
 reason an overlay's own code counts as ERR_OVERLAY_FAILED."""
 
 
-class _Times:
+class _Histogram:
     """A histogram's figures. The library's own take a lock for each bucket and sum, which was most of this plugin."""
 
-    __slots__ = ("_counts", "_sum_ms")
+    __slots__ = ("_bounds", "_counts", "_scale", "_sum")
 
-    def __init__(self) -> None:
-        self._counts = [0] * len(_BUCKETS)
-        self._sum_ms = 0.0
+    def __init__(self, scale: _Scale) -> None:
+        self._scale = scale
+        self._bounds = scale.bounds
+        self._counts = [0] * (len(scale.bounds) + 1)
+        self._sum = 0.0
 
-    def add(self, ms: float) -> None:
-        self._counts[bisect_left(_BOUNDS_MS, ms)] += 1
-        self._sum_ms += ms
+    def add(self, figure: float) -> None:
+        self._counts[bisect_left(self._bounds, figure)] += 1
+        self._sum += figure
 
     def add_to(self, family: HistogramMetricFamily, overlay: str) -> None:
         """For a scrape, which may be in another thread."""
-        sum_s = self._sum_ms / 1000
-        family.add_metric([overlay], list(zip(_BUCKETS, accumulate(tuple(self._counts)), strict=True)), sum_s)
+        total = self._sum / self._scale.unit
+        counts = accumulate(tuple(self._counts))
+        family.add_metric([overlay], list(zip(self._scale.buckets, counts, strict=True)), total)
 
 
 class Metrics:
@@ -57,9 +77,13 @@ class Metrics:
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(self)
-        self._calls: dict[tuple[str, str, str], int] = {}
-        self._durations: dict[str, _Times] = {}
-        self._queued: dict[str, _Times] = {}
+        self._calls: dict[tuple[str, ...], int] = {}
+        self._durations: dict[str, _Histogram] = {}
+        self._queued: dict[str, _Histogram] = {}
+        self._peaks: dict[str, _Histogram] = {}
+        self._waited: dict[tuple[str, ...], int] = {}
+        self._reserved_mb: dict[tuple[str, str], float] = {}
+        self._degraded: dict[tuple[str, ...], int] = {}
 
     @hookimpl
     def aal_invocation_finished(self, record: Record) -> None:
@@ -67,9 +91,25 @@ class Metrics:
         code = record["code"] if record["ok"] else errors.entry(record["code"]).code
         key = (overlay, record["phase"] or "", code)
         self._calls[key] = self._calls.get(key, 0) + 1
-        _times(self._durations, overlay).add(record["duration_ms"])
+        _of(overlay, self._durations, _SECONDS).add(record["duration_ms"])
         if record["queue_ms"] is not None:
-            _times(self._queued, overlay).add(record["queue_ms"])
+            _of(overlay, self._queued, _SECONDS).add(record["queue_ms"])
+        if (admission := record["admission"]) is not None:
+            for reason in admission["waited_for"]:
+                self._waited[reason,] = self._waited.get((reason,), 0) + 1
+        if record["memory"] is not None:
+            self._count_memory(overlay, record)
+
+    def _count_memory(self, overlay: str, record: Record) -> None:
+        """Of a call that ran."""
+        memory = record["memory"]
+        if memory["peak_mb"] is not None:
+            _of(overlay, self._peaks, _MIB).add(memory["peak_mb"])
+        self._reserved_mb[overlay, record["capability"]] = record["admission"]["reserved_mb"]
+        for applied in memory["applied"]:
+            # the steps of a caller's own rune count by their actions alone: callers cannot grow the metrics
+            step = applied if record["profile"] is None else applied.partition("(")[0]
+            self._degraded[overlay, step] = self._degraded.get((overlay, step), 0) + 1
 
     @hookimpl
     def aal_routes(self, register: RegisterRoutes, bus: Bus) -> None:
@@ -78,30 +118,41 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         """A collector in the sense of prometheus_client: asked at each scrape."""
-        calls = CounterMetricFamily(
-            "aal_calls", "Calls by overlay and outcome code.", labels=["overlay", "phase", "code"]
-        )
-        for key, count in list(self._calls.items()):
-            calls.add_metric(key, count)
-        yield calls
+        yield _counter("aal_calls", "Calls by overlay and outcome code.", ["overlay", "phase", "code"], self._calls)
         yield _histogram("aal_call_seconds", "From arrival to outcome.", self._durations)
         yield _histogram("aal_queue_seconds", "Time waited for admission.", self._queued)
+        yield _histogram("aal_peak_mb", "Peak memory of calls, in MiB.", self._peaks)
+        yield _counter("aal_waited", "Calls that had to wait, by what for.", ["reason"], self._waited)
+        what = "Calls that ran with a degradation step in force."
+        yield _counter("aal_degraded_calls", what, ["overlay", "step"], self._degraded)
+        what = "What the last call reserved of memory, in MiB."
+        reserved = GaugeMetricFamily("aal_reserved_mb", what, labels=["overlay", "capability"])
+        for where, mb in list(self._reserved_mb.items()):
+            reserved.add_metric(where, mb)
+        yield reserved
 
     def _serve(self, _: Request) -> Response:
         return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
 
 
-def _times(kept: dict[str, _Times], overlay: str) -> _Times:
+def _of(overlay: str, kept: dict[str, _Histogram], scale: _Scale) -> _Histogram:
     found = kept.get(overlay)
     if found is None:
-        found = kept[overlay] = _Times()
+        found = kept[overlay] = _Histogram(scale)
     return found
 
 
-def _histogram(name: str, text: str, kept: dict[str, _Times]) -> HistogramMetricFamily:
+def _counter(name: str, text: str, labels: list[str], counts: Mapping[tuple[str, ...], int]) -> CounterMetricFamily:
+    family = CounterMetricFamily(name, text, labels=labels)
+    for key, count in list(counts.items()):
+        family.add_metric(key, count)
+    return family
+
+
+def _histogram(name: str, text: str, kept: dict[str, _Histogram]) -> HistogramMetricFamily:
     family = HistogramMetricFamily(name, text, labels=["overlay"])
-    for overlay, times in list(kept.items()):
-        times.add_to(family, overlay)
+    for overlay, figures in list(kept.items()):
+        figures.add_to(family, overlay)
     return family
 
 
@@ -117,10 +168,15 @@ class _BusState:
             ("aal_running", "Calls that run now.", scheduler.running),
             ("aal_waiting", "Calls that wait for admission.", scheduler.waiting),
             ("aal_stress", "RAM stress, 0 to 1.", self._bus.stress.value),
+            ("aal_memory_room_mb", "Memory that calls may claim together, in MiB.", scheduler.room_mb),
+            ("aal_memory_claimed_mb", "What running calls claim of it.", scheduler.claimed_mb),
             ("aal_ledger_size", "Lines of the ledger.", ledger.size),
             ("aal_ledger_healthy", "1 where the ledger can be written.", float(ledger.healthy)),
         ):
-            yield GaugeMetricFamily(name, text, value=value)
+            if math.isfinite(value):  # the room is not, before the first look at the machine
+                yield GaugeMetricFamily(name, text, value=value)
+        yield CounterMetricFamily("aal_evictions", "Calls that were ended to free memory.", value=scheduler.evictions)
+        yield self._steps()
         refused = CounterMetricFamily(
             "aal_refused_requests",
             "Requests refused from nobody known, and calls that came too soon again.",
@@ -129,3 +185,15 @@ class _BusState:
         for code, count in list(self._bus.refused_before_auth.items()):
             refused.add_metric([code], count)
         yield refused
+
+    def _steps(self) -> Metric:
+        """Peaks with and without come of calls with different payloads: a hint, and no proof, of what a step saves."""
+        family = GaugeMetricFamily(
+            "aal_step_median_mb",
+            "Median peak memory of the last calls with a degradation step in force, and without, in MiB.",
+            labels=["overlay", "capability", "step", "with"],
+        )
+        for key, step, is_with, median_mb in self._bus.needs.steps():
+            overlay, _, capability = key.partition(".")
+            family.add_metric([overlay, capability, step, "yes" if is_with else "no"], median_mb)
+        return family

@@ -100,6 +100,21 @@ class Scheduler:
         """What running calls were last seen to have, but for processes that they have in common."""
         return self._admissions.held_mb
 
+    @property
+    def room_mb(self) -> float:
+        """The memory that calls may claim together, in MiB; infinite before the first sample."""
+        return self._admissions.room_mb
+
+    @property
+    def claimed_mb(self) -> float:
+        """What running calls claim of it."""
+        return self._admissions.claimed_mb
+
+    @property
+    def evictions(self) -> int:
+        """How many calls were ended to free memory."""
+        return self._admissions.evictions
+
     def sampled(self, free_mb: float, total_mb: float, shares: Mapping[str, Share]) -> None:
         """As `Admissions.sampled`."""
         self._admissions.sampled(free_mb, total_mb, shares)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,13 +12,15 @@ from starlette.testclient import TestClient
 
 from bus.app import create_app
 from bus.dispatch import Bus
+from bus.metrics import Metrics
 from runners.base import Outcome
-from tests.support import FixedStress, InProcessRunner, add_overlay
+from tests.support import FixedStress, InProcessRunner, a_call, add_native, add_overlay, running_bus, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from bus.settings import Settings
+    from runners.base import Job
 
 Labels = frozenset[tuple[str, str]]
 
@@ -95,3 +99,75 @@ def test_two_buses_count_apart(settings: Settings, client: TestClient) -> None:
     client.post("/invoke/echo", json={"phase": "OPEN", "data": {}})
     with TestClient(create_app(settings)) as other:
         assert not any(name == "aal_calls_total" for name, _ in scrape(other))
+
+
+RUNE = "MEM[SOFT=100,HARD=400,VOL=LOW];PRIORITY=0;DEGRADE{STEP1:CONTEXT(64)}"
+CALL = {"phase": "OPEN", "data": {}}
+
+
+@contextlib.contextmanager
+def weighed(settings: Settings, peak_mb: float, stress: float) -> Iterator[TestClient]:
+    """A bus under this stress whose calls all have this peak, and which has had one of them."""
+    if not (settings.overlays / "heavy").exists():
+        add_native(settings.overlays, "heavy", {"run": {"runner": "proc", "memory": RUNE}})
+    runner = InProcessRunner(lambda _: Outcome(result={}, peak_mb=peak_mb))
+    with TestClient(create_app(bus=Bus(settings, plugins=[FixedStress(stress), runner]))) as client:
+        client.post("/invoke/heavy", json=CALL)
+        yield client
+
+
+def test_memory_is_told_by_overlay_and_capability(settings: Settings) -> None:
+    with weighed(settings, 20.0, 0.25) as client:
+        samples = scrape(client)
+    assert samples["aal_peak_mb_bucket", labels(overlay="heavy", le="16.0")] == 0
+    assert samples["aal_peak_mb_bucket", labels(overlay="heavy", le="32.0")] == 1
+    assert samples["aal_peak_mb_sum", labels(overlay="heavy")] == 20
+    assert samples["aal_reserved_mb", labels(overlay="heavy", capability="run")] == 100
+    assert (samples["aal_memory_claimed_mb", labels()], samples["aal_evictions_total", labels()]) == (0, 0)
+    assert samples["aal_memory_room_mb", labels()] > 0
+    assert not any(name in {"aal_degraded_calls_total", "aal_step_median_mb"} for name, _ in samples)
+
+
+def test_degradation_steps_are_counted_and_their_medians_told(settings: Settings) -> None:
+    with weighed(settings, 20.0, 0.25):
+        pass
+    with weighed(settings, 8.0, 0.9) as client:  # it recalls the other's call from the ledger
+        samples = scrape(client)
+    assert samples["aal_degraded_calls_total", labels(overlay="heavy", step="CONTEXT(64)")] == 1
+    where = {"overlay": "heavy", "capability": "run", "step": "CONTEXT(64)"}
+    assert samples["aal_step_median_mb", frozenset({**where, "with": "yes"}.items())] == 8
+    assert samples["aal_step_median_mb", frozenset({**where, "with": "no"}.items())] == 20
+
+
+def test_runes_that_callers_make_up_cannot_make_the_metrics_grow(settings: Settings) -> None:
+    with weighed(settings, 8.0, 0.9) as client:
+        for n in range(1, 6):
+            client.post("/invoke/heavy", json=CALL | {"profile": RUNE.replace("64", str(n))})
+        samples = scrape(client)
+    steps = {
+        dict(found)["step"]: value for (name, found), value in samples.items() if name == "aal_degraded_calls_total"
+    }
+    assert steps == {"CONTEXT(64)": 1, "CONTEXT": 5}
+    assert {dict(found)["step"] for name, found in samples if name == "aal_step_median_mb"} == {"CONTEXT(64)"}
+
+
+async def test_what_calls_waited_for_is_counted(settings: Settings) -> None:
+    gate, metrics = asyncio.Event(), Metrics()
+
+    async def answer(_: Job) -> Outcome:
+        await gate.wait()
+        return Outcome(result={})
+
+    add_native(settings.overlays, "one", {"run": {"runner": "proc", "concurrency": 1}})
+    async with running_bus(settings, InProcessRunner(answer), metrics) as bus:
+        calls = [asyncio.create_task(bus.invoke(a_call("one"))) for _ in range(3)]
+        await until(lambda: bus.scheduler.waiting == 2)
+        gate.set()
+        assert all(answered.ok for answered in await asyncio.gather(*calls))
+    waited = {
+        sample.labels["reason"]: sample.value
+        for family in metrics.collect()
+        for sample in family.samples
+        if sample.name == "aal_waited_total"
+    }
+    assert waited == {"concurrency": 2}
