@@ -12,20 +12,20 @@ written to a hash-chained ledger. Read `dispatch` first: `Bus.invoke` is the sto
     manifests           one manifest.json, whatever its shape, as a Manifest; manifest_form says what is wrong with it
     policy              phases times permissions -> rights
     targets             where its calls go, and with what environment; with secrets and redaction
-    scheduler           admission behind an event loop: slots, memory, queue, eviction; with runes (the language),
-                        profiles (what has a name in it), needs (what was measured), balance (what is done where memory
-                        is short), degradation (what a call is told then), purges (what lets go of its caches, and
-                        when), and stress (the signal), which is made of memory (what the kernel tells) and
-                        stress_sources (what plug-ins say)
+    scheduler           admission behind an event loop: slots, memory, queue, eviction; with runes (the language of what is
+                        declared), profiles (what has a name in it), needs (what was measured) and profiling (the rune
+                        that fits it), balance (what is done where memory is short), degradation (what a call is told
+                        then), purges (what lets go of its caches, and when), and stress (the signal), which is made of
+                        memory (what the kernel tells) and stress_sources (what plug-ins say)
     runners/            a process or an HTTP service: job in, outcome out
     ledger, provenance  writing and reading the ledger; chain is its file, filesync makes it last, records says what a
                         line is, canonical its JSON
     replay              a line run again through the same Bus, and the verdict
 
-Around it: plugins and hookspecs (the plugin API), metrics (a plugin); settings, errors, schemas, model, resources,
-private_file (what only the operator may read); and the command line: cli, cli_overlays, cli_ledger, cli_callers,
-cli_runes, cli_stress (with stress_watch and plot), console, serve (serving says where it is), remote (what
-a server is asked), doctor, templates.
+Around it: plugins and hookspecs (the plugin API), metrics (a plugin); events (what is told to who listens); settings,
+errors, schemas, model, resources, private_file (what only the operator may read); and the command line: cli,
+cli_overlays, cli_profile, cli_runes, cli_ledger, cli_callers, cli_stress (with stress_watch and plot), console, serve
+(serving says where it is), remote (what a server is asked), doctor, templates.
 """
 
 from bus.hookspecs import hookimpl

@@ -74,3 +74,7 @@ class LocalBus:
     def replay(self, seq: int, *, live: bool = False) -> replay.Replay:
         """Run line `seq` of the ledger again; see `bus.replay.replay`."""
         return self._runner.run(replay.replay(self._bus, seq, live=live))
+
+    def rest(self, seconds: float) -> None:
+        """Let the event loop run without a call: what the bus looks at every now and then is looked at."""
+        self._runner.run(asyncio.sleep(seconds))

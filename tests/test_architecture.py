@@ -27,12 +27,12 @@ FLOORS = [
     ["manifests", "overlay_files", "overlay_packages", "overlay_programs", "profiles", "provenance"],
     ["overlays", "policy", "admission", "degradation", "chain", "private_file"],
     ["scheduler", "needs", "ledger", "serving", "envelopes", "tokens", "secrets", "guard", "openapi", "protocol"],
-    ["balance", "course", "callers", "targets", "plugins"],
+    ["balance", "course", "callers", "targets", "plugins", "profiling"],
     ["dispatch"],
     ["app", "replay"],
     ["local", "remote"],
     ["console", "templates", "doctor", "serve", "stress_watch", "plot"],
-    ["cli_overlays", "cli_ledger", "cli_callers", "cli_runes", "cli_stress"],
+    ["cli_overlays", "cli_profile", "cli_ledger", "cli_callers", "cli_runes", "cli_stress"],
     ["cli"],
 ]
 FLOOR = {f"bus.{name}": floor for floor, names in enumerate(FLOORS, 1) for name in names} | {"bus": 6}
