@@ -32,7 +32,7 @@ from bus.console import (
     workplace,
 )
 from bus.errors import Fault, NotFoundError, OperatorError
-from bus.settings import Settings
+from bus.settings import TOKEN, Settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -417,34 +417,24 @@ def purge(
     url: Annotated[
         str | None, typer.Option(metavar="URL", help="Where the server is; default: the one that serves this folder.")
     ] = None,
-    token_env: Annotated[
-        str | None, typer.Option(metavar="VARIABLE", help="The environment variable with a token of the scope admin.")
-    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Have a running server tell an overlay's workers and service to let go of their caches.
 
-    One that has a call is told once it has answered.
+    One that has a call is told once it has answered. AAL_TOKEN is the server's token, where it needs one.
 
     Example: aal overlays purge my-model
     """
     from bus import remote
 
-    token = None if token_env is None else _variable(token_env)
-    answer = remote.purge(url or remote.address_of(workplace(ctx).settings().state), name, token)
+    address = url or remote.address_of(workplace(ctx).settings().state)
+    answer = remote.purge(address, name, os.environ.get(TOKEN) or None)
     if as_json:
         print_json(answer)
         return
     told: dict[str, int] = answer.get("told", {})
     reached = ", ".join(f"{count} of the runner {runner}" for runner, count in told.items())
     say(f"told {name}: {reached or 'nothing of it runs that could be told'}", "green" if reached else "yellow")
-
-
-def _variable(name: str) -> str:
-    """What a variable of the environment holds. Raises `typer.BadParameter`."""
-    if not (text := os.environ.get(name)):
-        raise typer.BadParameter(f"the environment has no variable {name!r}", param_hint="--token-env")
-    return text
 
 
 def _print_switched(name: str, as_json: bool, *, enabled: bool) -> None:

@@ -296,11 +296,7 @@ def test_the_command_tells_a_running_server_and_shows_whom_it_reached(aal: Calla
     assert "hint:" in refused.err
 
 
-@pytest.mark.parametrize("left", [None, "", "12\n", f"{2**22 + 1}\nhttp://127.0.0.1:1\n"])
-def test_without_a_server_the_command_says_so(aal: Callable[..., Ran], tmp_path: Path, left: str | None) -> None:
-    if left is not None:
-        (tmp_path / ".aal").mkdir()
-        (tmp_path / ".aal" / remote.LOCK).write_text(left)
+def test_without_a_server_the_command_says_so(aal: Callable[..., Ran]) -> None:
     ran = aal("overlays", "purge", "model")
     assert ran.code == 1
     assert "ERR_NO_SERVER" in ran.err
@@ -313,9 +309,8 @@ def test_a_token_comes_from_the_environment_and_is_sent(
     url = f"http://127.0.0.1:{server.port}"
     made = aal("token", "create", "--name", "ops", "--scopes", "admin", "--json").json["token"]
     assert "ERR_UNAUTHORIZED" in aal("overlays", "purge", "model", "--url", url).err
-    assert aal("overlays", "purge", "model", "--url", url, "--token-env", "OPS").code == 2
-    monkeypatch.setenv("OPS", made)
-    assert aal("overlays", "purge", "model", "--url", url, "--token-env", "OPS", "--json").json["told"] == {}
+    monkeypatch.setenv("AAL_TOKEN", made)
+    assert aal("overlays", "purge", "model", "--url", url, "--json").json["told"] == {}
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "http://[", "nowhere", "ftp://127.0.0.1"])
@@ -323,8 +318,3 @@ def test_an_address_where_no_server_answers_is_told(url: str) -> None:
     with pytest.raises(BusError) as refused:
         remote.purge(url, "model")
     assert refused.value.code == "ERR_NO_SERVER"
-
-
-def test_a_server_leaves_its_address_in_its_lock(tmp_path: Path) -> None:
-    (tmp_path / remote.LOCK).write_text(f"{os.getpid()}\nhttp://127.0.0.1:8000\n")
-    assert remote.address_of(tmp_path) == "http://127.0.0.1:8000"

@@ -314,5 +314,6 @@ def tell_memory(found: MemoryFound) -> list[str]:
     answers = ", ".join(f"{count} {code}" for code, count in ours.codes.most_common())
     return [
         f"{'':>20}  answers of the bus: {answers}",
-        f"the verdict: {'held' if found.held else 'NOT held'} ({rival}; goals: x {GOAL}, 1 % killed, none lost or late)",
+        f"the verdict: {'held' if found.held else 'NOT held'} ({rival})",
+        f"{'':>20}  goals: x {GOAL}, at most 1 % killed, none lost, none of high priority late",
     ]
