@@ -462,8 +462,8 @@ class Admissions:
 
     def _start(self, ticket: Ticket) -> None:
         ticket.state = "running"
-        ticket.started = self._clock()
-        ticket.meter.begin()
+        ticket.started = now = self._clock()
+        ticket.meter.begin(now)
         self.running[ticket] = None
         self._started += 1
         lane = ticket.lane

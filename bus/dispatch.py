@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     from jsonschema import Draft202012Validator
 
-    from bus.admission import Need
+    from bus.admission import Need, Ticket
     from bus.callers import Caller
     from bus.course import Answer
     from bus.ledger import Receipt
@@ -381,12 +381,12 @@ class Bus:
         async with admission as ticket:
             course.queue_ms = figure((course.queue_ms or 0.0) + ticket.queued_s * 1000)
             told = course.told = self._tell(call, capability, profile, str(course.run_id))
-            job = self._job(call, resolved, told, rights, course.deadline)._replace(meter=ticket.meter)
+            job = self._job(call, resolved, told, rights, ticket)
             outcome = await self.runners[capability.runner].run(job)
             course.sandbox = self._sandbox_of(outcome)
             outcome = await self._judge(course, resolved, outcome)  # within the slot: closing waits for slots
             if outcome.peak_mb is not None and call.replay_of is None:
-                applied = None if call.profile else told.memory["applied"]
+                applied = None if call.profile else tuple(told.memory["applied"])
                 payload_hash = course.payload_hash or ""
                 learned = Learned(outcome.peak_mb, outcome.code, ticket.paused_s, applied, payload_hash)
                 self.needs.learn(key, learned)
@@ -415,8 +415,9 @@ class Bus:
         )
         return Told(call.request_id, run_id, call.timestamp_ms, self.ledger.size, self.environment_hash, memory)
 
-    def _job(self, call: Invocation, resolved: Resolved, told: Told, rights: Rights, deadline: float) -> Job:
+    def _job(self, call: Invocation, resolved: Resolved, told: Told, rights: Rights, ticket: Ticket) -> Job:
         manifest, capability = resolved.manifest, resolved.capability
+        deadline = ticket.wish.deadline
         deadline_ms = now_ms() + int((deadline - time.monotonic()) * 1000)
         self._served.add(manifest.name)
         return Job(
@@ -433,6 +434,7 @@ class Bus:
             max_output_bytes=self.settings.max_output_bytes,
             edition=resolved.edition,
             limit=call.received + capability.timeout_s,
+            meter=ticket.meter,
             tier=told.memory.get("offload_tier") or told.memory["tier"],
         )
 

@@ -38,12 +38,17 @@ QUANTILE = 0.95
 SPARE: dict[Volatility, float] = {"LOW": 1.1, "MED": 1.25, "HIGH": 1.5}
 """By what the volatility (VOL) of a rune multiplies what was measured."""
 
+UNLEARNED_QUIET_S = 1.0
+"""For how many seconds a call must not have grown that nothing is known of, to be taken to have grown."""
+
 QUIET_FACTOR, QUIET_MORE_S = 1.25, 0.05
 """By what the longest pause of calls before they grew again is multiplied, and what is added: looks are apart."""
 
 TENTH = 0.1
 
-_LOWER_BOUNDS = frozenset({"ERR_TIMEOUT", "ERR_CANCELLED", "ERR_EVICTED", "ERR_SHUTTING_DOWN", "ERR_OUTPUT_TOO_LARGE"})
+_LOWER_BOUNDS = frozenset(
+    {"ERR_TIMEOUT", "ERR_CANCELLED", "ERR_EVICTED", "ERR_SHUTTING_DOWN", "ERR_OUTPUT_TOO_LARGE", "ERR_OVERLAY_CRASH"}
+)
 """Calls that were ended before their time: they might have needed more than was measured."""
 
 Verdict = Literal["above soft", "below a tenth of soft"]
@@ -59,31 +64,26 @@ class Learned(NamedTuple):
     peak_mb: float
     code: str
     paused_s: float
-    applied: Sequence[str] | None = ()
+    applied: tuple[str, ...] | None = ()
     payload_hash: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class _Measured:
-    """One call that counts; its members are those of `Learned`."""
-
-    peak_mb: float
-    paused_s: float
-    applied: tuple[str, ...] | None
-    payload_hash: str
 
 
 @dataclass(slots=True)
 class _History:
     """The last measured calls of a capability. `p95_mb` and `quiet_s` are what they come to; None before that."""
 
-    calls: deque[_Measured] = field(default_factory=lambda: deque(maxlen=KEPT))
+    calls: deque[Learned] = field(default_factory=lambda: deque(maxlen=KEPT))
     p95_mb: float | None = None
-    quiet_s: float = math.inf
+    quiet_s: float = UNLEARNED_QUIET_S
     _new: int = 0
 
-    def add(self, measured: _Measured) -> None:
-        """A larger one than expected counts at once, the others together with some more: sorting takes its time."""
+    def add(self, measured: Learned) -> None:
+        """A larger one than expected counts at once, the others together with some more: sorting takes its time.
+
+        Of what is full of such calls, one more that is as the last tells nothing: a worker answers thousands a second.
+        """
+        if len(self.calls) == KEPT and self.calls[-1][:-1] == measured[:-1]:
+            return
         self.calls.append(measured)
         self._new += 1
         is_due = self.p95_mb is None or self._new >= AFTER or measured.peak_mb > self.p95_mb
@@ -104,7 +104,7 @@ class Needs:
         history = self._histories.get(key)
         spare = SPARE[profile.volatility]
         if history is None or history.p95_mb is None:
-            return Need(profile.soft_mb, profile.hard_mb, "declared", math.inf, spare, shared, processes)
+            return Need(profile.soft_mb, profile.hard_mb, "declared", UNLEARNED_QUIET_S, spare, shared, processes)
         mb = min(profile.hard_mb, history.p95_mb * spare)
         return Need(mb, profile.hard_mb, "measured", history.quiet_s, spare, shared, processes)
 
@@ -113,8 +113,7 @@ class Needs:
         history = self._histories.setdefault(key, _History())
         if learned.code in _LOWER_BOUNDS and learned.peak_mb <= (history.p95_mb or 0.0):
             return
-        applied = None if learned.applied is None else tuple(learned.applied)
-        history.add(_Measured(learned.peak_mb, learned.paused_s, applied, learned.payload_hash))
+        history.add(learned)
 
     def recall(self, records: Iterable[Record]) -> None:
         """Learn from lines of the ledger, oldest first. A line that nobody verified may say anything."""
@@ -189,7 +188,7 @@ class Needs:
                     if peaks:
                         yield key, step, is_with, _rounded(median(peaks))
 
-    def _calls(self, key: str) -> tuple[_Measured, ...]:
+    def _calls(self, key: str) -> tuple[Learned, ...]:
         """A copy, made at once: a scrape asks from another thread."""
         history = self._histories.get(key)
         return () if history is None else tuple(history.calls)
@@ -208,7 +207,7 @@ def _learned_of(record: Record) -> Learned | None:
     peak_mb, applied = memory.get("peak_mb"), memory.get("applied")
     if not isinstance(peak_mb, int | float) or not isinstance(applied, list):
         return None
-    own = [str(step) for step in applied] if record.get("profile") is None else None
+    own = tuple(map(str, applied)) if record.get("profile") is None else None
     return Learned(peak_mb, str(record.get("code")), took_ms / 1000, own, str(record.get("payload_hash") or ""))
 
 
@@ -227,7 +226,7 @@ def verdict(peaks_mb: list[float], soft_mb: int) -> Verdict | None:
     return "below a tenth of soft" if quantile(peaks_mb) < TENTH * soft_mb else None
 
 
-def _bought(calls: Sequence[_Measured], profile: MemoryProfile) -> list[dict[str, Any]]:
+def _bought(calls: Sequence[Learned], profile: MemoryProfile) -> list[dict[str, Any]]:
     """For each step of the rune: of how many calls it was in force, and the median peaks with it and without.
 
     Calls with and without differ in their payloads and in the other steps as well. `saved_mb` leaves both out: it is
@@ -255,7 +254,7 @@ def _bought(calls: Sequence[_Measured], profile: MemoryProfile) -> list[dict[str
     return told
 
 
-def _apart(calls: Iterable[_Measured], step: str) -> Mapping[bool, list[float]]:
+def _apart(calls: Iterable[Learned], step: str) -> Mapping[bool, list[float]]:
     """The peaks of calls with the step, and of those without."""
     peaks: Mapping[bool, list[float]] = {True: [], False: []}
     for call in calls:
@@ -263,7 +262,7 @@ def _apart(calls: Iterable[_Measured], step: str) -> Mapping[bool, list[float]]:
     return peaks
 
 
-def _by_payload(calls: Iterable[_Measured]) -> dict[str, list[float]]:
+def _by_payload(calls: Iterable[Learned]) -> dict[str, list[float]]:
     peaks: defaultdict[str, list[float]] = defaultdict(list)
     for call in calls:
         if call.payload_hash:

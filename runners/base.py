@@ -216,9 +216,9 @@ class Meter:
         self.paused_s = 0.0
         self.evict: Callable[[str], None] | None = None
 
-    def begin(self) -> None:
+    def begin(self, now: float) -> None:
         """They are about to be started."""
-        self.grown_at = self._clock()
+        self.grown_at = now
 
     @property
     def quiet_s(self) -> float:
