@@ -1,6 +1,6 @@
-"""What does admission by memory buy? One day of calls in seconds, for this bus's policy and for what others do.
+"""What does admission by memory buy? Hours of calls in seconds, for this bus's policy and for what others do.
 
-    python TOOLS/simulate_load.py [--seeds 5] [--minutes 60] [--load 0.9] [--scenario mixed,linear,late] [--quick]
+    python TOOLS/simulate_load.py [--seeds 5] [--minutes 60] [--load 0.5] [--scenario mixed,linear,late] [--quick]
                                   [--only NAME,...] [--json FILE] [--markdown]
     python TOOLS/simulate_load.py --trace FILE.jsonl | --ledger logs/provenance.jsonl
     python TOOLS/simulate_load.py --save FILE.jsonl

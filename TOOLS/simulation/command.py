@@ -24,7 +24,7 @@ from simulation.oracle import Oracle
 from simulation.policies import Ancestor, Nobody, Slots, SoftOnly
 from simulation.report import Ran, Report, Sheet, markdown, sheet, show
 from simulation.synthetic import SCENARIOS, make
-from simulation.this_bus import ThisBus
+from simulation.this_bus import LearnedBus, ThisBus
 from simulation.world import World
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from simulation.policies import MakePolicy
 
 POLICIES: Mapping[str, MakePolicy] = {
-    "this bus": ThisBus,
+    "this bus": LearnedBus,
+    "this bus, new": ThisBus,
     "no admission": Nobody,
     **{f"slots {n}": partial(Slots, slots=n) for n in (4, 8, 16, 32)},
     "soft only": SoftOnly,
@@ -56,7 +57,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         prog="simulate_load.py", description="Play a trace of calls against policies of admission, in virtual time."
     )
     parser.add_argument("--scenario", type=_names(SCENARIOS), default=["mixed"], help=f"of {', '.join(SCENARIOS)}")
-    parser.add_argument("--load", type=_above_zero, default=0.8, help="mean demand, as a share of the memory for calls")
+    parser.add_argument("--load", type=_above_zero, default=0.5, help="mean demand, as a share of the memory for calls")
     parser.add_argument("--minutes", type=_above_zero, default=60.0, help="length of a trace in virtual minutes")
     parser.add_argument("--seed", type=int, default=1, help="the first seed")
     parser.add_argument("--seeds", type=_count, default=5, help="how many seeds")

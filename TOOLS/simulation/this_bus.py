@@ -9,22 +9,28 @@ at its end its peak is learned.
 from __future__ import annotations
 
 import math
+from collections import deque
+from itertools import chain
 from typing import TYPE_CHECKING, cast
 
 from bus.admission import Admissions, Need, Ticket, Wish
 from bus.degradation import memory_block
 from bus.errors import BusError, DeadlineError
 from bus.memory import MIB, Reading, Room
-from bus.needs import Needs
+from bus.needs import KEPT, Needs
 from bus.scheduler import REFRESH_S
 from bus.settings import Settings
 from bus.stress import StressMonitor
-from runners.base import Code
+from runners.base import Code, Meter
 from runners.watching import Seen
 from simulation.policies import NOTHING_MORE
+from simulation.world import Request
 
 if TYPE_CHECKING:
-    from simulation.world import Request, World
+    from collections.abc import Iterator, Sequence
+
+    from simulation.calls import Call
+    from simulation.world import World
 
 KIB = 1024
 DEFAULTS = Settings()
@@ -153,6 +159,41 @@ class ThisBus:
     def _refresh(self) -> None:
         self._is_refreshing = False
         self.admissions.refresh()
+
+
+class LearnedBus(ThisBus):
+    """The same after some days of such calls: what it learned outlives the process, as it stands in the ledger."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world)
+        for call in _last(world.calls):
+            self.needs.learn(call.key, call.peak_mb, Code.OK, (), grew_s(call))
+
+
+def _last(calls: Sequence[Call]) -> Iterator[Call]:
+    """Of each capability the calls that its history would hold, oldest first."""
+    by_key: dict[str, deque[Call]] = {}
+    for call in calls:
+        by_key.setdefault(call.key, deque(maxlen=KEPT)).append(call)
+    return chain.from_iterable(by_key.values())
+
+
+def grew_s(call: Call) -> float:
+    """After how many seconds a call that runs alone is seen to grow no more; all its life where nobody looks."""
+    now = 0.0
+    request = Request(call)
+    request.begin(now, call.curve())
+    request.next_part()
+    meter = Meter(lambda: now)
+    seen = Seen(now, call.profile.hard_mb * KIB)
+    while seen.due < call.hold_s:
+        now = seen.due
+        while request.part_ends_s <= now:
+            request.next_part()
+        kib = int(request.mb(now) * KIB)
+        if seen.take(kib, now):
+            meter.see(kib / KIB)
+    return meter.grown_at or call.hold_s
 
 
 def _ticket(request: Request) -> Ticket:

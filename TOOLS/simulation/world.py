@@ -63,7 +63,7 @@ class Request:
     epoch: int = 0
     grant: object = None
     curve: Sequence[Point] = ()
-    part: int = 0
+    part: int = -1
     part_mb: float = 0.0
     part_since: float = 0.0
     slope: float = 0.0
@@ -76,6 +76,21 @@ class Request:
     def part_ends_s(self) -> float:
         """Until when it grows as it does now."""
         return self.started_s + self.curve[self.part + 1].age_s
+
+    def begin(self, now: float, curve: Sequence[Point]) -> None:
+        """It runs from now on, with this much memory."""
+        self.state = "running"
+        self.started_s = self.part_since = now
+        self.epoch += 1
+        self.curve, self.part = curve, -1
+        self.part_mb = self.slope = 0.0
+
+    def next_part(self) -> None:
+        """It grows otherwise from here on. Raises `IndexError` at its end."""
+        here, there = self.curve[self.part + 1], self.curve[self.part + 2]
+        self.part += 1
+        self.part_mb, self.part_since = here.mb, self.started_s + here.age_s
+        self.slope = (there.mb - here.mb) / (there.age_s - here.age_s)
 
     def area_mb_s(self, now: float) -> float:
         """What it has had of memory since its start, in MiB times seconds."""
@@ -101,7 +116,7 @@ class World:
         self.machine = machine
         self.running: dict[Request, None] = {}
         self.tally = Tally(len(calls))
-        self._calls = calls
+        self.calls = calls
         self._come = 0
         self._open = len(calls)
         self._heap: list[tuple[float, int, Do, tuple[Any, ...]]] = []
@@ -112,7 +127,7 @@ class World:
 
     def run(self) -> Tally:
         """Play the trace until every call has ended."""
-        self.at(self._calls[0].at_s, self._arrive)
+        self.at(self.calls[0].at_s, self._arrive)
         self.at(0.0, self._sample)
         heap, machine = self._heap, self.machine
         while self._open:
@@ -136,13 +151,7 @@ class World:
 
     def start(self, request: Request, kv_factor: float = 1.0) -> None:
         """It runs from now on, told to shrink its cache by this factor."""
-        request.state = "running"
-        request.started_s = self.now
-        request.epoch += 1
-        request.curve = request.call.curve(kv_factor)
-        request.part = -1
-        request.part_mb = request.slope = 0.0
-        request.part_since = self.now
+        request.begin(self.now, request.call.curve(kv_factor))
         self.running[request] = None
         self.tally.started += 1
         self._turn(request, request.epoch)
@@ -175,10 +184,10 @@ class World:
 
     def _arrive(self) -> None:
         """The next call of the trace comes."""
-        call = self._calls[self._come]
+        call = self.calls[self._come]
         self._come += 1
-        if self._come < len(self._calls):
-            self.at(self._calls[self._come].at_s, self._arrive)
+        if self._come < len(self.calls):
+            self.at(self.calls[self._come].at_s, self._arrive)
         if self._come % TOLD_EVERY == 0:
             self._progress(self._come)
         request = Request(call)
@@ -202,15 +211,12 @@ class World:
         """A run begins, goes from one part of its curve to the next, or ends."""
         if request.epoch != epoch:
             return
-        request.part += 1
-        if request.part == len(request.curve) - 1:
+        if request.part + 2 == len(request.curve):
             self.end(request, epoch, Code.OK)
             return
         before_mb, before_slope = request.mb(self.now), request.slope
-        here, there = request.curve[request.part], request.curve[request.part + 1]
-        request.part_mb, request.part_since = here.mb, self.now
-        request.slope = (there.mb - here.mb) / (there.age_s - here.age_s)
-        self.machine.change(self.now, here.mb - before_mb, request.slope - before_slope)
+        request.next_part()
+        self.machine.change(self.now, request.part_mb - before_mb, request.slope - before_slope)
         self.at(request.part_ends_s, self._turn, request, epoch)
 
     def _kill_largest(self) -> None:
