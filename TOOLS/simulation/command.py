@@ -42,6 +42,9 @@ POLICIES: Mapping[str, MakePolicy] = {
     "the ancestor": Ancestor,
     "oracle": Oracle,
 }
+WIDTH = 168
+"""Columns of the table, also where the terminal has fewer: a wrapped line can be read, and a cut figure cannot."""
+
 QUICK_MINUTES, QUICK_SEEDS = 5.0, 1
 
 
@@ -190,7 +193,7 @@ def tell(report: Report, given: argparse.Namespace) -> None:
     if given.markdown:
         print(markdown(report), end="")
     else:
-        show(report, Console())
+        show(report, Console(width=max(WIDTH, Console().width)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -35,6 +35,7 @@ def read(ledger: Path) -> Recorded:
     no priority and no VOL: those are of the named profile or of the rune that the caller gave, else 5 and MED. Raises
     `TraceError`, `OSError`, and `BrokenLineError` for a line that is none.
     """
+    ledger.stat()  # a ledger that is not there yet reads as an empty one
     lines = [record for record in provenance.iter_lines(ledger) if record["type"] in {"invoke", "denied"}]
     measured = [record for record in lines if ((record.get("memory") or {}).get("peak_mb")) is not None]
     first_ms = min((record["timestamp_ms"] for record in measured), default=0)
