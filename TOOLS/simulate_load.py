@@ -10,6 +10,8 @@ clock and a virtual memory whose OOM killer ends the largest call. The policy of
 its own classes (`Admissions`, `Needs`, `StressMonitor`, `Meter`, the helper's `Seen`) run on the virtual clock. What is
 shown are medians over the seeds, with the least and the most in the JSON.
 
+How many times faster than real time it ran is taken from the CPU time of this process, as other programs come between.
+
 What it leaves out: a call takes as long as it takes, however many run beside it (no CPU, no swap, no page cache), and
 starting or ending one takes no time.
 

@@ -1,6 +1,6 @@
 """What decides who runs, and what others than this bus do.
 
-`None` of memory is known to any of them but what they are given: the declared profile, and what the machine says.
+They know of a call what it declares, and of memory what the machine says; how much a call will have nobody tells them.
 """
 
 from __future__ import annotations
