@@ -8,9 +8,12 @@ first, then age, and nothing starves. Of capabilities whose next call has the sa
 had the fewest turns since it began to wait (start-time fair queueing, Goyal et al. 1996). A capability at its limit
 offers nothing, so it never holds up others.
 
-A running call claims memory: what it was admitted with, or what it has if that is more; and once it has not grown for
-longer than calls of its kind pause before they grow again, what it has, with some to spare. It fits if the claims
-together stay within the room: the memory that is free, and what our calls hold of what is not. Where the first in line
+A running call claims memory: what such calls usually have, or what it has if that is more, and beyond that a spread, up
+to what it was admitted with. Once it has not grown for longer than calls of its kind pause before they grow again, it
+claims what it has, with some to spare. Not all calls are large at once: so the spreads add up as those of independent
+figures do, to the root of the sum of their squares, and the claims together are the 95th percentile of the sum where
+each alone is that of a call (for normal distributions; others may turn out larger, see `_grew`). A call fits if they
+stay within the room: the memory that is free, and what our calls hold of what is not. Where the first in line
 does not fit, those that came up to `PASSING_S` after it may pass it; then the room is kept for it. What needs more than
 there is runs alone.
 """
@@ -30,13 +33,13 @@ from runners.base import Meter, Share
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-AGING_S = 2.0
+AGING_S = 20.0
 """Seconds of waiting that weigh as much as one point of priority."""
 
 FAIR_S = 2.0
 """Seconds of waiting that weigh as much as one turn which an overlay had and another has yet to have."""
 
-PASSING_S = 1.0
+PASSING_S = 5.0
 """How much later, in seconds of their places, calls may pass one that waits for memory."""
 
 PASSING_LOOKS = 32
@@ -73,13 +76,15 @@ Reason = Literal["slot", "concurrency", "memory", "turn", "stress"]
 class Need(NamedTuple):
     """What a call takes of memory, in MiB, and how that is known.
 
-    `mb` is reserved for it, and it may never have more than `hard_mb`. Where it has not grown for `quiet_s` seconds it
+    `mb` is reserved for it where it runs alone, `usual_mb` is what such calls have on average, and it may never have
+    more than `hard_mb`. Where it has not grown for `quiet_s` seconds it
     is taken to have grown as far as it will: then `spare` times what it has is reserved, where that is less. Calls with
     the same `shared` run in common processes, at most so many as `processes`, and each of these reserves `mb` once.
     """
 
     mb: float = 0.0
     hard_mb: float = 0.0
+    usual_mb: float = 0.0
     basis: Basis = "none"
     quiet_s: float = math.inf
     spare: float = 1.0
@@ -106,6 +111,16 @@ class Wish(NamedTuple):
     arrived: float
     concurrency: int | None = None
     need: Need = NO_NEED
+
+
+class Claim(NamedTuple):
+    """What a running call claims, in MiB: what it is expected to have, and how much more that may become."""
+
+    mb: float
+    spread_mb: float
+
+
+NO_CLAIM = Claim(0.0, 0.0)
 
 
 @dataclass(slots=True, eq=False)
@@ -144,7 +159,7 @@ class Ticket:
     """A call that asked. `decided` is called once where it has to wait: with None for leave to run, or the refusal.
 
     `asked` and `started` are times on the admission's clock. `ahead` is how many waited when it came, `waited_for` what
-    it waited for, in order; `claim_mb` what it claims.
+    it waited for, in order; `claim` is what it claims.
     """
 
     wish: Wish
@@ -155,7 +170,7 @@ class Ticket:
     state: Literal["waiting", "running", "over"] = "waiting"
     asked: float = 0.0
     started: float = 0.0
-    claim_mb: float = 0.0
+    claim: Claim = NO_CLAIM
     ahead: int = 0
     waited_for: list[Reason] = field(default_factory=list)
 
@@ -193,7 +208,9 @@ class Admissions:
         self.waiting = 0
         self.closed = False
         self.room_mb = math.inf
-        self.claimed_mb = 0.0
+        self._expected_mb = 0.0
+        self._squares = 0.0
+        """Of the spreads of all claims."""
         self.evictions = 0
         self._slots = slots
         self._queue_limit = queue_limit
@@ -442,23 +459,28 @@ class Admissions:
             return "slot"
         if wish.priority <= self._evicted_priority:
             return "stress"
-        more_mb = self._more_mb(wish.need)
-        if more_mb <= 0 or self.claimed_mb < NOTHING_MB:
+        more = self._more(wish.need)
+        if more.mb <= 0 or self._expected_mb < NOTHING_MB:
             return None
-        if self.claimed_mb + more_mb > self.room_mb:
+        if self._expected_mb + more.mb + math.sqrt(self._squares + more.spread_mb**2) > self.room_mb:
             return "memory"
         return "turn" if ticket.place[0] > self._blocked_at + PASSING_S else None
 
     # Memory
 
-    def _more_mb(self, need: Need) -> float:
+    @property
+    def claimed_mb(self) -> float:
+        """What all running calls claim together."""
+        return self._expected_mb + math.sqrt(self._squares)
+
+    def _more(self, need: Need) -> Claim:
         """What a call would claim that is not claimed yet."""
         if need.shared is None:
-            return need.mb
+            return _first_claim(need)
         common = self._common.get(need.shared)
         if common is None:
-            return need.mb
-        return common.claim_with(common.running + 1) - common.claim_mb
+            return Claim(need.mb, 0.0)
+        return Claim(common.claim_with(common.running + 1) - common.claim_mb, 0.0)
 
     def _start(self, ticket: Ticket) -> None:
         ticket.state = "running"
@@ -475,8 +497,9 @@ class Admissions:
             common.running += 1
             self._reclaim(common)
         else:
-            ticket.claim_mb = need.mb
-            self.claimed_mb += need.mb
+            ticket.claim = _first_claim(need)
+            self._expected_mb += ticket.claim.mb
+            self._squares += ticket.claim.spread_mb**2
         self._update(lane)
 
     def _let_go(self, ticket: Ticket) -> None:
@@ -485,13 +508,15 @@ class Admissions:
         if shared is not None:
             self._common[shared].running -= 1
             self._reclaim(self._common[shared])
-        self.claimed_mb -= ticket.claim_mb
-        if not self.running:
-            self.claimed_mb = sum(common.claim_mb for common in self._common.values())  # without what rounding left
+        self._expected_mb -= ticket.claim.mb
+        self._squares = max(0.0, self._squares - ticket.claim.spread_mb**2)
+        if not self.running:  # nothing of what rounding left
+            self._expected_mb = sum(common.claim_mb for common in self._common.values())
+            self._squares = 0.0
 
     def _reclaim(self, common: _Common) -> None:
         claim_mb = common.claim_with(common.running)
-        self.claimed_mb += claim_mb - common.claim_mb
+        self._expected_mb += claim_mb - common.claim_mb
         common.claim_mb = claim_mb
 
     @property
@@ -507,7 +532,7 @@ class Admissions:
         for name, common in list(self._common.items()):
             common.share = shares.get(name, NOTHING_SHARED)
             if not common.running and not common.share.processes:
-                self.claimed_mb -= common.claim_mb
+                self._expected_mb -= common.claim_mb
                 del self._common[name]
             else:
                 self._reclaim(common)
@@ -517,10 +542,13 @@ class Admissions:
     def refresh(self) -> None:
         """Claim anew what each running call has by now, and start what may start."""
         now = self._clock()
+        expected_mb = squares = 0.0
         for ticket in self.running:
-            ticket.claim_mb = _claim_mb(ticket, now)
-        claims = sum(ticket.claim_mb for ticket in self.running)
-        self.claimed_mb = claims + sum(common.claim_mb for common in self._common.values())
+            claim = ticket.claim = _claim(ticket, now)
+            expected_mb += claim.mb
+            squares += claim.spread_mb**2
+        self._expected_mb = expected_mb + sum(common.claim_mb for common in self._common.values())
+        self._squares = squares
         if self.waiting:
             self.dispatch()
 
@@ -607,13 +635,20 @@ _AWAITED: dict[Reason, str] = {
 }
 
 
-def _claim_mb(ticket: Ticket, now: float) -> float:
+def _first_claim(need: Need) -> Claim:
+    usual_mb = need.usual_mb or need.mb
+    return Claim(usual_mb, need.mb - usual_mb)
+
+
+def _claim(ticket: Ticket, now: float) -> Claim:
     """What a running call claims by now; nothing for itself where it runs in processes in common."""
     need, used_mb = ticket.wish.need, _used_mb(ticket)
     if need.shared is not None:
-        return 0.0
-    is_quiet = used_mb > 0 and now - ticket.meter.grown_at > need.quiet_s
-    return max(used_mb, min(need.mb, need.spare * used_mb) if is_quiet else need.mb)
+        return NO_CLAIM
+    if used_mb > 0 and now - ticket.meter.grown_at > need.quiet_s:
+        return Claim(used_mb, max(0.0, min(need.mb, need.spare * used_mb) - used_mb))
+    expected_mb = max(used_mb, need.usual_mb or need.mb)
+    return Claim(expected_mb, max(0.0, need.mb - expected_mb))
 
 
 def _used_mb(ticket: Ticket) -> float:

@@ -396,11 +396,13 @@ class Bus:
         """What the call takes of memory: nothing of ours where another's service does the work."""
         if self.settings.admission == "slots" or is_external(manifest, capability):
             return NO_NEED
+        room_mb = self.scheduler.room_mb
         if capability.runner == "http":
-            return self.needs.of(key, profile, shared=shared_by(manifest.name))
+            return self.needs.of(key, profile, room_mb=room_mb, shared=shared_by(manifest.name))
         if manifest.mode == "worker":
-            return self.needs.of(key, profile, shared=shared_by(manifest.name, phase), processes=manifest.workers.count)
-        return self.needs.of(key, profile)
+            shared, processes = shared_by(manifest.name, phase), manifest.workers.count
+            return self.needs.of(key, profile, room_mb=room_mb, shared=shared, processes=processes)
+        return self.needs.of(key, profile, room_mb=room_mb)
 
     def _tell(self, call: Invocation, capability: Capability, profile: MemoryProfile, run_id: str) -> Told:
         """What the overlay is told; a replay tells it what it was told the first time, so that it degrades alike."""

@@ -1,8 +1,10 @@
 """What calls really needed of memory, by their peaks: what the next one reserves, and what degradation bought.
 
 A capability is known by `overlay.capability`. Until `LEARNED` of its calls were measured its next one reserves its
-SOFT; then the 95th percentile of the last peaks, times the factor of its VOL, and never more than its HARD. What was
-learned outlives the process, as it stands in the ledger: `Needs.recall` reads the last lines.
+SOFT, but no more than a part of the room, unless one was seen to need it: many declare far too much, and would stand in
+everybody's way until they are known. Then it is the 95th percentile of the last peaks, times the factor of its VOL, and
+never more than its HARD. What was learned outlives the process, as it stands in the ledger: `Needs.recall` reads the
+last lines.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from bus.admission import Need
@@ -27,10 +29,13 @@ RECALLED = 5000
 LEARNED = 20
 """Measured calls from which on the reservation is learned."""
 
+UNLEARNED_SHARE = 0.25
+"""The part of the room that a call reserves at most of which too little is known."""
+
 KEPT = 100
 """The last measured calls of a capability that count."""
 
-AFTER = 10
+AFTER = 25
 """Calls after which what was learned is looked at anew."""
 
 QUANTILE = 0.95
@@ -70,26 +75,28 @@ class Learned(NamedTuple):
 
 @dataclass(slots=True)
 class _History:
-    """The last measured calls of a capability. `p95_mb` and `quiet_s` are what they come to; None before that."""
+    """The last measured calls of a capability. `p95_mb`, `mean_mb` and `quiet_s` are what they come to."""
 
     calls: deque[Learned] = field(default_factory=lambda: deque(maxlen=KEPT))
     p95_mb: float | None = None
+    mean_mb: float = 0.0
     quiet_s: float = UNLEARNED_QUIET_S
     _new: int = 0
 
-    def add(self, measured: Learned) -> None:
-        """A larger one than expected counts at once, the others together with some more: sorting takes its time.
+    @property
+    def most_mb(self) -> float:
+        return max((call.peak_mb for call in self.calls), default=0.0)
 
-        Of what is full of such calls, one more that is as the last tells nothing: a worker answers thousands a second.
-        """
-        if len(self.calls) == KEPT and self.calls[-1][:-1] == measured[:-1]:
-            return
+    def add(self, measured: Learned) -> None:
+        """A larger one than expected counts at once, the others together with some more: sorting takes its time."""
         self.calls.append(measured)
         self._new += 1
         is_due = self.p95_mb is None or self._new >= AFTER or measured.peak_mb > self.p95_mb
         if len(self.calls) >= LEARNED and is_due:
             self._new = 0
-            self.p95_mb = quantile(call.peak_mb for call in self.calls)
+            peaks = [call.peak_mb for call in self.calls]
+            self.p95_mb = quantile(peaks)
+            self.mean_mb = fmean(peaks)
             self.quiet_s = QUIET_FACTOR * quantile(call.paused_s for call in self.calls) + QUIET_MORE_S
 
 
@@ -99,14 +106,25 @@ class Needs:
     def __init__(self) -> None:
         self._histories: dict[str, _History] = {}
 
-    def of(self, key: str, profile: MemoryProfile, *, shared: str | None = None, processes: int = 1) -> Need:
-        """What the next call of a capability needs; `shared` and `processes` are those of `Need`."""
+    def of(
+        self,
+        key: str,
+        profile: MemoryProfile,
+        *,
+        room_mb: float = math.inf,
+        shared: str | None = None,
+        processes: int = 1,
+    ) -> Need:
+        """What the next call of a capability needs, in a room of so much; `shared` and `processes` as in `Need`."""
         history = self._histories.get(key)
         spare = SPARE[profile.volatility]
         if history is None or history.p95_mb is None:
-            return Need(profile.soft_mb, profile.hard_mb, "declared", UNLEARNED_QUIET_S, spare, shared, processes)
+            seen_mb = 0.0 if history is None else history.most_mb * spare
+            mb = min(profile.hard_mb, max(seen_mb, min(profile.soft_mb, UNLEARNED_SHARE * room_mb)))
+            return Need(mb, profile.hard_mb, mb, "declared", UNLEARNED_QUIET_S, spare, shared, processes)
         mb = min(profile.hard_mb, history.p95_mb * spare)
-        return Need(mb, profile.hard_mb, "measured", history.quiet_s, spare, shared, processes)
+        usual_mb = min(mb, history.mean_mb)
+        return Need(mb, profile.hard_mb, usual_mb, "measured", history.quiet_s, spare, shared, processes)
 
     def learn(self, key: str, learned: Learned) -> None:
         """A call has ended, of which a peak was measured."""

@@ -75,7 +75,7 @@ class World:
             if refusal is None:
                 self.started.append(name)
 
-        need = need or Need(mb, 2 * mb, "declared")
+        need = need or Need(mb, 2 * mb, mb, "declared")
         wish = Wish(key or name, overlay or key or name, priority, deadline, self.now, limit, need)
         ticket = self.admissions.ask(wish, decided)
         if ticket.state == "running":
@@ -124,7 +124,7 @@ def test_what_our_calls_hold_is_room_that_they_claim_already() -> None:
 
 def test_a_call_that_has_more_than_it_reserved_claims_what_it_has() -> None:
     world = World()
-    first = world.ask("a", 200, need=Need(200, 700, "measured"))
+    first = world.ask("a", 200, need=Need(200, 700, 200, "measured"))
     first.meter.see(600)
     world.sample()
     assert running(world.ask("b", 350)) == [False]
@@ -133,7 +133,7 @@ def test_a_call_that_has_more_than_it_reserved_claims_what_it_has() -> None:
 
 def test_who_looks_may_be_the_overlay_itself_so_that_no_more_is_believed_than_a_call_can_have() -> None:
     world = World()
-    first = world.ask("a", 200, need=Need(200, 300, "measured"))
+    first = world.ask("a", 200, need=Need(200, 300, 200, "measured"))
     first.meter.see(1e9)
     world.sample(free_mb=700)
     assert world.admissions.held_mb == 300
@@ -142,7 +142,7 @@ def test_who_looks_may_be_the_overlay_itself_so_that_no_more_is_believed_than_a_
 
 def test_a_call_that_has_stopped_to_grow_claims_what_it_has_with_some_to_spare() -> None:
     world = World()
-    need = Need(500, 600, "measured", quiet_s=2.0, spare=1.25)
+    need = Need(500, 600, 500, "measured", quiet_s=2.0, spare=1.25)
     first, second = world.ask("a", need=need), world.ask("b", 500)
     first.meter.see(40)
     world.now += 2.0
@@ -151,30 +151,30 @@ def test_a_call_that_has_stopped_to_grow_claims_what_it_has_with_some_to_spare()
     world.now += 0.1
     world.admissions.refresh()
     assert running(second) == [True]
-    assert first.claim_mb == 50
+    assert first.claim == (40, 10)
 
 
 def test_a_call_that_nobody_looked_at_claims_what_it_reserved() -> None:
     world = World()
-    first = world.ask("a", need=Need(500, 600, "measured", quiet_s=1.0))
+    first = world.ask("a", need=Need(500, 600, 500, "measured", quiet_s=1.0))
     world.now += 100
     world.sample()
-    assert first.claim_mb == 500
+    assert first.claim == (500, 0)
 
 
 def test_growing_again_after_a_pause_is_remembered_and_keeps_the_claim() -> None:
     world = World()
-    first = world.ask("a", need=Need(500, 600, "measured", quiet_s=2.0, spare=1.0))
+    first = world.ask("a", need=Need(500, 600, 500, "measured", quiet_s=2.0, spare=1.0))
     for at_s, mb in ((0.5, 100.0), (1.9, 200.0), (1.0, 205.0)):
         world.now += at_s
         first.meter.see(mb)
     assert first.paused_s == pytest.approx(1.9), "205 is no growth worth the name"
     world.now += 0.9
     world.admissions.refresh()
-    assert first.claim_mb == 500, "1.9 s since it grew"
+    assert first.claim == (500, 0), "1.9 s since it grew"
     world.now += 0.2
     world.admissions.refresh()
-    assert first.claim_mb == 205
+    assert first.claim == (205, 0)
 
 
 def test_what_needs_more_than_there_is_runs_alone() -> None:
@@ -196,6 +196,19 @@ def test_nothing_is_left_of_claims_once_nothing_runs() -> None:
     world = World()
     tickets = [world.ask(str(number), 0.1) for number in range(50)]
     for ticket in tickets:
+        world.admissions.leave(ticket)
+    assert world.admissions.claimed_mb == 0
+
+
+def test_what_calls_may_have_beyond_what_they_usually_have_adds_up_as_of_independent_figures() -> None:
+    world = World()
+    need = Need(200, 400, 100, "measured")
+    tickets = [world.ask(str(number), need=need) for number in range(7)]
+    assert running(*tickets) == [True] * 6 + [False]
+    assert world.admissions.claimed_mb == pytest.approx(6 * 100 + 100 * math.sqrt(6))
+    world.admissions.leave(tickets[0])
+    assert world.admissions.claimed_mb == pytest.approx(6 * 100 + 100 * math.sqrt(6))
+    for ticket in tickets[1:]:
         world.admissions.leave(ticket)
     assert world.admissions.claimed_mb == 0
 
@@ -229,8 +242,8 @@ def test_what_was_kept_is_free_once_the_one_that_waited_has_gone() -> None:
 def test_a_deadline_in_the_line_says_what_the_call_waited_for_and_lets_others_go() -> None:
     world = World()
     world.ask("running", 500)
-    large = world.ask("large", 800, deadline=world.now + 3)
-    world.now += 3
+    large = world.ask("large", 800, deadline=world.now + 2 * PASSING_S)
+    world.now += 2 * PASSING_S
     late = world.ask("late", 100)
     world.admissions.expire(large)
     refusal = world.said["large"]
@@ -246,7 +259,7 @@ def test_a_deadline_in_the_line_says_what_the_call_waited_for_and_lets_others_go
 
 
 def workers(count: int = 2, mb: float = 300) -> Need:
-    return Need(mb, 2 * mb, "declared", shared="overlay OPEN", processes=count)
+    return Need(mb, 2 * mb, mb, "declared", shared="overlay OPEN", processes=count)
 
 
 def test_workers_reserve_once_a_process_however_many_calls_they_have() -> None:
@@ -390,7 +403,7 @@ def test_meanwhile_nothing_of_equal_or_lower_priority_starts() -> None:
 
 def test_calls_that_grow_beyond_what_was_expected_are_ended_before_the_kernel_does_it() -> None:
     world = World()
-    tickets = [world.ask(str(number), 90, need=Need(90, 400, "measured")) for number in range(10)]
+    tickets = [world.ask(str(number), 90, need=Need(90, 400, 90, "measured")) for number in range(10)]
     evicted = [evictable(ticket) for ticket in tickets]
     for ticket in tickets:
         ticket.meter.see(90)
@@ -465,7 +478,7 @@ def check(world: World, tickets: list[Ticket]) -> None:
     assert list(admissions.running) == sorted(active, key=lambda ticket: list(admissions.running).index(ticket))
     assert len(active) <= 6
     assert admissions.waiting == sum(ticket.state == "waiting" for ticket in tickets)
-    assert admissions.claimed_mb == pytest.approx(sum(ticket.claim_mb for ticket in active))
+    assert admissions.claimed_mb == pytest.approx(sum(ticket.claim.mb for ticket in active))
     reserved_mb = [ticket.wish.need.mb for ticket in active if ticket.wish.need.mb >= 1]
     grown = any(ticket.meter.used_mb > ticket.wish.need.mb for ticket in active)
     assert grown or len(reserved_mb) <= 1 or sum(reserved_mb) <= admissions.room_mb + 1

@@ -33,7 +33,7 @@ def learned(*calls: tuple[float, Sequence[str] | None, str], key: str = KEY) -> 
     """Needs of calls, each with its peak in MiB, the steps in force and its payload."""
     needs = Needs()
     for peak_mb, applied, payload in calls:
-        needs.learn(key, Learned(peak_mb, "OK", 0.1, applied, payload))
+        needs.learn(key, Learned(peak_mb, "OK", 0.1, None if applied is None else tuple(applied), payload))
     return needs
 
 

@@ -97,7 +97,7 @@ class Line:
             NEVER,
             self.now,
             self._concurrency(),
-            Need(CALL_MB, 2 * CALL_MB, "measured", 1.0, 1.25),
+            Need(CALL_MB, 2 * CALL_MB, CALL_MB / 2, "measured", 1.0, 1.25),
         )
 
         def decided(refusal: BusError | None) -> None:

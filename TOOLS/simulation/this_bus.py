@@ -17,7 +17,7 @@ from bus.admission import Admissions, Need, Ticket, Wish
 from bus.degradation import memory_block
 from bus.errors import BusError, DeadlineError
 from bus.memory import MIB, Reading, Room
-from bus.needs import KEPT, Needs
+from bus.needs import KEPT, Learned, Needs
 from bus.scheduler import REFRESH_S
 from bus.settings import Settings
 from bus.stress import StressMonitor
@@ -78,8 +78,8 @@ class ThisBus:
     def ended(self, request: Request, code: str) -> None:
         ticket = _ticket(request)
         ticket.meter.evict = None
-        now = self.world.now
-        self.needs.learn(request.call.key, request.mb(now), code, self._applied.pop(request), ticket.grew_s(now))
+        applied = tuple(self._applied.pop(request))
+        self.needs.learn(request.call.key, Learned(request.mb(self.world.now), code, ticket.paused_s, applied))
         self.admissions.leave(ticket)
 
     def expire(self, request: Request) -> None:
@@ -94,7 +94,7 @@ class ThisBus:
 
     def _need(self, request: Request) -> Need:
         """As `Bus._need` of a call with a process of its own."""
-        return self.needs.of(request.call.key, request.call.profile)
+        return self.needs.of(request.call.key, request.call.profile, room_mb=self.admissions.room_mb)
 
     def _stress(self) -> float:
         return self.monitor.value
@@ -167,7 +167,7 @@ class LearnedBus(ThisBus):
     def __init__(self, world: World) -> None:
         super().__init__(world)
         for call in _last(world.calls):
-            self.needs.learn(call.key, call.peak_mb, Code.OK, (), grew_s(call))
+            self.needs.learn(call.key, Learned(call.peak_mb, Code.OK, paused_s(call)))
 
 
 def _last(calls: Sequence[Call]) -> Iterator[Call]:
@@ -178,8 +178,8 @@ def _last(calls: Sequence[Call]) -> Iterator[Call]:
     return chain.from_iterable(by_key.values())
 
 
-def grew_s(call: Call) -> float:
-    """After how many seconds a call that runs alone is seen to grow no more; all its life where nobody looks."""
+def paused_s(call: Call) -> float:
+    """For how many seconds a call that runs alone is seen not to grow before it grows again; all its life unseen."""
     now = 0.0
     request = Request(call)
     request.begin(now, call.curve())
@@ -193,7 +193,7 @@ def grew_s(call: Call) -> float:
         kib = int(request.mb(now) * KIB)
         if seen.take(kib, now):
             meter.see(kib / KIB)
-    return meter.grown_at or call.hold_s
+    return meter.paused_s if meter.peak_mb else call.hold_s
 
 
 def _ticket(request: Request) -> Ticket:
