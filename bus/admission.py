@@ -55,7 +55,7 @@ REFUSING_STRESS = 0.98
 REFUSED_PRIORITY = 3
 """At `REFUSING_STRESS` calls of this priority or a lower one are refused."""
 
-OVERRUN = 0.75
+OVERRUN = 0.9
 """The part of the margin that is left where calls have grown so far beyond what was expected that one is ended."""
 
 EVICTING_AFTER_S, EVICTING_AGAIN_S = 10.0, 1.0

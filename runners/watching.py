@@ -1,7 +1,8 @@
 """When to look at the calls that run, at their memory and how many processes they have, and what was seen.
 
 Part of the helper (`launcher.py`), under the same rules. A call that ends soon is never looked at. One that stays is
-looked at soon after its start, then more and more rarely, but always before it could have grown past its limit.
+looked at soon after its start and as long as it grows, then more and more rarely, but always before it could have grown
+past its limit.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ class Seen:
 
     def take(self, kib: int, now: float) -> bool:
         """What it has now. True where the bus is to be told."""
+        is_growing = kib - self.peak_kib > self.peak_kib // 8
         self.peak_kib = max(self.peak_kib, kib)
-        wait_s = min((now - self._born) / 2, RARELY_S)
+        wait_s = 0.0 if is_growing else min((now - self._born) / 2, RARELY_S)
         if self.most_kib:
             wait_s = min(wait_s, (self.most_kib - kib) / GROWTH_KIB_S)
         self.due = now + max(wait_s, FIRST_S)

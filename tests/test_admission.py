@@ -410,9 +410,9 @@ def test_calls_that_grow_beyond_what_was_expected_are_ended_before_the_kernel_do
     world.sample()
     for ticket in tickets[:3]:
         assert not any(call.why for call in evicted)
-        ticket.meter.see(100)
+        ticket.meter.see(92)
     tickets[3].meter.see(115)
-    assert evicted[-1].why == ["to free memory: calls grew beyond what was expected, and 45 MiB were left"]
+    assert evicted[-1].why == ["to free memory: calls grew beyond what was expected, and 69 MiB were left"]
     assert sum(len(call.why) for call in evicted) == 1
 
 
