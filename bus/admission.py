@@ -142,15 +142,18 @@ class _Lane:
 
 @dataclass(slots=True, eq=False)
 class _Common:
-    """Processes that calls have in common: `claim_mb` is what all of them claim."""
+    """Processes that calls have in common: so many `processes` are claimed, and `claim_mb` for all of them."""
 
     need: Need
     running: int = 0
     share: Share = NOTHING_SHARED
+    processes: int = 0
     claim_mb: float = 0.0
 
-    def claim_with(self, running: int) -> float:
-        processes = max(self.share.processes, min(running, self.need.processes))
+    def processes_with(self, running: int) -> int:
+        return max(self.share.processes, min(running, self.need.processes))
+
+    def claim_with(self, processes: int) -> float:
         return max(processes * self.need.mb, self.share.used_mb)
 
 
@@ -167,10 +170,10 @@ class Ticket:
     place: tuple[float, int]
     decided: Callable[[BusError | None], None]
     meter: Meter
+    claim: Claim
     state: Literal["waiting", "running", "over"] = "waiting"
     asked: float = 0.0
     started: float = 0.0
-    claim: Claim = NO_CLAIM
     ahead: int = 0
     waited_for: list[Reason] = field(default_factory=list)
 
@@ -237,8 +240,10 @@ class Admissions:
 
     # Asking and ending
 
-    def ask(self, wish: Wish, decided: Callable[[BusError | None], None]) -> Ticket:
+    def ask(self, wish: Wish, decided: Callable[[BusError | None], None] = lambda _: None) -> Ticket:
         """Have it run now (`state` is then "running"), or wait; then `decided` is called, if it is not withdrawn.
+
+        Nothing is decided of one that waits before this returns, so that `decided` may be set afterwards.
 
         Raises `OverloadError` (ERR_BUSY, ERR_STRESS, ERR_SHUTTING_DOWN) and `DeadlineError` (ERR_DEADLINE).
         """
@@ -248,7 +253,8 @@ class Admissions:
         lane = self._lane(wish)
         self._arrivals += 1
         place = (wish.arrived - wish.priority * AGING_S, self._arrivals)
-        ticket = Ticket(wish, lane, place, decided, Meter(self._clock, self._grew), asked=self._clock())
+        meter = Meter(self._clock, self._grew)
+        ticket = Ticket(wish, lane, place, decided, meter, _first_claim(wish.need), asked=self._clock())
         reason = self._obstacle(ticket)
         if reason is None:
             self._start(ticket)
@@ -459,10 +465,12 @@ class Admissions:
             return "slot"
         if wish.priority <= self._evicted_priority:
             return "stress"
-        more = self._more(wish.need)
-        if more.mb <= 0 or self._expected_mb < NOTHING_MB:
+        more_mb, spread_mb = ticket.claim
+        if wish.need.shared is not None:
+            more_mb = self._more_in_common(wish.need)
+        if more_mb <= 0 or self._expected_mb < NOTHING_MB:
             return None
-        if self._expected_mb + more.mb + math.sqrt(self._squares + more.spread_mb**2) > self.room_mb:
+        if self._expected_mb + more_mb + math.sqrt(self._squares + spread_mb**2) > self.room_mb:
             return "memory"
         return "turn" if ticket.place[0] > self._blocked_at + PASSING_S else None
 
@@ -473,14 +481,14 @@ class Admissions:
         """What all running calls claim together."""
         return self._expected_mb + math.sqrt(self._squares)
 
-    def _more(self, need: Need) -> Claim:
-        """What a call would claim that is not claimed yet."""
-        if need.shared is None:
-            return _first_claim(need)
-        common = self._common.get(need.shared)
+    def _more_in_common(self, need: Need) -> float:
+        """What one more call would add to what its processes in common claim."""
+        common = self._common.get(need.shared or "")
         if common is None:
-            return Claim(need.mb, 0.0)
-        return Claim(common.claim_with(common.running + 1) - common.claim_mb, 0.0)
+            return need.mb
+        if common.running < common.processes:
+            return 0.0
+        return common.claim_with(common.processes_with(common.running + 1)) - common.claim_mb
 
     def _start(self, ticket: Ticket) -> None:
         ticket.state = "running"
@@ -491,23 +499,28 @@ class Admissions:
         lane = ticket.lane
         lane.running += 1
         need = ticket.wish.need
-        if need.shared is not None:
-            common = self._common.setdefault(need.shared, _Common(need))
-            common.need = need
-            common.running += 1
-            self._reclaim(common)
-        else:
-            ticket.claim = _first_claim(need)
+        if need.shared is None:
             self._expected_mb += ticket.claim.mb
             self._squares += ticket.claim.spread_mb**2
+        else:
+            self._join(need.shared, need)
         self._update(lane)
 
+    def _join(self, name: str, need: Need) -> None:
+        """One more call for processes in common. More of them may be started for it."""
+        common = self._common.get(name)
+        if common is None:
+            common = self._common[name] = _Common(need)
+        common.running += 1
+        if common.running > common.processes or common.need is not need:
+            common.need = need
+            self._reclaim(common)
+
     def _let_go(self, ticket: Ticket) -> None:
-        """What a call claimed. Processes in common may stay, and what they are then is seen at the next sample."""
+        """What a call claimed. Processes in common may stay: what there is of them is seen at the next sample."""
         shared = ticket.wish.need.shared
         if shared is not None:
             self._common[shared].running -= 1
-            self._reclaim(self._common[shared])
         self._expected_mb -= ticket.claim.mb
         self._squares = max(0.0, self._squares - ticket.claim.spread_mb**2)
         if not self.running:  # nothing of what rounding left
@@ -515,7 +528,8 @@ class Admissions:
             self._squares = 0.0
 
     def _reclaim(self, common: _Common) -> None:
-        claim_mb = common.claim_with(common.running)
+        common.processes = common.processes_with(common.running)
+        claim_mb = common.claim_with(common.processes)
         self._expected_mb += claim_mb - common.claim_mb
         common.claim_mb = claim_mb
 
@@ -636,6 +650,9 @@ _AWAITED: dict[Reason, str] = {
 
 
 def _first_claim(need: Need) -> Claim:
+    """What a call claims at its start for itself: nothing where it runs in processes in common."""
+    if need.shared is not None:
+        return NO_CLAIM
     usual_mb = need.usual_mb or need.mb
     return Claim(usual_mb, need.mb - usual_mb)
 

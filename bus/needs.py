@@ -81,6 +81,8 @@ class _History:
     p95_mb: float | None = None
     mean_mb: float = 0.0
     quiet_s: float = UNLEARNED_QUIET_S
+    need: tuple[MemoryProfile, Need] | None = None
+    """The last that was made of them, and of which profile."""
     _new: int = 0
 
     @property
@@ -94,6 +96,7 @@ class _History:
         is_due = self.p95_mb is None or self._new >= AFTER or measured.peak_mb > self.p95_mb
         if len(self.calls) >= LEARNED and is_due:
             self._new = 0
+            self.need = None
             peaks = [call.peak_mb for call in self.calls]
             self.p95_mb = quantile(peaks)
             self.mean_mb = fmean(peaks)
@@ -122,9 +125,13 @@ class Needs:
             seen_mb = 0.0 if history is None else history.most_mb * spare
             mb = min(profile.hard_mb, max(seen_mb, min(profile.soft_mb, UNLEARNED_SHARE * room_mb)))
             return Need(mb, profile.hard_mb, mb, "declared", UNLEARNED_QUIET_S, spare, shared, processes)
+        if history.need is not None and history.need[0] is profile and history.need[1].shared == shared:
+            return history.need[1]
         mb = min(profile.hard_mb, history.p95_mb * spare)
         usual_mb = min(mb, history.mean_mb)
-        return Need(mb, profile.hard_mb, usual_mb, "measured", history.quiet_s, spare, shared, processes)
+        need = Need(mb, profile.hard_mb, usual_mb, "measured", history.quiet_s, spare, shared, processes)
+        history.need = profile, need
+        return need
 
     def learn(self, key: str, learned: Learned) -> None:
         """A call has ended, of which a peak was measured."""

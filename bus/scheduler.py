@@ -127,25 +127,18 @@ class Scheduler:
         """As `Admissions.report`."""
         return self._admissions.report()
 
-    async def _enter(self, admission: Admission) -> Ticket:
-        """Leave to run, now or in turn. However a wait ends (a cancellation may follow upon leave), nothing is lost."""
-        verdict: asyncio.Future[BusError | None] | None = None
+    async def _wait(self, ticket: Ticket) -> None:
+        """Leave to run in turn. However it ends (a cancellation may follow upon leave), nothing is lost."""
+        loop = asyncio.get_running_loop()
+        verdict: asyncio.Future[BusError | None] = loop.create_future()
 
         def decide(refusal: BusError | None) -> None:
             if refusal is None:
                 self._idle.clear()
-            if verdict is not None and not verdict.done():
+            if not verdict.done():
                 verdict.set_result(refusal)
 
-        ticket = admission.ticket = self._admissions.ask(admission.wish, decide)
-        if ticket.state == "waiting":
-            verdict = asyncio.get_running_loop().create_future()
-            await self._wait(ticket, verdict)
-        self._idle.clear()
-        return ticket
-
-    async def _wait(self, ticket: Ticket, verdict: asyncio.Future[BusError | None]) -> None:
-        loop = asyncio.get_running_loop()
+        ticket.decided = decide
         left_s = max(0.0, ticket.wish.deadline - self._clock())
         timer = loop.call_later(left_s, self._admissions.expire, ticket)
         entered = False
@@ -190,7 +183,13 @@ class Admission:
         self.ticket: Ticket | None = None
 
     async def __aenter__(self) -> Ticket:
-        return await self._scheduler._enter(self)
+        scheduler = self._scheduler
+        ticket = self.ticket = scheduler._admissions.ask(self.wish)
+        if ticket.state == "waiting":
+            await scheduler._wait(ticket)
+        else:
+            scheduler._idle.clear()
+        return ticket
 
     async def __aexit__(self, *_: object) -> None:
         if self.ticket is not None:

@@ -22,7 +22,7 @@ from bus.scheduler import REFRESH_S
 from bus.settings import Settings
 from bus.stress import StressMonitor
 from runners.base import Code, Meter
-from runners.watching import Seen
+from runners.watching import RARELY_S, Seen
 from simulation.policies import NOTHING_MORE
 from simulation.world import Request
 
@@ -145,7 +145,7 @@ class ThisBus:
     def _next_look_s(self, request: Request, seen: Seen) -> float:
         """When it is looked at next, without looks that would see what the last one saw."""
         now, due = self.world.now, seen.due
-        if request.slope or due >= request.part_ends_s:
+        if request.slope or due >= request.part_ends_s or due - now < RARELY_S:
             return due
         looks = math.ceil((request.part_ends_s - due) / (due - now))
         return due + looks * (due - now)
