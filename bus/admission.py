@@ -10,10 +10,10 @@ offers nothing, so it never holds up others.
 
 A running call claims memory: what such calls usually have, or what it has if that is more, and beyond that a spread, up
 to what it was admitted with. Once it has not grown for longer than calls of its kind pause before they grow again, it
-claims what it has, with some to spare. Not all calls are large at once: so the spreads add up as those of independent
+claims what it has, with some to spare. Not all calls are large at once: so spreads add up as those of independent
 figures do, to the root of the sum of their squares, and the claims together are the 95th percentile of the sum where
-each alone is that of a call (for normal distributions; others may turn out larger, see `_grew`). A call fits if they
-stay within the room: the memory that is free, and what our calls hold of what is not. Where the first in line
+each alone is that of a call (of normal distributions; others may turn out larger: see `_look_at_growth`). A call fits
+if they stay within the room: the memory that is free, and what our calls hold of what is not. Where the first in line
 does not fit, those that came up to `PASSING_S` after it may pass it; then the room is kept for it. What needs more than
 there is runs alone.
 """
@@ -211,6 +211,8 @@ class Admissions:
         self.waiting = 0
         self.closed = False
         self.room_mb = math.inf
+        self.held_mb = 0.0
+        """What running calls were last seen to have, but for processes that they have in common."""
         self._expected_mb = 0.0
         self._squares = 0.0
         """Of the spreads of all claims."""
@@ -229,6 +231,8 @@ class Admissions:
         self._margin_mb = 0.0
         self._shared_mb = 0.0
         self._blocked_at = math.inf
+        self._claimed_in_vain_mb = math.inf
+        """What was claimed when nothing that waits could start for want of memory."""
         self._arrivals = 0
         self._started = 0
         self._refused: Counter[str] = Counter()
@@ -253,7 +257,7 @@ class Admissions:
         lane = self._lane(wish)
         self._arrivals += 1
         place = (wish.arrived - wish.priority * AGING_S, self._arrivals)
-        meter = Meter(self._clock, self._grew)
+        meter = Meter(self._clock, self._take_use, max(wish.need.mb, wish.need.hard_mb))
         ticket = Ticket(wish, lane, place, decided, meter, _first_claim(wish.need), asked=self._clock())
         reason = self._obstacle(ticket)
         if reason is None:
@@ -266,6 +270,8 @@ class Admissions:
         """A running call has ended."""
         ticket.state = "over"
         del self.running[ticket]
+        ticket.meter.end()
+        self.held_mb -= ticket.meter.used_mb
         lane = ticket.lane
         lane.running -= 1
         self._completions.append(self._clock())
@@ -273,7 +279,7 @@ class Admissions:
         if ticket is self._evicting:
             self._evicting = None
             self._evict_from = self._clock() + EVICTING_AGAIN_S
-            self._grew()
+            self._look_at_growth()
         self._update(lane)
         if self.waiting:
             self.dispatch()
@@ -440,8 +446,6 @@ class Admissions:
             return None
         looks = PASSING_LOOKS
         for ticket in self._in_order():
-            if self._refusal(ticket.wish):
-                return ticket
             reason = self._obstacle(ticket)
             if reason is None:
                 return ticket
@@ -453,6 +457,7 @@ class Admissions:
             if not looks:
                 break
         if self._blocked_at < math.inf:
+            self._claimed_in_vain_mb = self.claimed_mb
             self._is_short()
         return None
 
@@ -525,18 +530,13 @@ class Admissions:
         self._squares = max(0.0, self._squares - ticket.claim.spread_mb**2)
         if not self.running:  # nothing of what rounding left
             self._expected_mb = sum(common.claim_mb for common in self._common.values())
-            self._squares = 0.0
+            self._squares = self.held_mb = 0.0
 
     def _reclaim(self, common: _Common) -> None:
         common.processes = common.processes_with(common.running)
         claim_mb = common.claim_with(common.processes)
         self._expected_mb += claim_mb - common.claim_mb
         common.claim_mb = claim_mb
-
-    @property
-    def held_mb(self) -> float:
-        """What running calls were last seen to have, but for processes that they have in common."""
-        return sum(map(_used_mb, self.running))
 
     def sampled(self, free_mb: float, total_mb: float, shares: Mapping[str, Share]) -> None:
         """So much memory is free, of so much in all, in MiB; and these are all processes in common."""
@@ -551,10 +551,16 @@ class Admissions:
             else:
                 self._reclaim(common)
         self._look_at_stress()
-        self.refresh()
+        self._claim_anew()
+        self.dispatch()
 
     def refresh(self) -> None:
-        """Claim anew what each running call has by now, and start what may start."""
+        """Claim anew what each running call has by now, and start what may start if that is less than before."""
+        self._claim_anew()
+        if self.claimed_mb < self._claimed_in_vain_mb:
+            self.dispatch()
+
+    def _claim_anew(self) -> None:
         now = self._clock()
         expected_mb = squares = 0.0
         for ticket in self.running:
@@ -563,8 +569,6 @@ class Admissions:
             squares += claim.spread_mb**2
         self._expected_mb = expected_mb + sum(common.claim_mb for common in self._common.values())
         self._squares = squares
-        if self.waiting:
-            self.dispatch()
 
     # Eviction
 
@@ -583,8 +587,14 @@ class Admissions:
         if victim is not None:
             self._evicted_priority = max(self._evicted_priority, victim.wish.priority)
 
-    def _grew(self) -> None:
-        """A running call has more than ever. Several that were admitted as small may turn out large together.
+    def _take_use(self, more_mb: float) -> None:
+        """A running call has so much more than before."""
+        self.held_mb += more_mb
+        if more_mb > 0:
+            self._look_at_growth()
+
+    def _look_at_growth(self) -> None:
+        """Several calls that were admitted as small may turn out large together: then one is ended.
 
         The kernel would not wait ten seconds either, and it ends the largest, which has done the most.
         """
@@ -659,19 +669,13 @@ def _first_claim(need: Need) -> Claim:
 
 def _claim(ticket: Ticket, now: float) -> Claim:
     """What a running call claims by now; nothing for itself where it runs in processes in common."""
-    need, used_mb = ticket.wish.need, _used_mb(ticket)
+    need, used_mb = ticket.wish.need, ticket.meter.used_mb
     if need.shared is not None:
         return NO_CLAIM
     if used_mb > 0 and now - ticket.meter.grown_at > need.quiet_s:
         return Claim(used_mb, max(0.0, min(need.mb, need.spare * used_mb) - used_mb))
     expected_mb = max(used_mb, need.usual_mb or need.mb)
     return Claim(expected_mb, max(0.0, need.mb - expected_mb))
-
-
-def _used_mb(ticket: Ticket) -> float:
-    """What a running call was seen to have, but no more than it can: who looked may be the overlay's own process."""
-    need = ticket.wish.need
-    return min(ticket.meter.used_mb, max(need.mb, need.hard_mb))
 
 
 def _shutting_down() -> OverloadError:

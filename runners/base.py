@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import json
+import math
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
@@ -193,23 +194,31 @@ def shared_by(overlay: str, phase: str = "") -> str:
     return f"{overlay} {phase}".rstrip()
 
 
+def _nobody(_more_mb: float) -> None:
+    """Hears of what a job has of memory."""
+
+
 class Meter:
     """What the processes of one job have of memory, as far as anybody has looked; and how to end them for others' sake.
 
     `used_mb` is what they had at the last look, `peak_mb` the most of all looks, in MiB, 0 until the first. `grown_at`
     is when that was last a good deal more than before, on its clock, and `paused_s` for how long it had not been at
-    most, before it was again; from the start on, which `begin` tells. `on_growth` is called where it is more than ever.
-    `evict` is set
+    most, before it was again; from the start on, which `begin` tells. No more is believed than `most_mb`: who looks may
+    be a process of the overlay's own. `on_use` is told of each change, until `end`. `evict` is set
     by a runner while it can end the job with `Code.EVICTED`, and says why in words that go on from "was ended".
     """
 
-    __slots__ = ("_clock", "_on_growth", "evict", "grown_at", "paused_s", "peak_mb", "used_mb")
+    __slots__ = ("_clock", "_most_mb", "_on_use", "evict", "grown_at", "paused_s", "peak_mb", "used_mb")
 
     def __init__(
-        self, clock: Callable[[], float] = time.monotonic, on_growth: Callable[[], None] = lambda: None
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        on_use: Callable[[float], None] = _nobody,
+        most_mb: float = math.inf,
     ) -> None:
         self._clock = clock
-        self._on_growth = on_growth
+        self._on_use = on_use
+        self._most_mb = most_mb
         self.used_mb = 0.0
         self.peak_mb = 0.0
         self.grown_at = 0.0
@@ -227,14 +236,19 @@ class Meter:
 
     def see(self, mb: float) -> None:
         """They have so much now."""
+        mb = min(mb, self._most_mb)
+        more_mb, self.used_mb = mb - self.used_mb, mb
         if mb > GROWN * self.peak_mb:
             now = self._clock()
             self.paused_s = max(self.paused_s, now - self.grown_at)
             self.grown_at = now
-        self.used_mb = mb
-        if mb > self.peak_mb:
-            self.peak_mb = mb
-            self._on_growth()
+        self.peak_mb = max(self.peak_mb, mb)
+        self._on_use(more_mb)
+
+    def end(self) -> None:
+        """Nobody needs to know any more."""
+        self.evict = None
+        self._on_use = _nobody
 
 
 class Job(NamedTuple):
