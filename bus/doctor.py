@@ -15,7 +15,7 @@ from bus import memory as memory_files
 from bus import provenance, records
 from bus.plugins import tiers_of
 from bus.policy import PHASES
-from runners import trial
+from runners import cgroups, trial
 from runners.base import TIERS, Rights
 from runners.confinement import RIGHTS
 from runners.helpers import has_namespace
@@ -53,6 +53,7 @@ def examine(settings: Settings, registry: Registry, tried: Mapping[str, Findings
     yield kernel()
     yield pressure()
     yield memory()
+    yield memory_limit(settings.cgroup)
     contained = containment()
     yield contained
     yield from scratch(settings, namespace=contained.mark == "ok")
@@ -93,6 +94,18 @@ def memory() -> Finding:
     if machine.usable_mb < _TIGHT_MB:
         return Finding("memory", "warn", found, f"Give the bus {_TIGHT_MB} MiB or more.")
     return Finding("memory", "ok", found)
+
+
+def memory_limit(wanted: str = "auto") -> Finding:
+    """What would hold calls to HARD, were the bus started as this was."""
+    name = "memory limit"
+    if wanted == "off":
+        return Finding(name, "ok", "HARD is held by looking at the calls: AAL_CGROUP=off")
+    try:
+        ground = cgroups.find()
+    except cgroups.UnavailableError as error:
+        return Finding(name, "ok", f"HARD is held by looking at the calls: {error}", error.hint)
+    return Finding(name, "ok", f"HARD is held by the kernel: cgroups (v2) in {ground.base}")
 
 
 def containment() -> Finding:

@@ -20,6 +20,7 @@ from bus.errors import DeniedError
 from bus.hookspecs import hookimpl
 from bus.metrics import Metrics
 from runners import python_command, scratch_root
+from runners.cgroups import Cgroups
 from runners.confinement import Case, Confinement
 from runners.helpers import Helpers
 from runners.http import HttpRunner
@@ -60,8 +61,10 @@ class BuiltIn:
             scratch_root.sweep(root)  # of a bus that was killed nothing stays beyond the next start
         logs = OverlayLogs(settings.overlay_logs, redact=self._redact)
         idle_s = settings.helper_idle_s
+        cgroups = Cgroups() if settings.cgroup == "auto" else None
         helpers, service_helpers = (  # each runner closes its own
-            Helpers(idle_s=idle_s, confinement=self._confinement, redact=self._redact) for _ in range(2)
+            Helpers(idle_s=idle_s, confinement=self._confinement, redact=self._redact, cgroups=cgroups)
+            for _ in range(2)
         )
         register(ProcessRunner(helpers, logs, kill_grace_s=settings.kill_grace_s, idle_s=idle_s))
         services = Services(service_helpers, logs, kill_grace_s=settings.kill_grace_s, drain_s=settings.drain_s)

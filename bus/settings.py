@@ -127,6 +127,10 @@ class Settings:
         r"[a-z0-9][a-z0-9_-]*",
         "names of overlays",
     )
+    cgroup: Literal["auto", "off"] = _setting(
+        "auto",
+        "whether the kernel holds calls to HARD, where the bus has a cgroup (v2) of its own; else it looks at them",
+    )
     scratch_local: str = _folder("folder for the scratch of calls of tier LOCAL; memory where empty")
     scratch_extended: str = _folder("the same of tier EXTENDED; scratch in AAL_STATE where empty")
     scratch_cold: str = _folder("the same of tier COLD, as on a large slow disk; scratch in AAL_STATE where empty")

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
 STREAMS = 3
-"""stdin, stdout and stderr: the descriptors that a program gets."""
+"""stdin, stdout and stderr: the descriptors that a program gets. A fourth is `cgroup.procs` of the cgroup to enter."""
+
+OS_ERROR = 71
+"""The exit status of a fork that could not enter its cgroup: EX_OSERR of sysexits.h(3head)."""
 
 RESET_SIGNALS = (
     signal.SIGINT,
@@ -43,7 +46,10 @@ def spawn(fds: list[int], argv: list[str], env: dict[str, str]) -> int:
 
 
 def fork_and_execute(fds: list[int], argv: list[str], env: dict[str, str], data_bytes: int) -> int:
-    """As `posix_spawnp` of a process that limits itself; the pipe says by which error it failed. Raises OSError."""
+    """As `posix_spawnp` of a process that limits itself; the pipe says by which error it failed. Raises OSError.
+
+    It enters the cgroup of a fourth descriptor.
+    """
     failed, fails = os.pipe2(os.O_CLOEXEC)
     try:
         pid = os.fork()
@@ -63,6 +69,7 @@ def _execute(fds: list[int], argv: list[str], env: dict[str, str], data_bytes: i
     """In a forked process."""
     number = errno.EINVAL
     try:
+        enter(fds)
         os.setsid()
         signal.set_wakeup_fd(-1)
         for reset in RESET_SIGNALS:
@@ -77,6 +84,23 @@ def _execute(fds: list[int], argv: list[str], env: dict[str, str], data_bytes: i
     finally:
         os.write(fails, b"%d" % number)
         os._exit(1)
+
+
+def enter(fds: list[int]) -> None:
+    """Go into the cgroup of the fourth descriptor, if there is one: 0 is whoever writes it. Raises OSError."""
+    for fd in fds[STREAMS:]:
+        os.write(fd, b"0")
+
+
+def enter_or_end(fds: list[int]) -> None:
+    """The same of a process that nobody waits for: it says on its stderr why it could not, and ends."""
+    try:
+        enter(fds)
+    except OSError as error:
+        os.write(
+            fds[2], b"the cgroup of the call cannot be entered: %s\n" % str(error.strerror).encode("utf-8", "replace")
+        )
+        os._exit(OS_ERROR)
 
 
 def limit_data(pid: int, data_bytes: int) -> None:

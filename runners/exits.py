@@ -24,11 +24,13 @@ class Exit:
     """The helper's own size, below which the kernel puts no peak."""
     lost: str | None = None
     failed: OSError | None = None
+    at_limit: bool = False
+    """Whether the kernel ended it, as it needed more than the limit of its cgroup."""
 
     @property
     def had_too_much(self) -> bool:
-        """Whether it was ended since it had more memory than it may: then `peak_mb` is what it had."""
-        return self.lost is not None and self.lost.startswith(TOO_MUCH)
+        """Whether it was ended since it had more memory than it may, or needed it: then `peak_mb` is what it had."""
+        return self.at_limit or (self.lost is not None and self.lost.startswith(TOO_MUCH))
 
     @property
     def had_too_many(self) -> bool:

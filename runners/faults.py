@@ -53,6 +53,10 @@ def cut_off(fault: FaultError, last_words: str) -> Outcome:
 
 
 def death(exit_: Exit) -> FaultError:
+    if exit_.at_limit:
+        return FaultError(
+            f"needed more memory than it may use, and was ended with {exit_.peak_mb:.1f} MiB", code=Code.MEMORY_LIMIT
+        )
     if exit_.had_too_many:
         return FaultError(f"was ended: {exit_.lost}", code=Code.PROCESS_LIMIT)
     if exit_.was_too_full:

@@ -20,7 +20,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from runners.base import Rights, Tier
+    from runners.cgroups import Cgroup, Cgroups
     from runners.confinement import Plan
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,9 @@ AT_ONCE_S = 0.5
 
 LOG_BYTES = 8 * 1024
 """What is kept of what a helper writes: the words of an interpreter that does not start, of a module that prints."""
+
+KIB = 1024
+"""In a MiB."""
 
 LATE: Final = "late"
 """The mechanism that mode fork takes once the overlay's interpreter has started; the others are taken before."""
@@ -133,8 +137,11 @@ class Process:
     `ended` holds its exit once it was reaped and all that it had started is gone. It never fails, nor is it cancelled.
     """
 
-    def __init__(self, number: int, helper: Helper, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, number: int, helper: Helper, loop: asyncio.AbstractEventLoop, cgroup: Cgroup | None = None
+    ) -> None:
         self.ended: asyncio.Future[Exit] = loop.create_future()
+        self.cgroup = cgroup
         self._number = number
         self._helper = helper
         self._on_use: Callable[[float], None] | None = None
@@ -164,6 +171,14 @@ class Process:
     def scratch_mb(self) -> int:
         """What it may have in its scratch folder, in MiB; 0 for any amount."""
         return self._helper.scratch_mb
+
+    def raise_limit(self, mb: int) -> None:
+        """Let it have so many MiB of memory, if the kernel limits it and that is more than before."""
+        if self.cgroup is not None and not self.ended.done():
+            try:
+                self.cgroup.raise_to(mb * KIB)
+            except OSError as error:
+                log.warning("the limit of %s cannot be raised: %s", self.cgroup.path, error.strerror)
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to its group. KILL ends also what left the group. Nothing happens once it has ended."""
@@ -206,6 +221,7 @@ class Helper:
         skip: Iterable[str] = (),
         plan: Plan | None = None,
         redact: Callable[[bytes], bytes] = bytes,
+        cgroups: Cgroups | None = None,
     ) -> None:
         loop = self._loop = asyncio.get_running_loop()
         self.home = home
@@ -219,6 +235,8 @@ class Helper:
         self._keeper = keeper
         self._mark = mark
         self._redact = redact
+        self._cgroups = cgroups
+        self._place: tuple[int, Cgroup] | None = None  # a cgroup for the next call, and its number
         self._plan = plan
         self._wired = None if plan is None else plan.wire
         self._taken: tuple[str, ...] = ()
@@ -226,6 +244,7 @@ class Helper:
         self.floor_mb = 0.0
         self._fault: str | None = None
         self._numbers = itertools.count(1)
+        self._places = itertools.count(1)
         self._measured: dict[int, asyncio.Future[float | None]] = {}
         self._wire = Wire(loop, self._receive, self._cut_off)
         try:
@@ -287,6 +306,7 @@ class Helper:
             "preload": () if script is None else script.preload,
             "skip": list(skip),
             "ahead": AHEAD_AFTER,
+            "places": self._cgroups is not None,
             "plan": self._wired,
         }
 
@@ -308,26 +328,71 @@ class Helper:
         env: Mapping[str, str],
         data_bytes: int = 0,
         most_kib: int = 0,
+        *,
+        held_kib: int = 0,
     ) -> Process:
         """Have a program started: `Process.ended` tells if it could not be. `data_bytes` is its RLIMIT_DATA; 0 none.
 
-        It is ended where it has more than `most_kib` in memory, with all that it starts; 0 is any number. Raises
-        OSError where the command is too long, `GoneError` where the helper has ended.
+        It is ended where it has more than `most_kib` in memory, with all that it starts, when the helper looks at it,
+        and kept by the kernel to `held_kib`, where there are cgroups; 0 is any number. Raises OSError where the command
+        is too long, `GoneError` where the helper has ended.
         """
         number = next(self._numbers)
         given = argv if self.script is None else argv[len(self.script.interpreter) :]  # which the helper is itself
-        limits = 0 if self._wired is None else data_bytes, most_kib
-        run = message("run", (number, list(given), dict(env), limits))
         if not self.is_open:
             raise GoneError
+        place, cgroup = self._cgroup(held_kib) if self._cgroups is not None and held_kib else (0, None)
         try:
-            self._wire.send(run, fds)
+            all_fds = fds if cgroup is None else (*fds, cgroup.procs)
+            limits = 0 if self._wired is None else data_bytes, most_kib, len(all_fds), place
+            self._wire.send(message("run", (number, list(given), dict(env), limits)), all_fds)
         except (BrokenPipeError, ConnectionResetError):
+            self._let_go(cgroup)
             self._receive_last()
             self.close()  # it may only have closed its ears
             raise GoneError from None
-        process = self.processes[number] = Process(number, self, self._loop)
+        except BaseException:
+            self._let_go(cgroup)
+            raise
+        if cgroup is not None:
+            cgroup.close()
+        process = self.processes[number] = Process(number, self, self._loop, cgroup)
         return process
+
+    # Cgroups
+
+    def _cgroup(self, limit_kib: int) -> tuple[int, Cgroup | None]:
+        """That of the next program, and the place that it is, 0 for none. Without one it is looked at, as ever."""
+        (place, cgroup), self._place = self._place or (0, None), None
+        try:
+            if cgroup is not None:
+                cgroup.limit_to(limit_kib)
+            elif self._cgroups is not None:
+                cgroup = self._cgroups.make(limit_kib)
+        except OSError as error:
+            self._let_go(cgroup)
+            log.warning("a program of %s has no cgroup: %s", self.home.overlay, error.strerror)
+            return 0, None
+        return place, cgroup
+
+    def _let_go(self, cgroup: Cgroup | None) -> None:
+        if cgroup is not None and self._cgroups is not None:
+            cgroup.close()
+            self._cgroups.release(cgroup.path)
+
+    def _offer_place(self) -> None:
+        """Before its next call comes: to enter a cgroup can take longer than a call."""
+        if self._cgroups is None or self.script is None or self._place is not None or not self.is_idle:
+            return
+        try:
+            cgroup = self._cgroups.make(0)
+        except OSError as error:
+            log.debug("no cgroup for the next call of %s: %s", self.home.overlay, error.strerror)
+            return
+        if cgroup is not None:
+            self._place = next(self._places), cgroup
+            with contextlib.suppress(OSError):  # it is gone, and says so
+                self._wire.send(message("place", self._place[0]), (cgroup.procs,))
 
     def signal(self, number: int, signal_number: signal.Signals) -> None:
         with contextlib.suppress(OSError):  # it is gone, and its processes with it
@@ -438,6 +503,8 @@ class Helper:
             future.set_result(None)
         for number in list(self.processes):
             self._end(number, Exit(None, lost=lost))
+        self._let_go(None if self._place is None else self._place[1])
+        self._place = None
         self.gone.set_result(None)
 
     # What it says
@@ -547,10 +614,30 @@ class Helper:
 
     def _end(self, number: int, exit_: Exit) -> None:
         """Raises KeyError where there is no such process."""
-        self.processes.pop(number).ended.set_result(exit_)
+        process = self.processes.pop(number)
+        if process.cgroup is not None:
+            exit_ = _with_account(exit_, process.cgroup)
+            self._let_go(process.cgroup)
+        process.ended.set_result(exit_)
         if not self.processes:
             self.idle_since = time.monotonic()
             self._keeper.rests(self)
+            if self._cgroups is not None:
+                self._loop.call_soon(self._offer_place)
+
+
+def _with_account(exit_: Exit, cgroup: Cgroup) -> Exit:
+    """With what its cgroup tells: a larger peak, and that the kernel has ended it at its limit.
+
+    Then that is why, and not what its helper has found afterwards, such as too much in scratch.
+    """
+    known_mb = exit_.peak_mb or 0.0
+    account = cgroup.account(known_mb * KIB)
+    if account.is_over:
+        peak_mb = round((account.most_kib or cgroup.limit_kib) / KIB, 3)
+        return replace(exit_, peak_mb=peak_mb, lost=None, at_limit=True)
+    peak_mb = round((account.peak_kib or 0.0) / KIB, 3)
+    return replace(exit_, peak_mb=peak_mb) if exit_.failed is None and peak_mb > known_mb else exit_
 
 
 def _is_for_the_loader(name: str) -> bool:

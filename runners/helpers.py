@@ -23,13 +23,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runners.base import Rights, Share
-from runners.helper import Helper, Home
+from runners.helper import KIB, Helper, Home
 from runners.helper_errors import AnotherWayError, GoneError, UnheldError
 from runners.scratch_root import ScratchRoot
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    from runners.cgroups import Cgroups
     from runners.confinement import Confinement, Plan
     from runners.helper import Process, Script
 
@@ -222,8 +223,9 @@ class Helpers:
         namespace: bool = True,
         confinement: Confinement | None = None,
         redact: Callable[[bytes], bytes] = bytes,
+        cgroups: Cgroups | None = None,
     ) -> None:
-        """Without `confinement` the kernel holds programs to no rights.
+        """Without `confinement` the kernel holds programs to no rights, without `cgroups` to no memory.
 
         `redact` takes out of a helper's last words what nobody is to read.
         """
@@ -236,6 +238,8 @@ class Helpers:
         self._namespace = namespace
         self._confinement = confinement
         self._redact = redact
+        self._cgroups = cgroups
+        self._in_cgroups = False
         self._mark = f"aal-{secrets.token_hex(8)}"
         self._scratch: dict[Path, ScratchRoot] = {}
         self._sweeps: set[asyncio.Future[None]] = set()
@@ -261,18 +265,21 @@ class Helpers:
         fds: tuple[int, int, int],
         env: Mapping[str, str] | None = None,
         data_bytes: int = 0,
+        *,
+        held_mb: int = 0,
     ) -> Process:
         """Start a program that keeps running, in the folder and environment of its home, with `env` added.
 
-        `fds` become its stdin, stdout and stderr; they stay the caller's to close. `data_bytes` is its RLIMIT_DATA, 0
-        none. Raises OSError, with the errno and the words of the program's failure to start; `UnheldError`.
+        `fds` become its stdin, stdout and stderr; they stay the caller's to close. `data_bytes` is its RLIMIT_DATA,
+        `held_mb` what the kernel lets it have where there are cgroups; 0 is none. Raises OSError, with the errno
+        and the words of the program's failure to start; `UnheldError`.
         """
         process = None
         while process is None:
             pool = self.pool(home)
             helper = pool.any() or await pool.ready()
             with contextlib.suppress(GoneError):
-                process = helper.launch(argv, fds, env or {}, data_bytes)
+                process = helper.launch(argv, fds, env or {}, data_bytes, held_kib=held_mb * KIB)
         try:
             await process.memory_mb()  # it answers after it has started the program, or told that it could not
         except asyncio.CancelledError:
@@ -321,6 +328,9 @@ class Helpers:
             await asyncio.wait([helper.gone for helper in self._alive])
         if self._sweeps:
             await asyncio.wait(self._sweeps)
+        if self._in_cgroups and self._cgroups is not None:
+            self._in_cgroups = False
+            self._cgroups.leave()
         while self._scratch:
             self._scratch.popitem()[1].close()
 
@@ -342,6 +352,7 @@ class Helpers:
             skip=pool.skip,
             plan=plan,
             redact=self._redact,
+            cgroups=self._enter_cgroups(),
         )
         self._alive.add(helper)
         helper.gone.add_done_callback(lambda _: self._alive.discard(helper))
@@ -368,7 +379,21 @@ class Helpers:
             made = self._scratch[root] = ScratchRoot(root, self._mark)
         except OSError as error:
             raise OSError(error.errno, f"the scratch root {root} cannot be made: {error.strerror}") from error
-        self._sweeps.add(asyncio.get_running_loop().run_in_executor(None, made.sweep))
+        self._sweep(made.sweep)
+
+    def _enter_cgroups(self) -> Cgroups | None:
+        """Those of the bus, if it can make any. Before a helper is started, as it is to be where the bus then is."""
+        if self._cgroups is None:
+            return None
+        if not self._in_cgroups:
+            self._in_cgroups = True
+            self._cgroups.join()
+            if self._cgroups.why_not is None:
+                self._sweep(self._cgroups.sweep)
+        return self._cgroups if self._cgroups.why_not is None else None
+
+    def _sweep(self, sweep: Callable[[], None]) -> None:
+        self._sweeps.add(asyncio.get_running_loop().run_in_executor(None, sweep))
 
     def do_without_namespace(self, error: OSError) -> None:
         """It was tried, by what can be believed. Raises OSError where the kernel may have one a moment later.

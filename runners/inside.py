@@ -37,8 +37,16 @@ def main() -> None:
     program = load_program(channel, config, folder or UNPLANNED) if forks else None  # type: Any
     scratch = None if folder is None else scratch_in(folder, plan["scratch"], forks)
     most = 0 if plan is None else plan["processes"]
-    environment, ahead = config["environment"], config["ahead"]
-    launcher = Launcher(channel, program, mark, environment=environment, ahead=ahead, scratch=scratch, most=most)
+    launcher = Launcher(
+        channel,
+        program,
+        mark,
+        environment=config["environment"],
+        ahead=config["ahead"],
+        places=config["places"],
+        scratch=scratch,
+        most=most,
+    )
     if not launcher.in_namespace:
         prctl(PR_SET_PDEATHSIG, 0, 0, 0, 0)  # from now on the bus closes the socket, and all is ended in order
     loaded, left = ([], {}) if program is None else (program.loaded, program.left)

@@ -12,14 +12,18 @@ them, and a reader of JSON is not. From the helper, which may have loaded an ove
 is not for what nobody can trust.
 
     to the helper     "begin"    {"bus", "namespace", "environment", "plan", "interpreter", "arguments", "preload",
-                                 "skip", "ahead"}, once: the process id of the bus; whether to try for a pid namespace;
-                                 what the programs find in their environment and this process may not; what to take on
-                                 (`sandbox.py`) or None; of mode fork the interpreter with its options, the script and
-                                 what follows it (both None in mode spawn), modules to load before the calls and not to
-                                 load, calls after which to fork ahead of the next
+                                 "skip", "ahead", "places"}, once: the process id of the bus; whether to try for a pid
+                                 namespace; what the programs find in their environment and this process may not; what
+                                 to take on (`sandbox.py`) or None; of mode fork the interpreter with its options, the
+                                 script and what follows it (both None in mode spawn), modules to load before the calls
+                                 and not to load, calls after which to fork ahead of the next, whether that waits for a
+                                 place
                       "run"      (call, argv, env, (bytes of data that it may have (RLIMIT_DATA), KiB that it may have
-                                 in memory with all that it starts)), 0 for any number; with stdin, stdout and stderr
-                                 as SCM_RIGHTS
+                                 in memory with all that it starts), 0 for any number, and how many descriptors come
+                                 with this as SCM_RIGHTS: stdin, stdout, stderr, and `cgroup.procs` of the cgroup that
+                                 it is to enter, if it has one; the place that this cgroup is, 0 if none))
+                      "place"    place, with `cgroup.procs` of a cgroup: there the next process is forked ahead, since
+                                 to enter one can take longer than a call
                       "kill"     (call, signal), to the group of the call
                       "measure"  call
     from containment  "contained" {"namespace": bool, "taken": [mechanism], "failed": {mechanism: why}}, with a pidfd of
@@ -59,18 +63,21 @@ if TYPE_CHECKING:
 
     from runners.channel import MARSHAL, MESSAGE_BYTES, descriptors, tell
     from runners.descendants import Family, resident_kib, send_signal, share_kib, signal_group, signal_group_of, tasks
-    from runners.execution import STREAMS, fork_and_execute, limit_data, spawn
+    from runners.execution import STREAMS, enter_or_end, fork_and_execute, limit_data, spawn
     from runners.scratch import NAMES, Scratch
     from runners.watching import Seen, Watch
 else:
     from channel import MARSHAL, MESSAGE_BYTES, descriptors, tell
     from descendants import Family, resident_kib, send_signal, share_kib, signal_group, signal_group_of, tasks
-    from execution import STREAMS, fork_and_execute, limit_data, spawn
+    from execution import STREAMS, enter_or_end, fork_and_execute, limit_data, spawn
     from scratch import NAMES, Scratch
     from watching import Watch
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 """Of <linux/prctl.h>."""
+
+RIGHTS_SPACE = _socket.CMSG_SPACE(4 * (STREAMS + 1))
+"""Room for the descriptors of a program and of its cgroup."""
 
 TOLD_AT_ONCE = 200
 """Ends in one message, which is far below 64 KiB."""
@@ -83,6 +90,9 @@ MARK = "OVERLAY_CALL"
 
 NOBODY = 0
 """Instead of the number of a call, which begin with 1: what no running call can account for."""
+
+NOWHERE = (0, -1)
+"""Instead of a place and its descriptor: a process is forked ahead where this one is."""
 
 LOST = "a program of the same overlay left processes behind that could only be ended together with this call"
 TOO_MANY = "too many processes: it had %d, with their threads, where %d are allowed"
@@ -97,7 +107,8 @@ class Launcher:
     """Starts, reaps and kills. `program` is the script that is run by fork, None where programs are spawned.
 
     After `ahead` calls a process is forked before its call comes, whenever none runs: a lone call then waits for no
-    fork. It is the first to get a call, so that it never waits beside a program.
+    fork. It is the first to get a call, so that it never waits beside a program. Where calls have cgroups (`places`) it
+    goes into that of the next call.
 
     Spawned programs find `environment` beside that of this process. Each call has a folder of `scratch`, where that is
     given, and is ended where it has more than `most` processes and threads, 0 being any number, or more memory than its
@@ -113,6 +124,7 @@ class Launcher:
         *,
         environment: dict[str, str],
         ahead: int = sys.maxsize,
+        places: bool = False,
         scratch: Scratch | None = None,
         most: int = 0,
     ) -> None:
@@ -133,7 +145,8 @@ class Launcher:
         self._pids = {}  # type: dict[int, int]  # the process of a call
         self._ended = []  # type: list[tuple[Any, ...]]
         self._calls_alone = ahead  # that still come before a process is forked ahead
-        self._spare = None  # type: tuple[int, Any] | None  # such a process, and where it waits for its call
+        self._spare = None  # type: tuple[int, Any, int] | None  # such a process, where it waits for its call, its place
+        self._place = None if places else NOWHERE  # type: tuple[int, int] | None  # for the next of them
         self._sweeps = 0
         self._orphans_crowd = False
         self._killed = set()  # type: set[int]  # orphans that have yet to end
@@ -165,6 +178,8 @@ class Launcher:
                         return child
                 elif verb == "kill":
                     self._kill(*given)
+                elif verb == "place":
+                    self._take_place(given, fds)
                 elif verb == "measure":
                     tell(self._channel, "memory", (given, self._memory_kib(given)))
             self._reap()
@@ -183,9 +198,7 @@ class Launcher:
     def _receive(self) -> tuple[str, Any, list[int]]:
         """A message, and what came with it. All else that it took is freed before a fork: else both would copy it."""
         try:
-            size, ancillary, _, _ = self._channel.recvmsg_into(
-                [self._buffer], _socket.CMSG_SPACE(12), _socket.MSG_CMSG_CLOEXEC
-            )
+            size, ancillary, _, _ = self._channel.recvmsg_into([self._buffer], RIGHTS_SPACE, _socket.MSG_CMSG_CLOEXEC)
         except ConnectionResetError:
             size, ancillary = 0, []
         if not size:
@@ -193,20 +206,22 @@ class Launcher:
         verb, given = marshal.loads(self._buffer[:size])  # noqa: S302  # only the bus has the other end
         return verb, given, descriptors(ancillary)
 
-    def _run(self, fds: list[int], number: int, argv: list[str], env: dict[Any, Any], limits: tuple[int, int]) -> Any:
+    def _run(self, fds: list[int], number: int, argv: list[str], env: dict[Any, Any], limits: tuple[int, ...]) -> Any:
         """Start a program. Returns None, but in a forked child what it is to run."""
         if env and self._program is not None:
             env = {os.fsencode(name): os.fsencode(value) for name, value in env.items()}
         env[self._mark_name] = self._mark_of % number
-        data_bytes, most_kib = limits
+        data_bytes, most_kib, count, place = limits
         pid = failed = None
         try:
             if self._scratch is not None:
                 env.update(dict.fromkeys(self._scratch_names, self._scratch.make(number)))
-            pid = self._start(fds, argv, env, data_bytes)
+            _check_number(fds, count)
+            pid = self._start(fds, argv, env, data_bytes, place)
         except (OSError, ValueError) as error:
             failed = (number, getattr(error, "errno", None), getattr(error, "strerror", None) or str(error))
         if pid == 0:
+            enter_or_end(fds)
             os.setsid()
             self._become_child(self._pid, data_bytes)
             _take_streams(fds, self._highest_fd)
@@ -223,17 +238,30 @@ class Launcher:
             self._watch.begin(number, most_kib)
         return None
 
-    def _start(self, fds: list[int], argv: list[str], env: dict[Any, Any], data_bytes: int) -> int:
+    def _start(self, fds: list[int], argv: list[str], env: dict[Any, Any], data_bytes: int, place: int) -> int:
         """The process id; in a forked child 0. Raises OSError, or ValueError for a NUL in a string."""
-        if len(fds) < STREAMS:  # the kernel passes as many as this process may have open (unix(7), MSG_CTRUNC)
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         if self._program is None:
             return self._start_program(fds, argv, dict(self._environment, **env), data_bytes)
-        return self._hand_over(fds, argv, env, data_bytes) or os.fork()
+        if place and self._place is not None and self._place[0] == place:
+            self._leave_place()  # its call has come before a process was forked for it
+        return self._hand_over(fds, argv, env, data_bytes, place) or os.fork()
+
+    def _take_place(self, place: int, fds: list[int]) -> None:
+        self._leave_place()
+        if fds:  # else this process has too many open, and the call brings it again
+            self._place = place, fds[0]
+
+    def _leave_place(self) -> None:
+        """What is there for the next process that is forked ahead is not for another."""
+        if self._place is not None and self._place is not NOWHERE:
+            os.close(self._place[1])
+            self._place = None
 
     def _fork_ahead(self) -> Any:
         """Have the next process there before its call, where nothing else is to do. In that one: what it is to run."""
         if self._spare or self._calls or self._ended or self._calls_alone > 0 or self._program is None:
+            return None
+        if self._place is None:
             return None
         if self._poll.poll(0):
             return None
@@ -247,32 +275,41 @@ class Launcher:
         if pid == 0:
             return self._wait_for_call(ours, theirs)
         theirs.close()
-        self._spare = pid, ours
+        self._spare = pid, ours, self._place[0]
+        self._leave_place()
         return None
 
     def _wait_for_call(self, ours: Any, theirs: Any) -> Any:
         """In a process that was forked ahead: be as a new one, hold nothing, and wait."""
+        place = -1 if self._place is None else self._place[1]
+        if place >= 0:
+            enter_or_end([0, 1, 2, place])
         os.setsid()
         self._become_child(self._pid, 0)
         at = theirs.fileno()
         os.closerange(STREAMS, at)
-        os.closerange(at + 1, max(self._highest_fd, ours.fileno()) + 1)
+        os.closerange(at + 1, max(self._highest_fd, ours.fileno(), place) + 1)
         ours.detach()
         self._program.touch()
-        size, ancillary, _, _ = theirs.recvmsg_into([self._buffer], _socket.CMSG_SPACE(12), _socket.MSG_CMSG_CLOEXEC)
+        size, ancillary, _, _ = theirs.recvmsg_into([self._buffer], RIGHTS_SPACE, _socket.MSG_CMSG_CLOEXEC)
         if not size:
             os._exit(0)
         argv, env, data_bytes = marshal.loads(self._buffer[:size])  # noqa: S302  # from our own process
         limit_data(0, data_bytes)
-        fds = descriptors(ancillary) + [theirs.detach()]
-        _take_streams(fds, 0)
+        fds = descriptors(ancillary)
+        enter_or_end(fds)
+        _take_streams(fds, theirs.detach())
         return argv, env
 
-    def _hand_over(self, fds: list[int], argv: list[str], env: dict[bytes, bytes], data_bytes: int) -> int | None:
+    def _hand_over(
+        self, fds: list[int], argv: list[str], env: dict[bytes, bytes], data_bytes: int, place: int
+    ) -> int | None:
         """Give the call to the process that was forked ahead: its id, or None where there is none."""
         if self._spare is None:
             return None
-        (pid, channel), self._spare = self._spare, None
+        (pid, channel, its_place), self._spare = self._spare, None
+        if place and place == its_place:
+            fds = fds[:STREAMS]  # it is there
         rights = b"".join(fd.to_bytes(4, sys.byteorder) for fd in fds)
         try:
             call = marshal.dumps((argv, env, data_bytes), MARSHAL)
@@ -285,7 +322,7 @@ class Launcher:
 
     def _start_program(self, fds: list[int], argv: list[str], env: dict[str, str], data_bytes: int) -> int:
         """Where processes share their numbers with others' they may not set the limits of any but themselves."""
-        if data_bytes and not self.in_namespace:
+        if len(fds) > STREAMS or (data_bytes and not self.in_namespace):
             return fork_and_execute(fds, argv, env, data_bytes)
         pid = spawn(fds, argv, env)
         limit_data(pid, data_bytes)
@@ -510,6 +547,12 @@ def _size_kib(pids: list[int]) -> int | None:
 
 def _wake(_number: int, _frame: Any) -> None:
     """The signal has been written to the alarm, which the poll sees. (A function that a child need not free.)"""
+
+
+def _check_number(fds: list[int], count: int) -> None:
+    """The kernel passes as many as this process may have open (unix(7), MSG_CTRUNC). Raises OSError."""
+    if len(fds) < count:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
 def _take_streams(fds: list[int], highest_fd: int) -> None:

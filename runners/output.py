@@ -230,7 +230,12 @@ def describe(exit_code: int) -> str:
 
 
 def excess(memory_mb: float, may_mb: int) -> str:
-    """What is said of a process that has more memory than it may, both in MiB. It goes on after a name or "it"."""
+    """What is said of a process that has more memory than it may, both in MiB. It goes on after a name or "it".
+
+    One that the kernel holds to its limit has no more, but needed it.
+    """
+    if memory_mb <= may_mb:
+        return f"needed more memory than the {may_mb} MiB that it may use, when it had {memory_mb:.1f}"
     return f"used {memory_mb:.1f} MiB of memory, more than the {may_mb} that it may"
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from runners import python_command
 from runners.base import HELPERS, LARGE_BYTES, Code, Outcome, ProcessTarget
-from runners.helper import Home, Script
+from runners.helper import KIB, Home, Script
 from runners.helper_errors import GoneError
 from runners.helpers import IDLE_S, Helpers, UnfitError
 from runners.output import (
@@ -49,9 +49,6 @@ if TYPE_CHECKING:
     from runners.exits import Exit
     from runners.helper import Helper, Process
     from runners.logs import OverlayLogs
-
-KIB = 1024
-"""In a MiB."""
 
 QUICK_S = 0.02
 """How long, in seconds, a call runs before its pipes are watched. Most have ended by then, and are read once."""
@@ -188,7 +185,8 @@ def _start(helper: Helper, job: Job, target: ProcessTarget, kill_grace_s: float)
             theirs.append(sealed_file(job.envelope))
         stdout, stderr = _output_pipe(ours, theirs), _output_pipe(ours, theirs)
         fds = theirs[0], theirs[1], theirs[2]
-        process = helper.launch(target.argv, fds, {}, data_limit(job.hard_mb), job.hard_mb * KIB)
+        hard_kib = job.hard_mb * KIB
+        process = helper.launch(target.argv, fds, {}, data_limit(job.hard_mb), hard_kib, held_kib=hard_kib)
         return _Run(process, _Pipes(stdin, stdout, stderr), job, kill_grace_s)
     except BaseException:
         close_all(ours)

@@ -188,7 +188,14 @@ class Service:
     def enter(self, hard_mb: int) -> None:
         """A call begins. Without a cap of its own, the service may hold what the largest of its calls may."""
         self._calls += 1
-        self._hard_mb = max(self._hard_mb, hard_mb)
+        if hard_mb > self._hard_mb:
+            self._hard_mb = hard_mb
+            if self._program is not None:
+                self._program.process.raise_limit(self._may_mb)
+
+    @property
+    def _may_mb(self) -> int:
+        return self._target.max_mb or self._hard_mb
 
     def leave(self) -> None:
         self._calls -= 1
@@ -309,6 +316,7 @@ class Service:
         except (OSError, ValueError) as error:
             self._leave_port(home, port)
             raise self._unstarted(error) from error
+        process.raise_limit(self._may_mb)  # a call may have come meanwhile
         self._began = self._house.clock()
         self._voice.note(f"starts on port {port} (edition {home.edition})")
         return _Program(home, process, output, port, Probe(self._house.client, port, self._target.ready_path))
@@ -333,7 +341,8 @@ class Service:
         self._tail = b""
         with _descriptors() as (nothing, reader, writer):
             output = Output(asyncio.get_running_loop(), os.dup(reader), self._hear, self._voice.end)
-            start = self._house.helpers.start(home, argv, (nothing, writer, writer), ports, data_bytes)
+            fds = nothing, writer, writer
+            start = self._house.helpers.start(home, argv, fds, ports, data_bytes, held_mb=self._may_mb)
             starting = self._starting = asyncio.ensure_future(start)
             try:
                 return await starting, output
@@ -429,12 +438,11 @@ class Service:
         while True:
             await asyncio.sleep(self._house.pace.memory_s)
             memory_mb = await program.process.memory_mb()
-            may_mb = self._target.max_mb or self._hard_mb
             if memory_mb is not None:
                 self.memory_mb = memory_mb
-                if memory_mb > may_mb:
+                if memory_mb > self._may_mb:
                     self.state = "draining"  # as above
-                    raise FaultError(excess(memory_mb, may_mb), code=Code.MEMORY_LIMIT)
+                    raise FaultError(excess(memory_mb, self._may_mb), code=Code.MEMORY_LIMIT)
 
     # End
 

@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from runners.alarm import TICK_S
 from runners.base import LARGE_BYTES, PURGE, Code, JsonError, Outcome, parse_json
 from runners.logs import Voice
-from runners.output import READ_SIZE, Log, close_all, describe, preview
+from runners.output import READ_SIZE, Log, close_all, describe, excess, preview
 from runners.unstarted import unstarted
 
 if TYPE_CHECKING:
@@ -115,6 +115,10 @@ class Owner(Protocol):
     log_limit: int
     start_timeout_s: float
     data_bytes: int
+
+    @property
+    def may_mb(self) -> int:
+        """What a worker may have of memory, in MiB."""
 
     def ready(self, worker: Worker) -> None:
         """It has started: give it a call, or let it rest."""
@@ -211,6 +215,10 @@ class Worker:
         self.peak_mb = max(memory_mb, self.peak_mb or 0.0)
         return memory_mb
 
+    def raise_limit(self, mb: int) -> None:
+        if self.process is not None:
+            self.process.raise_limit(mb)
+
     # Start
 
     def start(self) -> None:
@@ -224,7 +232,9 @@ class Worker:
             stdin, stdout, stderr = theirs
             fds = stdin, stdout, stderr
             owner = self._owner
-            return await self._means.helpers.start(owner.home, owner.argv, fds, data_bytes=owner.data_bytes)
+            return await self._means.helpers.start(
+                owner.home, owner.argv, fds, data_bytes=owner.data_bytes, held_mb=owner.may_mb
+            )
         finally:
             close_all(theirs)
 
@@ -259,6 +269,7 @@ class Worker:
 
     def _started(self, process: Process) -> None:
         self.process = process
+        self.raise_limit(self._owner.may_mb)  # which may have grown while it was started
         self.sandbox = process.sandbox_for("pool")
         self._began = time.monotonic()
         home = self._owner.home
@@ -554,7 +565,7 @@ class Worker:
             code,
             error=f"the worker {what}",
             exit_code=exit_.code,
-            peak_mb=self.peak_mb,
+            peak_mb=exit_.peak_mb if exit_.had_too_much else self.peak_mb,
             log=self._kept_log(),
             output_bytes=self._size,
             retryable=True if code is Code.CRASH and exit_.lost is not None else None,
@@ -569,7 +580,9 @@ class Worker:
         self.ended.set_result(None)
 
     def _say(self, exit_: Exit) -> str:
-        if exit_.lost is not None:
+        if exit_.had_too_much:
+            how = f"{excess(exit_.peak_mb or 0.0, self._owner.may_mb)}, and was ended"
+        elif exit_.lost is not None:
             how = f"was ended from outside ({exit_.lost})"
         elif exit_.code is None:
             how = "ended"
@@ -600,7 +613,9 @@ class Worker:
 
 
 def _code_of(exit_: Exit) -> Code:
-    """What it was ended for, where nobody here had it ended."""
+    """What it was ended for, where nobody here had it ended, but its helper or the kernel perhaps."""
+    if exit_.had_too_much:
+        return Code.MEMORY_LIMIT
     if exit_.had_too_many:
         return Code.PROCESS_LIMIT
     return Code.SCRATCH_LIMIT if exit_.was_too_full else Code.CRASH

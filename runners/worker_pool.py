@@ -127,7 +127,10 @@ class WorkerPool:
 
     def submit(self, call: WorkerCall) -> None:
         """Give the call to a free worker, or let it wait for one."""
-        self._hard_mb = max(self._hard_mb, call.job.hard_mb)
+        if call.job.hard_mb > self._hard_mb:
+            self._hard_mb = call.job.hard_mb
+            for worker in self._workers:
+                worker.raise_limit(self.may_mb)
         self._alarm.set(call.job.deadline)
         if self._weighing is None:
             self._weighing = self._means.spawn(self._weigh())
@@ -285,6 +288,10 @@ class WorkerPool:
 
     # Memory
 
+    @property
+    def may_mb(self) -> int:
+        return self._limits.max_mb or self._hard_mb
+
     async def _weigh(self) -> None:
         """Look at every worker every now and then, for the last time when none has a call any more."""
         while True:
@@ -297,7 +304,7 @@ class WorkerPool:
 
     async def _weigh_one(self, worker: Worker) -> None:
         memory_mb = await worker.measure()
-        may_mb = self._limits.max_mb or self._hard_mb
+        may_mb = self.may_mb
         if memory_mb is None or memory_mb <= may_mb or worker not in self._workers:
             return
         if worker.call is None:

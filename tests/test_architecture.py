@@ -47,7 +47,7 @@ RUNNER_FLOORS = [
     ["alarm", "bpf", "syscalls", "kernel", "programs", "probe_rights", "tiers"],
     ["zygote_script", "zygote_reading", "zygote_loading", "zygote_ending"],
     ["output", "logs", "ports", "breaker", "http_client", "python_command", "strays", "seccomp"],
-    ["exits", "sealed_file", "helper_errors"],
+    ["exits", "sealed_file", "helper_errors", "cgroups"],
     ["wire", "probe", "contained", "purges", "faults", "scratch_root", "places"],
     ["helper"],
     ["helpers", "confinement"],
@@ -59,7 +59,7 @@ RUNNER_FLOORS = [
     ["trial"],
 ]
 RUNNER_FLOOR = {f"runners.{name}": floor for floor, names in enumerate(RUNNER_FLOORS, 1) for name in names}
-DOCTORS = {"runners.confinement", "runners.helpers", "runners.tiers", "runners.trial"}
+DOCTORS = {"runners.cgroups", "runners.confinement", "runners.helpers", "runners.tiers", "runners.trial"}
 LONGEST_FUNCTION = 60
 PACKAGES = {"bus", "runners"}
 
@@ -133,6 +133,7 @@ def test_the_bus_knows_of_the_runners_the_ground_floor_only(file: Path) -> None:
         {
             f"runners.{name}"
             for name in (
+                "cgroups",
                 "confinement",
                 "helpers",
                 "http",

@@ -613,7 +613,7 @@ async def test_a_service_that_only_starts_ends_at_once_when_its_overlay_is_disab
 class NoHelpers:
     """Helpers of which none is ever ready."""
 
-    async def start(self, *_: object) -> None:
+    async def start(self, *_: object, held_mb: int) -> None:
         await asyncio.get_running_loop().create_future()
 
     def let_go(self, home: object) -> None:

@@ -38,6 +38,7 @@ EXAMPLES: dict[str, tuple[str, str, Any, list[str]]] = {
     "dev_log_payload": ("true", "1", True, ['"maybe"', "2"]),
     "sandbox": ('"enforce"', "enforce", "enforce", ['"on"', "true"]),
     "trusted": ('"a, b-c"', "a, b-c", "a, b-c", ['"A B"', "[]"]),
+    "cgroup": ('"off"', "off", "off", ['"on"', "1"]),
     "scratch_local": ('"/srv/x"', "/srv/x", "/srv/x", ["1", "true", '"~no-such-user-here/x"', '"' + 300 * "x" + '"']),
     "scratch_extended": (
         '"/srv/x"',

@@ -883,7 +883,7 @@ async def test_closing_does_not_wait_for_a_worker_that_was_let_go_gently(bench: 
 class NoHelpers:
     """Helpers of which none is ever ready."""
 
-    async def start(self, *_: object, data_bytes: int) -> None:
+    async def start(self, *_: object, data_bytes: int, held_mb: int) -> None:
         await asyncio.get_running_loop().create_future()
 
 

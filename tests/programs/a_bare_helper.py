@@ -42,6 +42,7 @@ class BareHelper:
             "preload": (),
             "skip": [],
             "ahead": 1,
+            "places": False,
         }
         begin |= {"interpreter": tuple(interpreter) or None, "arguments": arguments}
         self._send("begin", begin)
@@ -87,7 +88,7 @@ class BareHelper:
         """The number of the call. Its stdin is empty, its stderr this process's."""
         self.calls += 1
         null = os.open(os.devnull, os.O_RDONLY)
-        self._send("run", (self.calls, list(argv), {}, (data_bytes, 0)), (null, stdout, 2))
+        self._send("run", (self.calls, list(argv), {}, (data_bytes, 0, 3, 0)), (null, stdout, 2))
         os.close(null)
         return self.calls
 

@@ -1,0 +1,23 @@
+"""`python -m tests.vm [PYTEST ARGUMENTS]`: see the package."""
+
+from __future__ import annotations
+
+import sys
+
+from tests import vm
+
+LONGEST_S = 1800.0
+
+
+def main() -> int:
+    program = vm.kernel()
+    if program is None:
+        sys.stderr.write(f"there is no linux.uml on the PATH, nor in {vm.VARIABLE}; see tests/vm/__init__.py\n")
+        return 2
+    status, said = vm.boot(program, sys.argv[1:] or vm.ON_ITS_KERNEL, LONGEST_S)
+    sys.stdout.buffer.write(said)
+    return 2 if status is None else status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
