@@ -610,5 +610,5 @@ def test_the_kernel_does_as_these_files_do() -> None:
     program = vm.kernel()
     assert program is not None
     status, said = vm.boot(program, [*vm.ON_ITS_KERNEL, "-q", "--color=no"], 1800)
-    assert status == 0, said.decode(errors="replace")
-    assert b" skipped" not in said
+    assert status == 0, said
+    assert "no cgroups are to be had" not in said

@@ -13,8 +13,9 @@ import pytest
 
 from bus import doctor
 from bus.policy import PHASES
-from runners import kernel, places, tiers, trial
+from runners import cgroups, kernel, places, tiers, trial
 from runners.base import TIERS, Rights
+from runners.cgroups import Ground, UnavailableError
 from runners.confinement import RIGHTS
 from runners.kernel import this_kernel
 from runners.trial import Found
@@ -61,6 +62,22 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
         monkeypatch.setattr(trial, "find_out", find_out)
 
     return come_to
+
+
+def test_who_holds_calls_to_hard_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cgroups, "find", lambda: Ground(Path("/tree/unit"), Path("/tree/unit")))
+    assert doctor.memory_limit().found == "HARD is held by the kernel: cgroups (v2) in /tree/unit"
+    assert doctor.memory_limit("off").found == "HARD is held by looking at the calls: AAL_CGROUP=off"
+
+
+def test_why_the_kernel_does_not_hold_calls_to_hard_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> Ground:
+        raise UnavailableError("the bus is not alone")
+
+    monkeypatch.setattr(cgroups, "find", refuse)
+    finding = doctor.memory_limit()
+    assert (finding.mark, finding.found) == ("ok", "HARD is held by looking at the calls: the bus is not alone")
+    assert "Delegate=yes" in finding.hint
 
 
 @holds_all

@@ -20,11 +20,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, BinaryIO
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 REPO = Path(__file__).resolve().parent.parent.parent
 INIT = Path(__file__).with_name("init.py")
@@ -34,6 +35,9 @@ MEMORY_MB = 2048
 VARIABLE = "AAL_TEST_UML"
 """Names the program where it is not on the PATH."""
 
+NO_STATUS = -1
+"""The machine did not come to one, or took too long."""
+
 _STATUS = re.compile(rb"^exit status (\d+)\r?$", re.MULTILINE)
 
 
@@ -42,11 +46,8 @@ def kernel() -> str | None:
     return os.environ.get(VARIABLE) or shutil.which("linux.uml") or shutil.which("linux")
 
 
-def boot(program: str, arguments: Sequence[str], timeout_s: float) -> tuple[int | None, bytes]:
-    """Run pytest in a virtual machine: its exit status, None where it came to none, and all that the console said.
-
-    Raises `subprocess.TimeoutExpired`.
-    """
+def boot(program: str, arguments: Sequence[str], timeout_s: float, echo: BinaryIO | None = None) -> tuple[int, str]:
+    """Run pytest in a virtual machine: its exit status, or `NO_STATUS`, and what the console said, `echo` at once."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             program,
@@ -54,15 +55,27 @@ def boot(program: str, arguments: Sequence[str], timeout_s: float) -> tuple[int 
             *("con=null", "con0=null,fd:1", "cgroup_no_v1=all", f"uml_dir={folder}/", "umid=tests"),
             *(f"init={sys.executable}", "--", "-I", str(INIT), *arguments),
         ]
-        environment = {"PATH": os.defpath, "TMPDIR": folder}
-        done = subprocess.run(
+        with subprocess.Popen(
             command,
-            env=environment,
+            env={"PATH": os.defpath, "TMPDIR": folder},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            timeout=timeout_s,
-            check=False,
-        )
-    found = _STATUS.findall(done.stdout)
-    return (int(found[-1]) if found else None), done.stdout
+        ) as machine:
+            late = threading.Timer(timeout_s, machine.kill)
+            late.start()
+            try:
+                said = b"".join(_lines(machine.stdout, echo))
+            finally:
+                late.cancel()
+                machine.kill()
+    found = _STATUS.findall(said)
+    return (int(found[-1]) if found else NO_STATUS), said.decode(errors="replace")
+
+
+def _lines(stream: IO[bytes] | None, echo: BinaryIO | None) -> Iterator[bytes]:
+    for line in stream or ():
+        if echo is not None:
+            echo.write(line)
+            echo.flush()
+        yield line

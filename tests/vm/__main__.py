@@ -14,9 +14,8 @@ def main() -> int:
     if program is None:
         sys.stderr.write(f"there is no linux.uml on the PATH, nor in {vm.VARIABLE}; see tests/vm/__init__.py\n")
         return 2
-    status, said = vm.boot(program, sys.argv[1:] or vm.ON_ITS_KERNEL, LONGEST_S)
-    sys.stdout.buffer.write(said)
-    return 2 if status is None else status
+    status, _ = vm.boot(program, sys.argv[1:] or vm.ON_ITS_KERNEL, LONGEST_S, sys.stdout.buffer)
+    return 2 if status == vm.NO_STATUS else status
 
 
 if __name__ == "__main__":

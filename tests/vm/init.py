@@ -32,6 +32,7 @@ ENVIRONMENT = {
     "HOME": "/tmp",
     "LANG": "C.UTF-8",
     "PYTHONDONTWRITEBYTECODE": "1",
+    "HYPOTHESIS_STORAGE_DIRECTORY": "/tmp/hypothesis",
 }
 
 libc = ctypes.CDLL(None, use_errno=True)
