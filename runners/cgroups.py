@@ -12,7 +12,7 @@ A program enters its cgroup by itself, before anything of it runs: the bus opens
 written there is whoever writes, by the rights of who has opened it, whatever Landlock and namespaces hide.
 
 What counts is what was charged while it was in there: its own pages (not those that a fork shares with its helper),
-what it writes to memory (`/dev/shm`, scratch in a namespace), the kernel's own for it, and the page cache of files that
+what it writes to memory (`/dev/shm`, scratch that is memory), the kernel's own for it, and the page cache of files that
 it is the first to read. The kernel takes that back before it ends anything. The watcher looks on, as a program that
 nothing keeps from writing there (no Landlock, `AAL_SANDBOX=off`) may leave its cgroup.
 
@@ -73,18 +73,6 @@ class Ground(NamedTuple):
 
     base: Path
     own: Path
-
-
-class Account(NamedTuple):
-    """What came of a cgroup. `peak_kib` is the most it had, without page cache that it could have given back.
-
-    `most_kib` is the same with it, as the kernel says it; both are None where it does not (before Linux 5.19).
-    `is_over` is whether it was ended since it had reached its limit.
-    """
-
-    peak_kib: float | None
-    most_kib: float | None
-    is_over: bool
 
 
 def find(proc: Path = PROC, systemd: Path = SYSTEMD) -> Ground:
@@ -320,22 +308,24 @@ class Cgroup:
             os.close(self.procs)
             self.procs = -1
 
-    def account(self, known_kib: float = 0.0) -> Account:
-        """What came of it, now that nothing runs there. The page cache is only asked for above `known_kib`.
+    def excess_kib(self) -> float | None:
+        """What it had when it was ended at its limit; None where it was not. Nothing runs there any more.
 
-        Of the most that it had what is page cache still is left out: it would be given back. That may leave out too
-        much, where files were read after that. So it is the least of what it needed, as other figures are.
+        Of any other call this most is not asked for, since it counts page cache, which is no need: a program that reads
+        a large file has all of its limit. What processes had, others know.
         """
         try:
             events = _figures(f"{self.path}/memory.events")
         except OSError:
-            return Account(None, None, is_over=False)
-        most_kib = peak_kib = _peak_kib(self.path)
-        if peak_kib is not None and peak_kib > known_kib:
-            peak_kib = max(0.0, peak_kib - _cache_kib(self.path))
+            return None
         # Without "oom", it was another's limit that it was killed for: the machine's, that of a cgroup above.
-        is_over = events.get("oom", 0) > 0 and events.get("oom_kill", 0) > 0
-        return Account(peak_kib, most_kib, is_over)
+        if not (events.get("oom") and events.get("oom_kill")):
+            return None
+        try:
+            with open(f"{self.path}/memory.peak", "rb") as file:  # noqa: PTH123
+                return int(file.read()) / _KIB
+        except OSError:  # Linux before 5.19
+            return float(self.limit_kib)
 
 
 def sweep(base: Path, *, but: str = "") -> None:
@@ -445,23 +435,6 @@ def _write(path: str, text: str) -> None:
         raise
     finally:
         os.close(fd)
-
-
-def _peak_kib(path: str) -> float | None:
-    try:
-        return int(Path(path, "memory.peak").read_bytes()) / _KIB
-    except OSError:  # Linux before 5.19
-        return None
-
-
-def _cache_kib(path: str) -> float:
-    """Page cache that is no shared memory, and what the kernel can drop of its own."""
-    try:
-        figures = _figures(f"{path}/memory.stat")
-    except OSError:
-        return 0.0
-    cache = figures.get("file", 0) - figures.get("shmem", 0) + figures.get("slab_reclaimable", 0)
-    return cache / _KIB
 
 
 def _figures(path: str) -> dict[str, int]:

@@ -616,7 +616,7 @@ class Helper:
         """Raises KeyError where there is no such process."""
         process = self.processes.pop(number)
         if process.cgroup is not None:
-            exit_ = _with_account(exit_, process.cgroup)
+            exit_ = _with_excess(exit_, process.cgroup)
             self._let_go(process.cgroup)
         process.ended.set_result(exit_)
         if not self.processes:
@@ -626,18 +626,13 @@ class Helper:
                 self._loop.call_soon(self._offer_place)
 
 
-def _with_account(exit_: Exit, cgroup: Cgroup) -> Exit:
-    """With what its cgroup tells: a larger peak, and that the kernel has ended it at its limit.
+def _with_excess(exit_: Exit, cgroup: Cgroup) -> Exit:
+    """With the figure, where the kernel has ended it at its limit.
 
     Then that is why, and not what its helper has found afterwards, such as too much in scratch.
     """
-    known_mb = exit_.peak_mb or 0.0
-    account = cgroup.account(known_mb * KIB)
-    if account.is_over:
-        peak_mb = round((account.most_kib or cgroup.limit_kib) / KIB, 3)
-        return replace(exit_, peak_mb=peak_mb, lost=None, at_limit=True)
-    peak_mb = round((account.peak_kib or 0.0) / KIB, 3)
-    return replace(exit_, peak_mb=peak_mb) if exit_.failed is None and peak_mb > known_mb else exit_
+    kib = cgroup.excess_kib()
+    return exit_ if kib is None else replace(exit_, peak_mb=round(kib / KIB, 3), lost=None, at_limit=True)
 
 
 def _is_for_the_loader(name: str) -> bool:

@@ -18,7 +18,7 @@ import pytest
 
 from runners import cgroups as module
 from runners.base import Code, ProcessTarget, Workers
-from runners.cgroups import Account, Cgroups, Ground, UnavailableError, find, sweep
+from runners.cgroups import Cgroups, Ground, UnavailableError, find, sweep
 from runners.faults import death
 from runners.helper import AHEAD_AFTER
 from runners.helpers import Helpers, has_namespace
@@ -335,31 +335,26 @@ async def test_those_that_programs_have_made_go_with_it(tree: Tree, ours: Cgroup
 
 
 @pytest.mark.parametrize(
-    ("files", "account"),
+    ("files", "kib"),
     [
-        ({}, Account(0, 0, is_over=False)),
-        ({"memory.peak": "2097152\n"}, Account(2048, 2048, is_over=False)),
-        (
-            {"memory.peak": "2097152\n", "memory.stat": "anon 0\nfile 1572864\nshmem 524288\nslab_reclaimable 0\n"},
-            Account(1024, 2048, is_over=False),
-        ),
-        ({"memory.events": "oom 1\noom_kill 3\n"}, Account(0, 0, is_over=True)),
-        ({"memory.events": "oom 0\noom_kill 3\n"}, Account(0, 0, is_over=False)),
-        ({"memory.events": "oom 2\noom_kill 0\n"}, Account(0, 0, is_over=False)),
-        ({"memory.peak": None, "memory.events": "oom 1\noom_kill 1\n"}, Account(None, None, is_over=True)),
-        ({"memory.events": None}, Account(None, None, is_over=False)),
+        ({"memory.peak": "2097152\n"}, None),
+        ({"memory.peak": "2097152\n", "memory.events": "oom 1\noom_kill 3\n"}, 2048),
+        ({"memory.events": "oom 0\noom_kill 3\n"}, None),
+        ({"memory.events": "oom 2\noom_kill 0\n"}, None),
+        ({"memory.peak": None, "memory.events": "oom 1\noom_kill 1\n"}, 64 * 1024),
+        ({"memory.events": None}, None),
     ],
-    ids=["nothing", "peak", "page cache", "over", "another's limit", "went well", "old kernel", "gone"],
+    ids=["all is well", "over", "another's limit", "it went on", "old kernel", "gone"],
 )
-async def test_a_cgroup_tells_what_it_had(
-    tree: Tree, ours: Cgroups, files: dict[str, str | None], account: Account
+async def test_a_cgroup_tells_what_it_had_when_it_was_ended_at_its_limit(
+    tree: Tree, ours: Cgroups, files: dict[str, str | None], kib: float | None
 ) -> None:
     made = ours.make(64 * 1024)
     assert made is not None
     for name, text in files.items():
         file = tree.call("1") / name
         file.write_text(text) if text is not None else file.unlink()
-    assert made.account() == account
+    assert made.excess_kib() == kib
     made.close()
     ours.release(made.path)
 
@@ -555,13 +550,6 @@ async def test_an_end_at_the_limit_is_told_with_the_figure(bench: Bench) -> None
     fault = death(ended)
     assert fault.code == Code.MEMORY_LIMIT
     assert str(fault) == "needed more memory than it may use, and was ended with 64.0 MiB"
-
-
-async def test_a_larger_peak_than_any_process_had_counts(bench: Bench) -> None:
-    process = await bench.launch()
-    bench.file(process, "memory.peak").write_text(str(4000 << 20))
-    ended = await bench.end(process)
-    assert (ended.at_limit, ended.peak_mb) == (False, 4000.0)
 
 
 async def test_the_call_is_told_that_it_needed_more(tree: Tree) -> None:

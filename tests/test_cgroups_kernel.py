@@ -47,15 +47,17 @@ SYSTEM_PYTHON = "/usr/bin/python3"
 tokens = (f"token-{os.getpid()}-eater-{number}-" for number in itertools.count())
 
 
-def why_not() -> str | None:
+def ground() -> tuple[Path, str]:
+    """Below which buses of these tests make their cgroups, before one is in its own; else why there is nothing."""
     try:
-        find()
+        return find().base, ""
     except UnavailableError as error:
-        return str(error)
-    return None
+        return Path("/nowhere"), str(error)
 
 
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no cgroups are to be had: {why_not()}; see tests/vm")
+BASE, WHY_NOT = ground()
+
+pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=f"no cgroups are to be had: {WHY_NOT}; see tests/vm")
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,7 @@ def anyio_backend() -> Any:
 
 def left() -> list[str]:
     """What buses have made and not removed."""
-    return sorted(path.name for path in find().base.glob("aal-*"))
+    return sorted(path.name for path in BASE.glob("aal-*"))
 
 
 @dataclass
@@ -175,7 +177,7 @@ async def test_files_that_it_reads_do_not(bench: Bench) -> None:
     ended = await bench.let_end(process)
     assert (ended.code, ended.at_limit) == (0, False)
     assert ended.peak_mb is not None
-    assert ended.peak_mb < HELD_MB - 8
+    assert ended.peak_mb < HELD_MB / 2
 
 
 async def test_many_at_once_are_held_each_to_its_own(bench: Bench) -> None:
@@ -205,7 +207,7 @@ async def test_a_fork_ahead_waits_in_its_place_and_is_held_to_what_its_call_may(
 
 
 def find_calls() -> list[Path]:
-    return [path for path in find().base.glob("aal-*") if not path.name.endswith("-bus")]
+    return [path for path in BASE.glob("aal-*") if not path.name.endswith("-bus")]
 
 
 def _inhabitants(path: Path) -> list[str]:
@@ -262,8 +264,8 @@ async def test_the_call_of_a_service_is_told(tmp_path: Path) -> None:
 @pytest.fixture
 def delegated() -> Iterator[Path]:
     """A cgroup that nobody is in and nobody owns, but the user `nobody`."""
-    base = find().base / "delegated"
-    (find().base / "cgroup.subtree_control").write_text("+memory")
+    base = BASE / "delegated"
+    (BASE / "cgroup.subtree_control").write_text("+memory")
     base.mkdir()
     for path in (base, base / "cgroup.procs", base / "cgroup.subtree_control"):
         os.chown(path, NOBODY, NOBODY)
@@ -309,14 +311,14 @@ def test_a_bus_of_any_user_holds_its_calls_where_it_was_delegated_a_cgroup_and_g
 
 def test_of_a_bus_that_was_killed_nothing_is_left_once_the_next_has_started(mode: str) -> None:
     token = next(tokens)
-    with a_bus(find().base, mode, token) as bus:
+    with a_bus(BASE, mode, token) as bus:
         assert bus.stdout is not None
         told = json.loads(bus.stdout.readline())
         assert _inhabitants(Path(told["path"])) != []
         bus.kill()
     eventually(lambda: with_token(token) == {}, "nothing of its call runs")
     assert Path(told["path"]).name in left()
-    with a_bus(find().base, mode, next(tokens), str(MORE_MB)) as following:
+    with a_bus(BASE, mode, next(tokens), str(MORE_MB)) as following:
         following.communicate(timeout=SLOW_S)
     assert left() == []
 

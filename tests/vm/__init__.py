@@ -14,6 +14,7 @@ It has one processor and no Landlock (Debian's of Linux 6.1). `init.py` is what 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -53,7 +54,7 @@ def boot(program: str, arguments: Sequence[str], timeout_s: float, echo: BinaryI
             program,
             *("root=/dev/root", "rootfstype=hostfs", "rootflags=/", "ro", f"mem={MEMORY_MB}M", "quiet"),
             *("con=null", "con0=null,fd:1", "cgroup_no_v1=all", f"uml_dir={folder}/", "umid=tests"),
-            *(f"init={sys.executable}", "--", "-I", str(INIT), *arguments),
+            *(f"init={sys.executable}", "--", "-I", str(INIT), json.dumps(arguments).encode().hex()),
         ]
         with subprocess.Popen(
             command,

@@ -1,9 +1,10 @@
-"""Process 1 of the virtual machine: mounts what tests need, runs pytest with its own arguments, and powers off."""
+"""Process 1 of the virtual machine: mounts what tests need, runs pytest with the arguments that it is given as hex of JSON, and powers off."""
 
 from __future__ import annotations
 
 import ctypes
 import fcntl
+import json
 import os
 import socket
 import struct
@@ -22,9 +23,6 @@ MOUNTS = (
     ("tmpfs", "/dev/shm", "tmpfs"),
     ("cgroup2", "/sys/fs/cgroup", "cgroup2"),
 )
-ADDED = "console=tty0"
-"""The kernel adds it to whatever it is given."""
-
 SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 1
 RB_POWER_OFF = 0x4321FEDC
 ENVIRONMENT = {
@@ -56,7 +54,7 @@ def bring_up_loopback() -> None:
 def main() -> int:
     mount_all()
     bring_up_loopback()
-    arguments = [argument for argument in sys.argv[1:] if argument != ADDED]
+    arguments = json.loads(bytes.fromhex(sys.argv[1]))  # the kernel splits at spaces, and adds a word of its own
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
     return subprocess.run(command, cwd=REPO, env=ENVIRONMENT, check=False).returncode
 
