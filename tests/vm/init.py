@@ -1,4 +1,7 @@
-"""Process 1 of the virtual machine: mounts what tests need, runs pytest with the arguments that it is given as hex of JSON, and powers off."""
+"""Process 1 of the virtual machine: mounts what tests need, runs pytest, and powers off.
+
+Its one argument is a list of those of pytest, as hex of JSON.
+"""
 
 from __future__ import annotations
 
