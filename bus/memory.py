@@ -12,6 +12,8 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from runners.cgroups import is_of_bus
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -133,11 +135,12 @@ def _bytes(file: str) -> int | None:
 
 
 def _waiting_here(folders: Iterable[str]) -> float | None:
-    """Of the inmost cgroup of ours that can be seen.
+    """Of the inmost cgroup of ours that can be seen and has what calls have, too, which one for the bus alone has not.
 
     The machine's figure is weighed by all processors that are busy, so a bus that waits on one of many hardly shows.
     """
-    return next((found for folder in folders if (found := _waiting(f"{folder}/memory.pressure")) is not None), None)
+    files = (f"{folder}/memory.pressure" for folder in folders if not is_of_bus(folder))
+    return next((found for file in files if (found := _waiting(file)) is not None), None)
 
 
 def _waiting(file: str) -> float | None:

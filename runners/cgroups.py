@@ -139,6 +139,12 @@ def _is_root_of_all(folder: Path) -> bool:
     return not (folder / "cgroup.type").exists()
 
 
+def is_of_bus(folder: str) -> bool:
+    """Whether it is where a bus has itself and its helpers, and no call."""
+    name = folder.rpartition("/")[2]
+    return name.endswith("-bus") and _OURS.fullmatch(name) is not None
+
+
 def _is_delegated(folder: Path) -> bool:
     for name in DELEGATED:
         with contextlib.suppress(OSError):

@@ -149,6 +149,7 @@ def test_the_bus_knows_of_the_runners_the_ground_floor_only(file: Path) -> None:
         else {
             "bus.cli_overlays": {"runners.logs"},
             "bus.doctor": DOCTORS,
+            "bus.memory": {"runners.cgroups"},  # which of our cgroups has calls, and which has the bus alone
             "bus.manifests": {"runners.programs"},  # how a link is followed is to be the same for both
         }.get(name_of(file), set())
     )

@@ -18,12 +18,12 @@ import pytest
 
 from runners import cgroups as module
 from runners.base import Code, ProcessTarget, Workers
-from runners.cgroups import Cgroups, Ground, UnavailableError, find, sweep
+from runners.cgroups import Cgroups, Ground, UnavailableError, find, is_of_bus, sweep
 from runners.faults import death
 from runners.helper import AHEAD_AFTER
 from runners.helpers import Helpers, has_namespace
 from runners.process import ProcessRunner
-from tests import programs, vm
+from tests import programs
 from tests.programs.a_home import COMMAND, a_home, script_of
 from tests.support import PATIENCE_S, until
 
@@ -216,6 +216,8 @@ def test_a_bus_goes_below_its_cgroup_and_comes_back(tree: Tree) -> None:
     ours = Cgroups(tree.find)
     ours.join()
     assert (ours.why_not, tree.ours) == (None, ["bus"])
+    assert is_of_bus(str(tree.call("bus")))
+    assert not any(map(is_of_bus, (str(tree.unit), f"{tree.unit}/{ANOTHER}-1")))
     assert (tree.call("bus") / "cgroup.procs").read_text() == "0"
     assert (tree.unit / "cgroup.subtree_control").read_text() == "+memory"
     ours.leave()
@@ -419,7 +421,7 @@ class Bench:
     helpers: Helpers
     stdins: list[int] = field(default_factory=list)
 
-    async def launch(self) -> Process:
+    async def launch(self, most_kib: int = 0) -> Process:
         """A `hostile.py`, which runs until it is killed."""
         pool = self.helpers.pool(a_home("cgroup", program=COMMAND[0]), script_of(self.mode))
         helper = pool.any()
@@ -429,7 +431,7 @@ class Bench:
         null = os.open(os.devnull, os.O_WRONLY)
         self.stdins.append(stdin)
         try:
-            return helper.launch([*COMMAND, "cgroup", "hold"], (reader, null, 2), {}, held_kib=64 * 1024)
+            return helper.launch([*COMMAND, "cgroup", "hold"], (reader, null, 2), {}, 0, most_kib, held_kib=64 * 1024)
         finally:
             os.close(reader)
             os.close(null)
@@ -552,6 +554,14 @@ async def test_an_end_at_the_limit_is_told_with_the_figure(bench: Bench) -> None
     assert str(fault) == "needed more memory than it may use, and was ended with 64.0 MiB"
 
 
+async def test_of_what_the_kernel_has_ended_no_other_reason_is_told(bench: Bench) -> None:
+    """Such as that it had too much in scratch, which is looked at once it has ended."""
+    process = await bench.launch(most_kib=1)  # which its helper ends, too
+    bench.file(process, "memory.events").write_text("oom 1\noom_kill 1\n")
+    ended = await asyncio.wait_for(asyncio.shield(process.ended), PATIENCE_S)
+    assert (ended.at_limit, ended.lost) == (True, None)
+
+
 async def test_the_call_is_told_that_it_needed_more(tree: Tree) -> None:
     runner = ProcessRunner(Helpers(most=1, cgroups=Cgroups(tree.find)), kill_grace_s=0.1)
     token = f"cgroup-{os.getpid()}"
@@ -590,13 +600,3 @@ async def test_without_cgroups_nothing_of_them_is_there(tree: Tree, mode: str) -
     await made.helpers.close()
     os.close(made.stdins[0])
     assert tree.ours == []
-
-
-@pytest.mark.skipif(vm.kernel() is None, reason="there is no User-Mode Linux; see tests/vm")
-def test_the_kernel_does_as_these_files_do() -> None:
-    """`test_cgroups_kernel.py` in a virtual machine, and not one of its tests left out."""
-    program = vm.kernel()
-    assert program is not None
-    status, said = vm.boot(program, [*vm.ON_ITS_KERNEL, "-q", "--color=no"], 1800)
-    assert status == 0, said
-    assert "no cgroups are to be had" not in said

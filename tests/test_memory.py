@@ -170,6 +170,13 @@ def test_the_pressure_of_our_own_cgroup_counts_where_it_is_larger(
     assert kernel.read().waiting == expected
 
 
+def test_the_pressure_of_calls_counts_where_the_bus_has_a_cgroup_beside_theirs(kernel: Kernel) -> None:
+    kernel.own_cgroup("/a/aal-0123456789abcdef-bus")
+    kernel.pressure("5.00", cgroup="a/aal-0123456789abcdef-bus")
+    kernel.pressure("20.00", cgroup="a")
+    assert kernel.read().waiting == 20
+
+
 def test_the_pressure_of_a_container_stands_at_its_root(kernel: Kernel) -> None:
     kernel.own_cgroup("/runtime/a-name-outside")
     kernel.pressure("20.00", cgroup="")
