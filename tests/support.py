@@ -225,6 +225,9 @@ class Reply:
 class Server:
     """`create_app` under uvicorn in a process of its own. Its socket listens before it runs, so nobody polls."""
 
+    patience_s = PATIENCE_S
+    """How long an answer may take, the first with what is left of the start."""
+
     def __init__(self, folder: Path, **settings: Any) -> None:
         self.settings = settings_in(folder)
         self._folder = folder
@@ -270,7 +273,7 @@ class Server:
 
     @contextlib.contextmanager
     def connection(self) -> Iterator[HTTPConnection]:
-        connection = HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=self.patience_s)
         with contextlib.closing(connection):
             yield connection
 

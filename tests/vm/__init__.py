@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 REPO = Path(__file__).resolve().parent.parent.parent
 INIT = Path(__file__).with_name("init.py")
 ON_ITS_KERNEL = ("tests/test_cgroups_kernel.py",)
+"""What is run here, and elsewhere only collected where the kernel has what it needs (`tests/conftest.py`)."""
+
 MEMORY_MB = 2048
 
 VARIABLE = "AAL_TEST_UML"

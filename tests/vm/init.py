@@ -26,6 +26,10 @@ MOUNTS = (
     ("tmpfs", "/dev/shm", "tmpfs"),
     ("cgroup2", "/sys/fs/cgroup", "cgroup2"),
 )
+NEEDED = (REPO, Path(sys.prefix))
+"""What is still to be seen when all is mounted."""
+
+MS_BIND = 4096
 SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 1
 RB_POWER_OFF = 0x4321FEDC
 ENVIRONMENT = {
@@ -43,8 +47,17 @@ def mount_all() -> None:
     for source, place, kind in MOUNTS:
         if place.startswith("/dev/"):
             Path(place).mkdir(exist_ok=True)
-        if libc.mount(source.encode(), place.encode(), kind.encode(), 0, None):
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), place)
+        covered = [(path, os.open(path, os.O_PATH)) for path in NEEDED if path.is_relative_to(place)]
+        mount(source, place, kind)
+        for path, fd in covered:  # of a checkout in /tmp
+            path.mkdir(parents=True, exist_ok=True)
+            mount(f"/proc/self/fd/{fd}", str(path), "", MS_BIND)
+            os.close(fd)
+
+
+def mount(source: str, place: str, kind: str, flags: int = 0) -> None:
+    if libc.mount(source.encode(), place.encode(), kind.encode(), flags, None):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), place)
 
 
 def bring_up_loopback() -> None:
