@@ -24,7 +24,7 @@ MNT_DETACH = 2
 
 DISK = b"size=1m"
 SHARED_MEMORY = Path("/dev/shm")
-OF_THE_BUS = frozenset({"serve.lock", "state", "scratch"})
+OF_THE_BUS = frozenset({"serve.lock", "serving.json", "overlays.lock", "state", "scratch"})
 """What may lie in the folder of the bus's own state."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
