@@ -21,7 +21,7 @@ from report import Report, markdown, show, summarise
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from servers import Servers, free_port
-from shared_memory import MemoryPlan, run_memory, tell_memory
+from shared_memory import MemoryPlan, markdown_memory, run_memory, tell_memory
 from siege import SiegePlan, run_siege
 from siege_report import tell_siege
 from soak import SoakPlan, run_soak
@@ -113,7 +113,7 @@ def hostile(given: argparse.Namespace, folder: Path) -> int:
 
 def memory(given: argparse.Namespace, folder: Path) -> int:
     found = run_memory(MemoryPlan(seed=given.seed), folder, print_now)
-    for line in tell_memory(found):
+    for line in [markdown_memory(found)] if given.markdown else tell_memory(found):
         print(line)
     if given.json:
         given.json.write_text(json.dumps(asdict(found), indent=2) + "\n")
