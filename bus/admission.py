@@ -150,6 +150,13 @@ class _Common:
     processes: int = 0
     claim_mb: float = 0.0
 
+    def takes(self, need: Need) -> bool:
+        """Whether a call's need counts from now on: that of the largest, and of what is known rather than declared."""
+        if need is self.need:
+            return False
+        is_better = (need.basis, self.need.basis) == ("measured", "declared")
+        return is_better or not self.running or need.mb > self.need.mb
+
     def processes_with(self, running: int) -> int:
         return max(self.share.processes, min(running, self.need.processes))
 
@@ -227,8 +234,11 @@ class Admissions:
         self._classes: dict[int, list[tuple[float, int, _Lane]]] = {}
         self._turns: dict[tuple[str, int], float] = {}
         self._turn: dict[int, float] = {}
+        self._waiting_of: Counter[str] = Counter()
         self._common: dict[str, _Common] = {}
         self._margin_mb = 0.0
+        self._held_then_mb = 0.0
+        """What calls held at the last sample."""
         self._shared_mb = 0.0
         self._blocked_at = math.inf
         self._claimed_in_vain_mb = math.inf
@@ -257,7 +267,7 @@ class Admissions:
         lane = self._lane(wish)
         self._arrivals += 1
         place = (wish.arrived - wish.priority * AGING_S, self._arrivals)
-        meter = Meter(self._clock, self._take_use, max(wish.need.mb, wish.need.hard_mb))
+        meter = Meter(self._clock, self._take_use, wish.need.hard_mb or math.inf)
         ticket = Ticket(wish, lane, place, decided, meter, _first_claim(wish.need), asked=self._clock())
         reason = self._obstacle(ticket)
         if reason is None:
@@ -296,6 +306,11 @@ class Admissions:
         if ticket.state == "waiting":
             self._refuse(ticket, DeadlineError("ERR_DEADLINE", f"the deadline passed {self._waited(ticket)}"))
             self.dispatch()
+
+    @property
+    def lacks_memory(self) -> bool:
+        """Whether a call waits for memory."""
+        return self._blocked_at < math.inf
 
     def close(self) -> None:
         """Refuse what waits and what comes. What runs goes on."""
@@ -359,16 +374,25 @@ class Admissions:
         ticket.waited_for.append(reason)
         insort(ticket.lane.waiting, ticket)
         self.waiting += 1
+        self._waiting_of[ticket.lane.overlay] += 1
         self._update(ticket.lane)
         if reason == "memory":
             self._blocked_at = min(self._blocked_at, ticket.place[0])
+            self._claimed_in_vain_mb = self.claimed_mb
             self._is_short()
 
     def _dequeue(self, ticket: Ticket) -> None:
         lane = ticket.lane
         del lane.waiting[bisect_left(lane.waiting, ticket)]
         self.waiting -= 1
+        self._waiting_of[lane.overlay] -= 1
         self._update(lane)
+        if not self._waiting_of[lane.overlay]:  # it begins anew when it waits again
+            del self._waiting_of[lane.overlay]
+            for priority in self._classes:
+                self._turns.pop((lane.overlay, priority), None)
+        if not self.waiting:
+            self._blocked_at = math.inf
 
     def _update(self, lane: _Lane) -> None:
         """After each change of a lane: keep it while it has calls, and offer its first one while it has room."""
@@ -385,24 +409,18 @@ class Admissions:
         if lane.offer is not None and lane.offered is not None:
             offers = self._classes[lane.offered.wish.priority]
             del offers[bisect_left(offers, lane.offer)]
-            self._forget_turns(lane)
+            self._lanes_of[lane.overlay].discard(lane)
+            if not self._lanes_of[lane.overlay]:
+                del self._lanes_of[lane.overlay]
         lane.offered = best
         lane.offer = None
         if best is not None:
             priority = best.wish.priority
             self._lanes_of.setdefault(lane.overlay, set()).add(lane)
-            turns = self._turns.setdefault((lane.overlay, priority), self._turn.get(priority, 0.0))
+            flow = lane.overlay, priority
+            turns = self._turns[flow] = max(self._turns.get(flow, 0.0), self._turn.get(priority, 0.0))
             lane.offer = (best.place[0] + FAIR_S * turns, best.place[1], lane)
             insort(self._classes.setdefault(priority, []), lane.offer)
-
-    def _forget_turns(self, lane: _Lane) -> None:
-        """A lane offers nothing for the moment. An overlay that waits no more begins anew when it does."""
-        lanes = self._lanes_of[lane.overlay]
-        lanes.discard(lane)
-        if not lanes and not lane.waiting:
-            del self._lanes_of[lane.overlay]
-            for priority in range(10):
-                self._turns.pop((lane.overlay, priority), None)
 
     def _count_turn(self, ticket: Ticket) -> None:
         """A call goes from the line to work: the next one of its overlay and priority stands further back."""
@@ -410,7 +428,7 @@ class Admissions:
         turns = self._turns.get(flow)
         if turns is None:
             return
-        self._turn[flow[1]] = turns
+        self._turn[flow[1]] = max(turns, self._turn.get(flow[1], 0.0))
         self._turns[flow] = turns + 1
         for lane in list(self._lanes_of.get(flow[0], ())):
             if lane.offered is not None and lane.offered.wish.priority == flow[1]:
@@ -453,7 +471,7 @@ class Admissions:
                 ticket.waited_for.append(reason)
             if reason == "memory":
                 self._blocked_at = min(self._blocked_at, ticket.place[0])
-            looks -= 1
+            looks -= reason in _OF_MEMORY
             if not looks:
                 break
         if self._blocked_at < math.inf:
@@ -470,12 +488,12 @@ class Admissions:
             return "slot"
         if wish.priority <= self._evicted_priority:
             return "stress"
+        if not wish.need.mb or self._expected_mb < NOTHING_MB:
+            return None
         more_mb, spread_mb = ticket.claim
         if wish.need.shared is not None:
             more_mb = self._more_in_common(wish.need)
-        if more_mb <= 0 or self._expected_mb < NOTHING_MB:
-            return None
-        if self._expected_mb + more_mb + math.sqrt(self._squares + spread_mb**2) > self.room_mb:
+        if more_mb and self._expected_mb + more_mb + math.sqrt(self._squares + spread_mb**2) > self.room_mb:
             return "memory"
         return "turn" if ticket.place[0] > self._blocked_at + PASSING_S else None
 
@@ -491,9 +509,10 @@ class Admissions:
         common = self._common.get(need.shared or "")
         if common is None:
             return need.mb
-        if common.running < common.processes:
+        if common.running < common.processes and need.mb <= common.need.mb:
             return 0.0
-        return common.claim_with(common.processes_with(common.running + 1)) - common.claim_mb
+        processes = common.processes_with(common.running + 1)
+        return max(0.0, processes * max(need.mb, common.need.mb) - common.claim_mb)
 
     def _start(self, ticket: Ticket) -> None:
         ticket.state = "running"
@@ -516,9 +535,11 @@ class Admissions:
         common = self._common.get(name)
         if common is None:
             common = self._common[name] = _Common(need)
-        common.running += 1
-        if common.running > common.processes or common.need is not need:
+        if common.takes(need):
             common.need = need
+            self._reclaim(common)
+        common.running += 1
+        if common.running > common.processes:
             self._reclaim(common)
 
     def _let_go(self, ticket: Ticket) -> None:
@@ -542,6 +563,7 @@ class Admissions:
         """So much memory is free, of so much in all, in MiB; and these are all processes in common."""
         self._shared_mb = sum(share.used_mb for share in shares.values())
         self._margin_mb = MARGIN * total_mb
+        self._held_then_mb = self.held_mb
         self.room_mb = max(0.0, free_mb + self.held_mb + self._shared_mb - self._margin_mb)
         for name, common in list(self._common.items()):
             common.share = shares.get(name, NOTHING_SHARED)
@@ -599,10 +621,17 @@ class Admissions:
         The kernel would not wait ten seconds either, and it ends the largest, which has done the most.
         """
         left_mb = self.room_mb + self._margin_mb - self._shared_mb - self.held_mb
-        if left_mb < OVERRUN * self._margin_mb and self._evicting is None and len(self.running) > 1:
+        lacking_mb = OVERRUN * self._margin_mb - left_mb
+        if lacking_mb <= 0 or self._evicting is not None or not self._is_ours(lacking_mb):
+            return
+        if sum(ticket.meter.evict is not None for ticket in self.running) > 1:
             self._evict(
                 f"to free memory: calls grew beyond what was expected, and {max(0.0, left_mb):.0f} MiB were left"
             )
+
+    def _is_ours(self, lacking_mb: float) -> bool:
+        """Whether our calls took what is lacking: since the last sample, or as they have half of what is used."""
+        return self.held_mb - self._held_then_mb >= lacking_mb or 2 * self.held_mb >= self._margin_mb / MARGIN
 
     def _evict(self, why: str) -> Ticket | None:
         victim = self._victim()
@@ -614,9 +643,13 @@ class Admissions:
         return victim
 
     def _victim(self) -> Ticket | None:
-        """The youngest of the lowest priority, of those that can be ended."""
-        able = (ticket for ticket in reversed(self.running) if ticket.meter.evict is not None)
-        return min(able, key=lambda ticket: ticket.wish.priority, default=None)
+        """The youngest of the lowest priority, of those that can be ended; with it goes who shares its process."""
+        able = [ticket for ticket in reversed(self.running) if ticket.meter.evict is not None]
+        highest: dict[str | None, int] = {}
+        for ticket in able:
+            shared = ticket.wish.need.shared
+            highest[shared] = max(ticket.wish.priority, highest.get(shared, 0))
+        return min(able, key=lambda ticket: _rank(ticket, highest), default=None)
 
     # For people
 
@@ -646,9 +679,18 @@ class Admissions:
 
     def retry_after_s(self) -> int:
         """Seconds until the line will be gone at the rate of the last completions, counted since the line formed."""
+        if not self.waiting:
+            return RETRY_MIN_S
         between_s = (self._clock() - self._completions[0]) / max(1, len(self._completions) - 1)
         return max(RETRY_MIN_S, min(RETRY_MAX_S, math.ceil((self.waiting + 1) * between_s)))
 
+
+def _rank(ticket: Ticket, highest: Mapping[str | None, int]) -> int:
+    shared = ticket.wish.need.shared
+    return ticket.wish.priority if shared is None else highest[shared]
+
+
+_OF_MEMORY = frozenset({"memory", "turn"})
 
 _AWAITED: dict[Reason, str] = {
     "slot": "a slot",

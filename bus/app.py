@@ -263,7 +263,8 @@ class Api:
     def _measured(self, entry: Entry) -> dict[str, dict[str, Any]]:
         if entry.manifest is None:
             return {}
-        return self._bus.needs.told(entry.manifest, reserves=self._bus.settings.admission == "memory")
+        reserves = self._bus.settings.admission == "memory"
+        return self._bus.needs.told(entry.manifest, reserves=reserves, room_mb=self._bus.scheduler.room_mb)
 
     def _running(self, entry: Entry) -> dict[str, Any]:
         """What the runners keep for an overlay from call to call: helpers, workers, service, circuit breaker.

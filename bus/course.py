@@ -61,6 +61,9 @@ class Course:
     queue_ms: float | None = None
     admission: Admission | None = None
     evictions: int = 0
+    queued_before_ms: float = 0.0
+    waited_before: tuple[str, ...] = ()
+    """Of the times that it ran before and was ended to free memory."""
     retry_after_s: int | None = None
     told: Told | None = None
     result_json: bytes | None = None
@@ -97,9 +100,18 @@ class Course:
         self.result_json = result_json
         self.result_hash = None if result_json is None else sha256_hex(result_json)
 
+    def count_eviction(self) -> None:
+        """It was ended to free memory, and may run again."""
+        self.evictions += 1
+        self.queued_before_ms = self.queue_ms or 0.0
+        if self.admission is not None and self.admission.ticket is not None:
+            self.waited_before += tuple(self.admission.ticket.waited_for)
+
     def refuse(self, refusal: BusError) -> Outcome:
         """The refusal as an outcome; the answer will carry its faults and its hint."""
         self.refusal = refusal
+        if self.told is None and self.admission is not None and self.admission.ticket is not None:
+            self.queue_ms = figure((time.monotonic() - self.admission.ticket.asked) * 1000)
         return Outcome(code=refusal.code, error=refusal.detail)
 
     def record(self, outcome: Outcome, environment_hash: str) -> Record:
@@ -219,7 +231,7 @@ class Course:
         return {
             "reserved_mb": figure(need.mb) if has_run else 0,
             "basis": need.basis,
-            "waited_for": [] if ticket is None else ticket.waited_for,
+            "waited_for": list(dict.fromkeys((*self.waited_before, *(ticket.waited_for if ticket else ())))),
             "ahead": 0 if ticket is None else ticket.ahead,
             "evictions": self.evictions,
         }

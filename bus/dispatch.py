@@ -23,11 +23,11 @@ from bus.callers import Callers
 from bus.canonical import figure
 from bus.course import Course
 from bus.degradation import memory_block
-from bus.errors import BusError, DeniedError
+from bus.errors import BusError, DeadlineError, DeniedError, OverloadError
 from bus.events import Events
 from bus.ledger import Ledger, LedgerError
 from bus.model import Phase, Told, now_ms
-from bus.needs import RECALLED, Learned, Needs, is_external
+from bus.needs import RECALLED, RECALLED_BYTES, Learned, Needs, is_external
 from bus.overlays import Registry
 from bus.plugins import Plugins
 from bus.profiles import Profiles
@@ -148,9 +148,9 @@ class Bus:
         self.ledger.open()
         self.stress.prime()
         self._take_sample()
-        with contextlib.suppress(OSError):  # a ledger that cannot be read: then no call starts either
-            self.needs.recall(provenance.tail(self.settings.ledger, RECALLED))
         if watch:
+            with contextlib.suppress(OSError):  # a ledger that cannot be read: then no call starts either
+                self.needs.recall(provenance.tail(self.settings.ledger, RECALLED, most_bytes=RECALLED_BYTES))
             self._tasks = [
                 asyncio.create_task(self.registry.watch(on_look=self._forget_all_but), name="watch overlays"),
                 asyncio.create_task(
@@ -353,15 +353,23 @@ class Bus:
         capability = resolved.capability
         profile = self.profiles.resolve(call.profile) if call.profile else capability.memory
         course.timeout_ms = min(max(1, round(capability.timeout_s * 1000)), call.timeout_ms or sys.maxsize)
+        may_repeat = call.phase is Phase.CLEAR or capability.idempotent or resolved.manifest.deterministic
+        evicted = None
         while True:
-            outcome = await self._run_once(course, call, resolved, rights, profile)
-            if outcome.code != Code.EVICTED:
-                return outcome
-            course.evictions += 1
-            may_repeat = call.phase is Phase.CLEAR or capability.idempotent or resolved.manifest.deterministic
-            if not may_repeat or course.evictions > self.settings.eviction_retries or self.is_closing:
+            try:
+                outcome = await self._run_once(course, call, resolved, rights, profile)
+            except (OverloadError, DeadlineError):
+                if evicted is None:
+                    raise
+                outcome = evicted
+            else:
+                if outcome.code != Code.EVICTED:
+                    return outcome
+                course.count_eviction()
+            if outcome is evicted or not may_repeat or course.evictions > self.settings.eviction_retries:
                 course.retry_after_s = self.scheduler.retry_after_s()
                 return outcome
+            evicted = outcome
 
     async def _run_once(
         self, course: Course, call: Invocation, resolved: Resolved, rights: Rights, profile: MemoryProfile
@@ -379,7 +387,7 @@ class Bus:
             arrived=call.received,
         )
         async with admission as ticket:
-            course.queue_ms = figure((course.queue_ms or 0.0) + ticket.queued_s * 1000)
+            course.queue_ms = figure(course.queued_before_ms + ticket.queued_s * 1000)
             told = course.told = self._tell(call, capability, profile, str(course.run_id))
             job = self._job(call, resolved, told, rights, ticket)
             outcome = await self.runners[capability.runner].run(job)

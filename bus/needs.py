@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from bus.model import Capability, Manifest, Record
     from bus.runes import MemoryProfile, Volatility
 
+RECALLED_BYTES = 32 * 2**20
+"""No more of the ledger is read for it, as lines may hold payloads."""
+
 RECALLED = 5000
 """The last lines of the ledger that tell what calls needed of memory."""
 
@@ -31,6 +34,9 @@ LEARNED = 20
 
 UNLEARNED_SHARE = 0.25
 """The part of the room that a call reserves at most of which too little is known."""
+
+UNLEARNED_LEAST_MB = 64.0
+"""What that is at least, however small the room: else calls would fit that need more than there is."""
 
 KEPT = 100
 """The last measured calls of a capability that count."""
@@ -123,10 +129,13 @@ class Needs:
         spare = SPARE[profile.volatility]
         if history is None or history.p95_mb is None:
             seen_mb = 0.0 if history is None else history.most_mb * spare
-            mb = min(profile.hard_mb, max(seen_mb, min(profile.soft_mb, UNLEARNED_SHARE * room_mb)))
+            most_mb = max(UNLEARNED_SHARE * room_mb, UNLEARNED_LEAST_MB)
+            mb = min(profile.hard_mb, max(seen_mb, min(profile.soft_mb, most_mb)))
             return Need(mb, profile.hard_mb, mb, "declared", UNLEARNED_QUIET_S, spare, shared, processes)
-        if history.need is not None and history.need[0] is profile and history.need[1].shared == shared:
-            return history.need[1]
+        if history.need is not None and history.need[0] is profile:
+            known = history.need[1]
+            if known.shared == shared and known.processes == processes:
+                return known
         mb = min(profile.hard_mb, history.p95_mb * spare)
         usual_mb = min(mb, history.mean_mb)
         need = Need(mb, profile.hard_mb, usual_mb, "measured", history.quiet_s, spare, shared, processes)
@@ -146,20 +155,15 @@ class Needs:
             if (learned := _learned_of(record)) is not None:
                 self.learn(f"{record.get('overlay')}.{record.get('capability')}", learned)
 
-    def forget(self, overlay: str) -> None:
-        """Nothing of an overlay is known any more."""
-        for key in [key for key in self._histories if key.partition(".")[0] == overlay]:
-            del self._histories[key]
-
     def peaks_mb(self, key: str) -> list[float]:
         """Those of the last measured calls, in MiB, oldest first."""
         return [call.peak_mb for call in self._calls(key)]
 
-    def report(self, key: str, profile: MemoryProfile) -> dict[str, Any]:
+    def report(self, key: str, profile: MemoryProfile, room_mb: float = math.inf) -> dict[str, Any]:
         """What is known of a capability, as JSON: figures in MiB, and what each degradation step bought."""
         calls = self._calls(key)
         peaks = [call.peak_mb for call in calls]
-        need = self.of(key, profile)
+        need = self.of(key, profile, room_mb=room_mb)
         return {
             "measured_calls": len(peaks),
             "median_mb": _rounded(median(peaks)) if peaks else None,
@@ -171,14 +175,14 @@ class Needs:
             "degradation": _bought(calls, profile),
         }
 
-    def told(self, manifest: Manifest, *, reserves: bool) -> dict[str, dict[str, Any]]:
+    def told(self, manifest: Manifest, *, reserves: bool, room_mb: float = math.inf) -> dict[str, dict[str, Any]]:
         """The `report` of each capability of an overlay, by name; `reserves` is whether calls are admitted by memory.
 
         What somebody else's service does reserves nothing of ours.
         """
         reports = {}
         for name, capability in manifest.capabilities.items():
-            reports[name] = self.report(f"{manifest.name}.{name}", capability.memory)
+            reports[name] = self.report(f"{manifest.name}.{name}", capability.memory, room_mb)
             if not reserves or is_external(manifest, capability):
                 reports[name] |= {"reserved_mb": 0.0, "basis": "none"}
         return reports
@@ -226,14 +230,15 @@ def is_external(manifest: Manifest, capability: Capability) -> bool:
 
 def _learned_of(record: Record) -> Learned | None:
     """What a line of the ledger tells of memory; None where it tells nothing."""
-    memory, took_ms = record.get("memory"), record.get("duration_ms")
+    memory, took_ms, queued_ms = record.get("memory"), record.get("duration_ms"), record.get("queue_ms") or 0
     if record.get("type") != "invoke" or not isinstance(memory, dict) or not isinstance(took_ms, int | float):
         return None
     peak_mb, applied = memory.get("peak_mb"), memory.get("applied")
     if not isinstance(peak_mb, int | float) or not isinstance(applied, list):
         return None
     own = tuple(map(str, applied)) if record.get("profile") is None else None
-    return Learned(peak_mb, str(record.get("code")), took_ms / 1000, own, str(record.get("payload_hash") or ""))
+    ran_s = (took_ms - (queued_ms if isinstance(queued_ms, int | float) else 0)) / 1000
+    return Learned(peak_mb, str(record.get("code")), ran_s, own, str(record.get("payload_hash") or ""))
 
 
 def quantile(figures: Iterable[float]) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -77,12 +78,17 @@ def tail(
     since_ms: int | None = None,
     types: Collection[str] | None = None,
     shown: Callable[[Record], bool] = lambda _: True,
+    most_bytes: int = sys.maxsize,
 ) -> list[Record]:
-    """The last `limit` records that fit and may be shown, oldest first. What is no record `verify` names."""
+    """The last `limit` records that fit and may be shown, oldest first. What is no record `verify` names.
+
+    No further line is read after `most_bytes`.
+    """
     found: list[Record] = []
     with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
         lines = lines_backwards(file.fileno(), end_of_lines(file.fileno(), _size(file)))
-        while len(found) < limit and (line := next(lines, None)) is not None:
+        while len(found) < limit and most_bytes > 0 and (line := next(lines, None)) is not None:
+            most_bytes -= len(line)
             record = parse_or_none(line)
             if record is not None and _fits(record, overlay, ok, since_ms, types) and shown(record):
                 found.append(record)

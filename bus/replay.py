@@ -24,7 +24,7 @@ _COMPARED = {
     "code": "code_hash",
     "environment": "environment_hash",
 }
-_CUT_OFF = ("ERR_CANCELLED", "ERR_SHUTTING_DOWN")
+_CUT_OFF = ("ERR_CANCELLED", "ERR_SHUTTING_DOWN", "ERR_EVICTED")
 _MEASURED = ("peak_mb", "peak_floor_mb")
 """What a record's memory block has beside what the overlay was told."""
 

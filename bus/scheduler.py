@@ -161,12 +161,17 @@ class Scheduler:
     def _wait_for_memory(self) -> None:
         """A call waits for memory: look again soon, as those that run may turn out to need less."""
         self._is_short()
+        self._refresh_soon()
+
+    def _refresh_soon(self) -> None:
         if self._refreshing is None and not self.closed:
             self._refreshing = asyncio.get_running_loop().call_later(REFRESH_S, self._refresh)
 
     def _refresh(self) -> None:
         self._refreshing = None
         self._admissions.refresh()
+        if self._admissions.lacks_memory:
+            self._refresh_soon()
 
 
 class Admission:

@@ -179,11 +179,10 @@ class Service:
 
     def evict(self, why: str) -> None:
         """End it at once, as memory is short. `why` goes on from "was ended"."""
-        if not self._retired.done():
-            self._ending = Outcome(Code.EVICTED, error=f"the service was ended {why}", log=self._last_words())
-            self.retire(f"is ended {why}", Code.EVICTED)
-            if not self._at_once.done():
-                self._at_once.set_result(None)
+        self._ending = Outcome(Code.EVICTED, error=f"the service was ended {why}", log=self._last_words())
+        self.retire(f"is ended {why}", Code.EVICTED)
+        if not self._at_once.done():
+            self._at_once.set_result(None)
 
     def enter(self, hard_mb: int) -> None:
         """A call begins. Without a cap of its own, the service may hold what the largest of its calls may."""

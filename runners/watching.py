@@ -1,8 +1,8 @@
 """When to look at the calls that run, at their memory and how many processes they have, and what was seen.
 
 Part of the helper (`launcher.py`), under the same rules. A call that ends soon is never looked at. One that stays is
-looked at soon after its start and as long as it grows, then more and more rarely, but always before it could have grown
-past its limit.
+looked at soon after its start and as long as it grows, then more and more rarely, and the sooner the nearer it is to
+its limit.
 """
 
 from __future__ import annotations

@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bus import runes
 from bus.admission import (
     EVICTING_AFTER_S,
     EVICTING_AGAIN_S,
     MARGIN,
+    PASSING_LOOKS,
     PASSING_S,
     REFUSING_STRESS,
     Admissions,
@@ -21,10 +23,12 @@ from bus.admission import (
     Wish,
 )
 from bus.errors import BusError, DeadlineError, OverloadError
+from bus.needs import Needs
 from runners.base import Share
 
 TOTAL_MB = 1000.0
 ROOM_MB = TOTAL_MB * (1 - MARGIN)
+LARGE = runes.parse("MEM[SOFT=2048,HARD=4096,VOL=MED]")
 
 
 @dataclass
@@ -422,6 +426,134 @@ def test_a_call_alone_is_not_ended_for_what_it_has() -> None:
     evicted = evictable(alone)
     alone.meter.see(990)
     assert not evicted.why
+
+
+def test_memory_that_others_take_ends_no_call_of_ours_for_its_growth() -> None:
+    world = World()
+    tickets = [world.ask(str(number), 100, need=Need(100, 400, 100, "measured")) for number in range(2)]
+    evicted = [evictable(ticket) for ticket in tickets]
+    for ticket in tickets:
+        ticket.meter.see(40)
+    world.sample(free_mb=20)
+    tickets[0].meter.see(41)
+    assert not any(call.why for call in evicted)
+
+
+def test_a_call_alone_with_memory_is_not_ended_for_one_that_has_none() -> None:
+    world = World()
+    local = world.ask("local", 950)
+    world.ask("external", need=Need())
+    evicted = evictable(local)
+    local.meter.see(990)
+    assert not evicted.why
+
+
+def test_a_process_in_common_goes_no_sooner_than_the_highest_priority_in_it() -> None:
+    world = World()
+    service = Need(10, 20, 10, "declared", shared="service")
+    evicted = {
+        name: evictable(world.ask(name, priority=priority, need=need))
+        for name, priority, need in (
+            ("alone", 3, Need(10, 20, 10, "declared")),
+            ("high in it", 9, service),
+            ("low in it", 1, service),
+        )
+    }
+    world.stress = 1.0
+    world.sample()
+    world.now += EVICTING_AFTER_S
+    world.sample()
+    assert [name for name, call in evicted.items() if call.why] == ["alone"]
+
+
+# Where it is tight
+
+
+def test_in_no_room_at_all_one_call_runs_at_a_time() -> None:
+    world = World()
+    world.sample(free_mb=0)
+    tickets = [world.ask(str(number), need=Needs().of("k", LARGE, room_mb=0.0)) for number in range(5)]
+    assert running(*tickets) == [True, False, False, False, False]
+
+
+def test_what_runs_alone_is_let_in_beside_a_busy_service_too() -> None:
+    world = World()
+    service = Need(50, 100, 50, "declared", shared="service")
+    first = world.ask("first", key="service", need=service)
+    large = world.ask("large", 2 * TOTAL_MB, priority=9)
+    world.now += 200
+    second = world.ask("second", key="service", priority=0, need=service)
+    assert running(large, second) == [False, False]
+    world.admissions.leave(first)
+    world.sample()
+    assert running(large, second) == [True, False]
+
+
+def test_processes_in_common_reserve_what_the_largest_of_their_calls_needs() -> None:
+    world = World()
+    world.ask("large", key="s", need=Need(700, 900, 700, "declared", shared="s"))
+    small = world.ask("small", key="s", need=Need(10, 20, 10, "declared", shared="s"))
+    assert world.admissions.claimed_mb == 700
+    other = world.ask("other", need=Need(5, 10, 5, "declared", shared="o"))
+    larger = world.ask("larger", need=Need(800, 900, 800, "declared", shared="o"))
+    assert running(small, other, larger) == [True, True, False]
+
+
+def test_what_was_measured_takes_the_place_of_what_was_declared_while_calls_run() -> None:
+    world = World()
+    world.ask("first", key="s", need=Need(700, 900, 700, "declared", shared="s"))
+    world.ask("second", key="s", need=Need(20, 900, 20, "measured", shared="s"))
+    assert world.admissions.claimed_mb == 20
+
+
+def test_a_place_that_was_kept_is_nobodys_once_nobody_waits() -> None:
+    world = World()
+    world.ask("running", 500)
+    world.admissions.withdraw(world.ask("large", 800))
+    world.now += 10 * PASSING_S
+    assert running(world.ask("small", 10)) == [True]
+
+
+def test_calls_that_wait_for_the_stress_to_pass_hide_nobody_behind_them() -> None:
+    world = World()
+    evictable(world.ask("victim", 10, priority=5))
+    world.ask("long", 900, priority=9)
+    world.stress = 1.0
+    world.sample()
+    world.now += EVICTING_AFTER_S
+    world.sample()
+    for number in range(2 * PASSING_LOOKS):
+        world.ask(f"equal {number}", 10, priority=5)
+    world.now += 100
+    higher = world.ask("higher", 100, priority=6)
+    assert running(higher) == [False]
+    world.admissions.leave(next(iter(world.admissions.running)))
+    world.admissions.leave(next(iter(world.admissions.running)))
+    assert running(higher) == [True]
+
+
+def test_turns_that_were_had_while_others_expired_do_not_come_back() -> None:
+    world = World(slots=1)
+    blocking = world.ask("blocking")
+    for number in range(3):
+        world.admissions.withdraw(world.ask(f"x gone {number}", key="x"))
+    for number in range(20):
+        world.ask(f"y {number}", key="y")
+    world.admissions.leave(blocking)
+    for _ in range(10):
+        world.admissions.leave(next(iter(world.admissions.running)))
+    for number in range(4):
+        world.ask(f"x {number}", key="x")
+    for _ in range(6):
+        world.admissions.leave(next(iter(world.admissions.running)))
+    assert sum(name.startswith("x") for name in world.started[-6:]) <= 4
+    assert sum(name.startswith("y") for name in world.started[-6:]) >= 2
+
+
+def test_one_that_cannot_stay_may_come_again_at_once_where_nobody_waits() -> None:
+    world = World()
+    world.now += 3600
+    assert world.admissions.retry_after_s() == 1
 
 
 # Whatever happens
