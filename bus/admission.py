@@ -630,7 +630,7 @@ class Admissions:
             )
 
     def _is_ours(self, lacking_mb: float) -> bool:
-        """Whether our calls took what is lacking: since the last sample, or as they have half of what is used."""
+        """Whether our calls took what is lacking: since the last sample, or as they have half of all memory."""
         return self.held_mb - self._held_then_mb >= lacking_mb or 2 * self.held_mb >= self._margin_mb / MARGIN
 
     def _evict(self, why: str) -> Ticket | None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 TOOL = ROOT / "TOOLS" / "simulate_load.py"
 LIMIT_S = 120
-POLICIES = ("this bus", "this bus, new", "no admission", "slots 4", "slots 32", "soft only", "the ancestor", "oracle")
+POLICIES = ("this bus", "this bus (new)", "no admission", "slots 4", "slots 32", "soft only", "the ancestor", "oracle")
 ROOM_MB = 3072.0
 SMALL = "MEM[SOFT=10,HARD=500,VOL=MED]"
 
@@ -145,7 +145,7 @@ async def test_a_ledger_gives_the_calls_that_were_measured(part: Callable[[str],
     assert (first.at_s, first.key, first.peak_mb, first.timeout_s) == (0.0, "echo.run", 33.0, 5.0)
     assert (first.profile, second.profile) == (runes.resolve("MINIMAL"), runes.resolve(rune))
     assert all(0 < call.hold_s < 5 for call in found.calls)
-    assert a_world(part, found.calls, "this bus, new").run().figures()["finished"] == 2
+    assert a_world(part, found.calls, "this bus (new)").run().figures()["finished"] == 2
 
 
 # The world
@@ -170,7 +170,7 @@ def test_a_simulation_is_the_same_each_time(part: Callable[[str], Any], crowded:
     assert first.waits == second.waits
 
 
-@pytest.mark.parametrize("policy", ["this bus, new", "no admission"])
+@pytest.mark.parametrize("policy", ["this bus (new)", "no admission"])
 def test_the_sum_of_memory_is_that_of_what_runs(part: Callable[[str], Any], crowded: list[Any], policy: str) -> None:
     class Adding(part("command").POLICIES[policy]):  # type: ignore[misc]  # a class that is found at run time
         sums = 0
@@ -295,7 +295,7 @@ def test_the_ancestor_applies_all_steps_above_the_threshold_and_none_below(
 def test_this_bus_learns_what_its_calls_need(part: Callable[[str], Any]) -> None:
     rune = "MEM[SOFT=2048,HARD=4096,VOL=MED]"
     calls = [call_of(part, float(n), 9.0, 0.5, rune=rune) for n in range(25)]
-    world = a_world(part, calls, "this bus, new")
+    world = a_world(part, calls, "this bus (new)")
     world.run()
     need = world.policy.needs.of("o.c", calls[0].profile)
     assert (need.basis, need.mb) == ("measured", pytest.approx(9 * 1.25))
@@ -304,7 +304,7 @@ def test_this_bus_learns_what_its_calls_need(part: Callable[[str], Any]) -> None
 def test_this_bus_that_has_learned_knows_what_its_calls_need_before_the_first(part: Callable[[str], Any]) -> None:
     """It would be seen to have grown by the same time if it ran alone."""
     calls = [call_of(part, 20.0 * n, 90.0 + n, 8.0, growth="late") for n in range(25)]
-    learned, new = a_world(part, calls, "this bus"), a_world(part, calls, "this bus, new")
+    learned, new = a_world(part, calls, "this bus"), a_world(part, calls, "this bus (new)")
     before = learned.policy.needs.of("o.c", calls[0].profile)
     new.run()
     assert before.basis == "measured"
@@ -314,7 +314,7 @@ def test_this_bus_that_has_learned_knows_what_its_calls_need_before_the_first(pa
 
 
 def test_this_bus_ends_what_has_more_than_its_hard(part: Callable[[str], Any]) -> None:
-    tally = a_world(part, [call_of(part, peak_mb=600.0)], "this bus, new").run()
+    tally = a_world(part, [call_of(part, peak_mb=600.0)], "this bus (new)").run()
     assert (dict(tally.losses), tally.kills) == ({"over HARD": 1}, 0)
     assert 500 < tally.peak_mb < 520
 
@@ -323,7 +323,7 @@ def test_this_bus_refuses_low_priorities_under_critical_stress_and_evicts_what_r
     """Others have 970 of 1000 MiB."""
     low = call_of(part, peak_mb=9.0, hold_s=30.0, rune=f"{SMALL};PRIORITY=3", overlay="low")
     high = call_of(part, peak_mb=9.0, hold_s=30.0, rune=f"{SMALL};PRIORITY=5", overlay="high", repeatable=True)
-    tally = a_world(part, [low, high], "this bus, new", total_mb=1000, others_mb=970).run()
+    tally = a_world(part, [low, high], "this bus (new)", total_mb=1000, others_mb=970).run()
     assert (tally.refusals, tally.evictions, tally.kills) == (part("world").MOST_TRIES, 1, 0)
     assert dict(tally.losses) == {"gave up": 1, "deadline": 1}
 
@@ -362,7 +362,7 @@ def test_a_trace_that_was_saved_is_played_as_the_one_of_the_seed(tmp_path: Path)
     saved = str(tmp_path / "trace.jsonl")
     tool("--save", saved)
     played, made = (
-        json.loads(tool("--only", "this bus", "--json", "-", *given).stdout)["sheets"][0]["rows"][0]["figures"]
+        json.loads(tool("--only", "slots 8", "--json", "-", *given).stdout)["sheets"][0]["rows"][0]["figures"]
         for given in (["--trace", saved], [])
     )
     assert played == made

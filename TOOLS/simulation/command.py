@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import sys
 import time
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 POLICIES: Mapping[str, MakePolicy] = {
     "this bus": LearnedBus,
-    "this bus, new": ThisBus,
+    "this bus (new)": ThisBus,
     "no admission": Nobody,
     **{f"slots {n}": partial(Slots, slots=n) for n in (4, 8, 16, 32)},
     "soft only": SoftOnly,
@@ -49,10 +50,11 @@ QUICK_MINUTES, QUICK_SEEDS = 5.0, 1
 
 
 class Trace(NamedTuple):
-    """Calls, and the seed for what chance has to do with the clients."""
+    """Calls, the seed for what chance has to do with the clients, and calls that came before, where such are known."""
 
     calls: Sequence[Call]
     seed: int
+    before: Sequence[Call] = ()
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -117,7 +119,7 @@ def simulate(trace: Trace, policy: str, given: argparse.Namespace, progress: Cal
     """One policy on one trace, on a machine of its own."""
     machine = Machine(given.memory_mb, given.others_mb)
     began = time.process_time()
-    world = World(trace.calls, machine, POLICIES[policy], seed=trace.seed, progress=progress)
+    world = World(trace.calls, machine, POLICIES[policy], seed=trace.seed, before=trace.before, progress=progress)
     tally = world.run()
     return Ran(policy, tally.figures(), tally.decisions, time.process_time() - began)
 
@@ -132,8 +134,18 @@ def traces_of(given: argparse.Namespace) -> tuple[dict[str, list[Trace]], list[s
         return {given.ledger.name: [Trace(found.calls, given.seed)]}, notes
     room_mb = given.memory_mb - given.others_mb
     seeds = range(given.seed, given.seed + given.seeds)
-    length = {"load": given.load, "seconds": given.minutes * 60, "room_mb": room_mb}
-    return {n: [Trace(make(SCENARIOS[n], seed, **length), seed) for seed in seeds] for n in given.scenario}, []
+    seconds = given.minutes * 60
+
+    def trace(name: str, seed: int) -> Trace:
+        """The second half of a trace of twice the length, whose first half came before."""
+        calls = make(SCENARIOS[name], seed, load=given.load, seconds=2 * seconds, room_mb=room_mb)
+        first = next((number for number, call in enumerate(calls) if call.at_s >= seconds), len(calls))
+        later = [dataclasses.replace(call, at_s=round(call.at_s - seconds, 4)) for call in calls[first:]]
+        if not later:
+            raise TraceError(f"no call comes in {seconds:g} s at a load of {given.load:g}: take more time or more load")
+        return Trace(later, seed, calls[:first])
+
+    return {name: [trace(name, seed) for seed in seeds] for name in given.scenario}, []
 
 
 def setup_of(given: argparse.Namespace) -> str:

@@ -162,11 +162,14 @@ class ThisBus:
 
 
 class LearnedBus(ThisBus):
-    """The same after some days of such calls: what it learned outlives the process, as it stands in the ledger."""
+    """The same after some time of such calls: what it learned outlives the process, as it stands in the ledger.
+
+    Of a trace that begins with nothing it learns from the trace itself.
+    """
 
     def __init__(self, world: World) -> None:
         super().__init__(world)
-        for call in _last(world.calls):
+        for call in _last(world.before or world.calls):
             self.needs.learn(call.key, Learned(call.peak_mb, Code.OK, paused_s(call)))
 
 

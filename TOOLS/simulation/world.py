@@ -110,6 +110,7 @@ class World:
         make_policy: MakePolicy,
         *,
         seed: int = 0,
+        before: Sequence[Call] = (),
         progress: Callable[[int], None] = lambda come: None,
     ) -> None:
         self.now = 0.0
@@ -117,6 +118,7 @@ class World:
         self.running: dict[Request, None] = {}
         self.tally = Tally(len(calls))
         self.calls = calls
+        self.before = before
         self._come = 0
         self._open = len(calls)
         self._heap: list[tuple[float, int, Do, tuple[Any, ...]]] = []
