@@ -42,7 +42,7 @@ FAIR_S = 2.0
 PASSING_S = 5.0
 """How much later, in seconds of their places, calls may pass one that waits for memory."""
 
-PASSING_LOOKS = 32
+PASSING_LOOKS = 12
 """How many capabilities are looked at, at most, for one whose call fits beside what waits for memory."""
 
 MARGIN = 0.08
