@@ -344,8 +344,11 @@ class _Clients:
             "profile": f"{RUNE}{HIGH if call.high else ORDINARY}",
             "timeout_ms": max(1, round(left_s * 1000)),
         }
-        async with session.post(self._url, json=body) as response:
-            answer: dict[str, Any] = await response.json()
+        try:
+            async with session.post(self._url, json=body) as response:
+                answer: dict[str, Any] = await response.json()
+        except aiohttp.ClientError as error:  # a machine that is this short of memory may drop connections, too
+            return {"ok": False, "code": type(error).__name__, "retryable": True}
         return answer
 
     async def _hold_back(self, call: Call) -> None:
