@@ -12,7 +12,7 @@ written to a hash-chained ledger. Read `dispatch` first: `Bus.invoke` is the sto
     manifests           one manifest.json, whatever its shape, as a Manifest; manifest_form says what is wrong with it
     policy              phases times permissions -> rights
     targets             where its calls go, and with what environment; with secrets and redaction
-    scheduler           admission behind an event loop: slots, memory, queue, eviction; with runes (how memory is
+    scheduler           admission behind an event loop: slots, claims of memory, queue, eviction; with runes (how it is
                         declared), profiles (what has a name there), needs (what was measured) and profiling (the rune
                         that fits it), balance (what is done where memory is short), degradation (what a call is told
                         then), purges (what lets go of its caches, and when), and stress (the signal), which is made of

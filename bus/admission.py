@@ -8,12 +8,8 @@ first, then age, and nothing starves. Of capabilities whose next call has the sa
 had the fewest turns since it began to wait (start-time fair queueing, Goyal et al. 1996). A capability at its limit
 offers nothing, so it never holds up others.
 
-A running call claims memory: what such calls usually have, or what it has if that is more, and beyond that a spread, up
-to what it was admitted with. Once it has not grown for longer than calls of its kind pause before they grow again, it
-claims what it has, with some to spare. Not all calls are large at once: so spreads add up as those of independent
-figures do, to the root of the sum of their squares, and the claims together are the 95th percentile of the sum where
-each alone is that of a call (of normal distributions; others may turn out larger: see `_look_at_growth`). A call fits
-if they stay within the room: the memory that is free, and what our calls hold of what is not. Where the first in line
+What running calls claim of memory stands in `claims`. A call fits if the claims stay within the room: the memory that
+is free, and what our calls hold of what is not. Where the first in line
 does not fit, those that came up to `PASSING_S` after it may pass it; then the room is kept for it. What needs more than
 there is runs alone.
 """
@@ -27,6 +23,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from bus.claims import NO_NEED, Claim, Claims, Need, first_claim
 from bus.errors import BusError, DeadlineError, OverloadError
 from runners.base import Meter, Share
 
@@ -48,9 +45,6 @@ PASSING_LOOKS = 12
 MARGIN = 0.08
 """The share of all memory that is never given away, so that calls alone do not bring the stress to refuse any."""
 
-NOTHING_MB = 0.5
-"""Claims below this are what rounding left."""
-
 REFUSING_STRESS = 0.98
 REFUSED_PRIORITY = 3
 """At `REFUSING_STRESS` calls of this priority or a lower one are refused."""
@@ -69,33 +63,7 @@ RETRY_LATER_S = 5
 _RECENT = 64
 """Completions from which the rate is taken."""
 
-Basis = Literal["none", "declared", "measured"]
 Reason = Literal["slot", "concurrency", "memory", "turn", "stress"]
-
-
-class Need(NamedTuple):
-    """What a call takes of memory, in MiB, and how that is known.
-
-    `mb` is reserved for it where it runs alone, `usual_mb` is what such calls have on average, and it may never have
-    more than `hard_mb`. Where it has not grown for `quiet_s` seconds it
-    is taken to have grown as far as it will: then `spare` times what it has is reserved, where that is less. Calls with
-    the same `shared` run in common processes, at most so many as `processes`, and each of these reserves `mb` once.
-    """
-
-    mb: float = 0.0
-    hard_mb: float = 0.0
-    usual_mb: float = 0.0
-    basis: Basis = "none"
-    quiet_s: float = math.inf
-    spare: float = 1.0
-    shared: str | None = None
-    processes: int = 1
-
-
-NO_NEED = Need()
-
-
-NOTHING_SHARED = Share(0, 0.0)
 
 
 class Wish(NamedTuple):
@@ -113,16 +81,6 @@ class Wish(NamedTuple):
     need: Need = NO_NEED
 
 
-class Claim(NamedTuple):
-    """What a running call claims, in MiB: what it is expected to have, and how much more that may become."""
-
-    mb: float
-    spread_mb: float
-
-
-NO_CLAIM = Claim(0.0, 0.0)
-
-
 @dataclass(slots=True, eq=False)
 class _Lane:
     """The calls of one capability. `offer` is its place in the scheduler's order, while a call of it could start."""
@@ -138,30 +96,6 @@ class _Lane:
     @property
     def has_room(self) -> bool:
         return self.limit is None or self.running < self.limit
-
-
-@dataclass(slots=True, eq=False)
-class _Common:
-    """Processes that calls have in common: so many `processes` are claimed, and `claim_mb` for all of them."""
-
-    need: Need
-    running: int = 0
-    share: Share = NOTHING_SHARED
-    processes: int = 0
-    claim_mb: float = 0.0
-
-    def takes(self, need: Need) -> bool:
-        """Whether a call's need counts from now on: that of the largest, and of what is known rather than declared."""
-        if need is self.need:
-            return False
-        is_better = (need.basis, self.need.basis) == ("measured", "declared")
-        return is_better or not self.running or need.mb > self.need.mb
-
-    def processes_with(self, running: int) -> int:
-        return max(self.share.processes, min(running, self.need.processes))
-
-    def claim_with(self, processes: int) -> float:
-        return max(processes * self.need.mb, self.share.used_mb)
 
 
 @dataclass(slots=True, eq=False)
@@ -220,9 +154,6 @@ class Admissions:
         self.room_mb = math.inf
         self.held_mb = 0.0
         """What running calls were last seen to have, but for processes that they have in common."""
-        self._expected_mb = 0.0
-        self._squares = 0.0
-        """Of the spreads of all claims."""
         self.evictions = 0
         self._slots = slots
         self._queue_limit = queue_limit
@@ -235,7 +166,7 @@ class Admissions:
         self._turns: dict[tuple[str, int], float] = {}
         self._turn: dict[int, float] = {}
         self._waiting_of: Counter[str] = Counter()
-        self._common: dict[str, _Common] = {}
+        self._claims = Claims()
         self._margin_mb = 0.0
         self._held_then_mb = 0.0
         """What calls held at the last sample."""
@@ -268,7 +199,7 @@ class Admissions:
         self._arrivals += 1
         place = (wish.arrived - wish.priority * AGING_S, self._arrivals)
         meter = Meter(self._clock, self._take_use, wish.need.hard_mb or math.inf)
-        ticket = Ticket(wish, lane, place, decided, meter, _first_claim(wish.need), asked=self._clock())
+        ticket = Ticket(wish, lane, place, decided, meter, first_claim(wish.need), asked=self._clock())
         reason = self._obstacle(ticket)
         if reason is None:
             self._start(ticket)
@@ -285,7 +216,9 @@ class Admissions:
         lane = ticket.lane
         lane.running -= 1
         self._completions.append(self._clock())
-        self._let_go(ticket)
+        self._claims.remove(ticket, is_last=not self.running)
+        if not self.running:
+            self.held_mb = 0.0  # nothing of what rounding left
         if ticket is self._evicting:
             self._evicting = None
             self._evict_from = self._clock() + EVICTING_AGAIN_S
@@ -306,6 +239,11 @@ class Admissions:
         if ticket.state == "waiting":
             self._refuse(ticket, DeadlineError("ERR_DEADLINE", f"the deadline passed {self._waited(ticket)}"))
             self.dispatch()
+
+    @property
+    def claimed_mb(self) -> float:
+        """What all running calls claim together."""
+        return self._claims.mb
 
     @property
     def lacks_memory(self) -> bool:
@@ -488,31 +426,13 @@ class Admissions:
             return "slot"
         if wish.priority <= self._evicted_priority:
             return "stress"
-        if not wish.need.mb or self._expected_mb < NOTHING_MB:
+        if not wish.need.mb or self._claims.are_none:
             return None
-        more_mb, spread_mb = ticket.claim
-        if wish.need.shared is not None:
-            more_mb = self._more_in_common(wish.need)
-        if more_mb and self._expected_mb + more_mb + math.sqrt(self._squares + spread_mb**2) > self.room_mb:
+        if not self._claims.leave_room(ticket, self.room_mb):
             return "memory"
         return "turn" if ticket.place[0] > self._blocked_at + PASSING_S else None
 
     # Memory
-
-    @property
-    def claimed_mb(self) -> float:
-        """What all running calls claim together."""
-        return self._expected_mb + math.sqrt(self._squares)
-
-    def _more_in_common(self, need: Need) -> float:
-        """What one more call would add to what its processes in common claim."""
-        common = self._common.get(need.shared or "")
-        if common is None:
-            return need.mb
-        if common.running < common.processes and need.mb <= common.need.mb:
-            return 0.0
-        processes = common.processes_with(common.running + 1)
-        return max(0.0, processes * max(need.mb, common.need.mb) - common.claim_mb)
 
     def _start(self, ticket: Ticket) -> None:
         ticket.state = "running"
@@ -522,42 +442,8 @@ class Admissions:
         self._started += 1
         lane = ticket.lane
         lane.running += 1
-        need = ticket.wish.need
-        if need.shared is None:
-            self._expected_mb += ticket.claim.mb
-            self._squares += ticket.claim.spread_mb**2
-        else:
-            self._join(need.shared, need)
+        self._claims.add(ticket)
         self._update(lane)
-
-    def _join(self, name: str, need: Need) -> None:
-        """One more call for processes in common. More of them may be started for it."""
-        common = self._common.get(name)
-        if common is None:
-            common = self._common[name] = _Common(need)
-        if common.takes(need):
-            common.need = need
-            self._reclaim(common)
-        common.running += 1
-        if common.running > common.processes:
-            self._reclaim(common)
-
-    def _let_go(self, ticket: Ticket) -> None:
-        """What a call claimed. Processes in common may stay: what there is of them is seen at the next sample."""
-        shared = ticket.wish.need.shared
-        if shared is not None:
-            self._common[shared].running -= 1
-        self._expected_mb -= ticket.claim.mb
-        self._squares = max(0.0, self._squares - ticket.claim.spread_mb**2)
-        if not self.running:  # nothing of what rounding left
-            self._expected_mb = sum(common.claim_mb for common in self._common.values())
-            self._squares = self.held_mb = 0.0
-
-    def _reclaim(self, common: _Common) -> None:
-        common.processes = common.processes_with(common.running)
-        claim_mb = common.claim_with(common.processes)
-        self._expected_mb += claim_mb - common.claim_mb
-        common.claim_mb = claim_mb
 
     def sampled(self, free_mb: float, total_mb: float, shares: Mapping[str, Share]) -> None:
         """So much memory is free, of so much in all, in MiB; and these are all processes in common."""
@@ -565,32 +451,16 @@ class Admissions:
         self._margin_mb = MARGIN * total_mb
         self._held_then_mb = self.held_mb
         self.room_mb = max(0.0, free_mb + self.held_mb + self._shared_mb - self._margin_mb)
-        for name, common in list(self._common.items()):
-            common.share = shares.get(name, NOTHING_SHARED)
-            if not common.running and not common.share.processes:
-                self._expected_mb -= common.claim_mb
-                del self._common[name]
-            else:
-                self._reclaim(common)
+        self._claims.share(shares)
         self._look_at_stress()
-        self._claim_anew()
+        self._claims.make_anew(self.running, self._clock())
         self.dispatch()
 
     def refresh(self) -> None:
         """Claim anew what each running call has by now, and start what may start if that is less than before."""
-        self._claim_anew()
+        self._claims.make_anew(self.running, self._clock())
         if self.claimed_mb < self._claimed_in_vain_mb:
             self.dispatch()
-
-    def _claim_anew(self) -> None:
-        now = self._clock()
-        expected_mb = squares = 0.0
-        for ticket in self.running:
-            claim = ticket.claim = _claim(ticket, now)
-            expected_mb += claim.mb
-            squares += claim.spread_mb**2
-        self._expected_mb = expected_mb + sum(common.claim_mb for common in self._common.values())
-        self._squares = squares
 
     # Eviction
 
@@ -699,25 +569,6 @@ _AWAITED: dict[Reason, str] = {
     "turn": "its turn: memory was kept for one that had waited for longer",
     "stress": "the stress to pass",
 }
-
-
-def _first_claim(need: Need) -> Claim:
-    """What a call claims at its start for itself: nothing where it runs in processes in common."""
-    if need.shared is not None:
-        return NO_CLAIM
-    usual_mb = need.usual_mb or need.mb
-    return Claim(usual_mb, need.mb - usual_mb)
-
-
-def _claim(ticket: Ticket, now: float) -> Claim:
-    """What a running call claims by now; nothing for itself where it runs in processes in common."""
-    need, used_mb = ticket.wish.need, ticket.meter.used_mb
-    if need.shared is not None:
-        return NO_CLAIM
-    if used_mb > 0 and now - ticket.meter.grown_at > need.quiet_s:
-        return Claim(used_mb, max(0.0, min(need.mb, need.spare * used_mb) - used_mb))
-    expected_mb = max(used_mb, need.usual_mb or need.mb)
-    return Claim(expected_mb, max(0.0, need.mb - expected_mb))
 
 
 def _shutting_down() -> OverloadError:

@@ -12,6 +12,7 @@ import time
 from typing import TYPE_CHECKING
 
 from bus.memory import MIB, Room
+from bus.plugins import spared
 from bus.purges import UnderStress
 from runners.base import HELPERS, Share
 
@@ -77,7 +78,8 @@ class Balance:
         if self._monitor.band == CRITICAL:
             self._relieve(0.0)
         if self._under_stress.is_due(self._monitor.band) and (overlays := self._purged()):
-            log.info("stress is %s: told to let go of their caches: %s", self._monitor.band, self.purge(overlays))
+            told = self.purge(overlays)
+            log.info("stress is %s: told to let go of their caches: %s", self._monitor.band, told)
 
     def is_short(self) -> None:
         """A call waits for memory."""
@@ -87,11 +89,9 @@ class Balance:
         """Have the runners tell these overlays: how many workers or services of each, by overlay and runner."""
         told: dict[str, dict[str, int]] = {}
         for runner in self._runners.values():
-            try:
+            with spared(runner, "tell of a purge"):
                 for overlay, count in runner.purge(overlays).items():
                     told.setdefault(overlay, {})[runner.name] = count
-            except Exception:  # a plugin's; the others have something to tell as well
-                log.exception("the runner %s could not tell of a purge", runner.name)
         return told
 
     def _relieve(self, idle_s: float) -> None:
@@ -100,18 +100,14 @@ class Balance:
             return
         self._relieved_at = now
         for runner in self._runners.values():
-            try:
+            with spared(runner, "give back memory"):
                 runner.relieve(idle_s)
-            except Exception:  # a plugin's; the others have something to give as well
-                log.exception("the runner %s could not give back memory", runner.name)
 
     def _shares(self) -> dict[str, Share]:
         found: dict[str, Share] = {}
         for runner in self._runners.values():
-            try:
+            with spared(runner, "say what it keeps"):  # which then counts as used by somebody else
                 found.update(_added(found, runner.shares()))
-            except Exception:  # a plugin's; what it keeps counts as used by somebody else
-                log.exception("the runner %s does not say what it keeps", runner.name)
         return found
 
 

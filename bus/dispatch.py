@@ -17,10 +17,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 from bus import envelopes, policy, provenance, purges, schemas
-from bus.admission import NO_NEED
 from bus.balance import Balance
 from bus.callers import Callers
 from bus.canonical import figure
+from bus.claims import NO_NEED
 from bus.course import Course
 from bus.degradation import memory_block
 from bus.errors import BusError, DeadlineError, DeniedError, OverloadError
@@ -29,7 +29,7 @@ from bus.ledger import Ledger, LedgerError
 from bus.model import Phase, Told, now_ms
 from bus.needs import RECALLED, RECALLED_BYTES, Learned, Needs, is_external
 from bus.overlays import Registry
-from bus.plugins import Plugins
+from bus.plugins import Plugins, spared
 from bus.profiles import Profiles
 from bus.records import collect_environment, environment_hash
 from bus.scheduler import Scheduler
@@ -44,8 +44,9 @@ if TYPE_CHECKING:
 
     from jsonschema import Draft202012Validator
 
-    from bus.admission import Need, Ticket
+    from bus.admission import Ticket
     from bus.callers import Caller
+    from bus.claims import Need
     from bus.course import Answer
     from bus.ledger import Receipt
     from bus.model import Capability, Invocation, Manifest, Record
@@ -187,10 +188,8 @@ class Bus:
         await self.scheduler.drain(LAST_LINES_S)
 
     async def _close_runner(self, runner: Runner) -> None:
-        try:
+        with spared(runner, "be closed"):
             await runner.close(at_once=self._at_once)
-        except Exception:  # a plugin's; the other runners have to end, too
-            log.exception("the runner %s could not be closed", runner.name)
 
     async def close(self) -> None:
         """Drain, and write the last lines. A Bus is not started again."""
@@ -295,10 +294,8 @@ class Bus:
         self._served.discard(name)
         self.targets.forget(name)
         for runner in self.runners.values():
-            try:
+            with spared(runner, f"forget the overlay {name}"):
                 runner.forget(name)
-            except Exception:  # a plugin's; the other runners have to hear of it
-                log.exception("the runner %s failed to forget the overlay %s", runner.name, name)
 
     async def _check_input(self, resolved: Resolved, call: Invocation) -> None:
         if resolved.capability.input_schema is None:

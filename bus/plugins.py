@@ -6,6 +6,7 @@ logged and dropped, and never keeps another from being called.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import shlex
@@ -240,6 +241,15 @@ class Plugins:
         """In the order of registration; pluggy's own calls go the other way round and stop at the first exception."""
         implementations: list[HookImpl] = getattr(self.manager.hook, hook).get_hookimpls()
         return implementations
+
+
+@contextlib.contextmanager
+def spared(runner: Runner, what: str) -> Iterator[None]:
+    """Keep what a runner raises from the others: it may be a plugin's. `what` goes on in the log from "could not"."""
+    try:
+        yield
+    except Exception:
+        log.exception("the runner %s could not %s", runner.name, what)
 
 
 def _lacks(runner: Runner) -> list[str]:

@@ -10,12 +10,13 @@ import asyncio
 import time
 from typing import TYPE_CHECKING, Any
 
-from bus.admission import NO_NEED, Admissions, Ticket, Wish
+from bus.admission import Admissions, Ticket, Wish
+from bus.claims import NO_NEED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from bus.admission import Need
+    from bus.claims import Need
     from bus.errors import BusError
     from runners.base import Share
 

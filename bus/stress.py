@@ -225,7 +225,7 @@ class StressMonitor:
     def _asked(self, what: str, read: Callable[[], Read], before: Read) -> Read:
         try:
             return read()
-        except Exception:
+        except Exception:  # whatever it is, the signal must go on: admission hangs on it
             if what not in self._failed:
                 self._failed.add(what)
                 log.exception("%s cannot be read for the stress; further failures are not logged", what)

@@ -18,10 +18,10 @@ from bus.admission import (
     PASSING_S,
     REFUSING_STRESS,
     Admissions,
-    Need,
     Ticket,
     Wish,
 )
+from bus.claims import Need
 from bus.errors import BusError, DeadlineError, OverloadError
 from bus.needs import Needs
 from runners.base import Share

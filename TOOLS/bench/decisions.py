@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bus.admission import MARGIN, Admissions, Need, Ticket, Wish  # noqa: E402
+from bus.admission import MARGIN, Admissions, Ticket, Wish  # noqa: E402
+from bus.claims import Need  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

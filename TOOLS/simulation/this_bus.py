@@ -13,7 +13,7 @@ from collections import deque
 from itertools import chain
 from typing import TYPE_CHECKING, cast
 
-from bus.admission import Admissions, Need, Ticket, Wish
+from bus.admission import Admissions, Ticket, Wish
 from bus.degradation import memory_block
 from bus.errors import BusError, DeadlineError
 from bus.memory import MIB, Reading, Room
@@ -29,6 +29,7 @@ from simulation.world import Request
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from bus.claims import Need
     from simulation.calls import Call
     from simulation.world import World
 
