@@ -21,6 +21,7 @@ import time
 from bisect import bisect_left, insort
 from collections import Counter, deque
 from dataclasses import dataclass, field
+from heapq import merge
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from bus.claims import NO_NEED, Claim, Claims, Need, first_claim
@@ -83,15 +84,14 @@ class Wish(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class _Lane:
-    """The calls of one capability. `offer` is its place in the scheduler's order, while a call of it could start."""
+    """The calls of one capability. `offer` stands in the scheduler's order while a call of it could start."""
 
     key: str
     overlay: str
     limit: int | None = None
     running: int = 0
     waiting: list[Ticket] = field(default_factory=list)
-    offer: tuple[float, int, _Lane] | None = None
-    offered: Ticket | None = None
+    offer: _Offer | None = None
 
     @property
     def has_room(self) -> bool:
@@ -132,6 +132,10 @@ class Ticket:
         return self.meter.paused_s if self.meter.peak_mb else self.meter.quiet_s
 
 
+_Offer = tuple[float, int, Ticket]
+"""The first call of a lane, behind its place in the order of its priority, in which turns count."""
+
+
 class Admissions:
     """Slots, memory and a bounded queue. `stress` gives 0.0 to 1.0 and `clock` seconds.
 
@@ -161,8 +165,8 @@ class Admissions:
         self._clock = clock
         self._is_short = is_short
         self._lanes: dict[str, _Lane] = {}
-        self._lanes_of: dict[str, set[_Lane]] = {}
-        self._classes: dict[int, list[tuple[float, int, _Lane]]] = {}
+        self._offering: dict[tuple[str, int], set[_Lane]] = {}
+        self._classes: dict[int, list[_Offer]] = {}
         self._turns: dict[tuple[str, int], float] = {}
         self._turn: dict[int, float] = {}
         self._waiting_of: Counter[str] = Counter()
@@ -192,17 +196,18 @@ class Admissions:
 
         Raises `OverloadError` (ERR_BUSY, ERR_STRESS, ERR_SHUTTING_DOWN) and `DeadlineError` (ERR_DEADLINE).
         """
-        refusal = self._refusal(wish)
+        now = self._clock()
+        refusal = self._refusal(wish, now)
         if refusal:
             raise self._counted(refusal)
         lane = self._lane(wish)
         self._arrivals += 1
         place = (wish.arrived - wish.priority * AGING_S, self._arrivals)
         meter = Meter(self._clock, self._take_use, wish.need.hard_mb or math.inf)
-        ticket = Ticket(wish, lane, place, decided, meter, first_claim(wish.need), asked=self._clock())
+        ticket = Ticket(wish, lane, place, decided, meter, first_claim(wish.need), asked=now)
         reason = self._obstacle(ticket)
         if reason is None:
-            self._start(ticket)
+            self._start(ticket, now)
         else:
             self._enqueue(ticket, reason)
         return ticket
@@ -257,11 +262,11 @@ class Admissions:
             for ticket in list(lane.waiting):
                 self._refuse(ticket, _shutting_down())
 
-    def _refusal(self, wish: Wish) -> BusError | None:
+    def _refusal(self, wish: Wish, now: float) -> BusError | None:
         """Why a call may not start at all; asked when it comes and again when its turn comes."""
         if self.closed:
             return _shutting_down()
-        late_s = self._clock() - wish.deadline
+        late_s = now - wish.deadline
         if late_s >= 0:
             return DeadlineError("ERR_DEADLINE", f"the deadline passed {late_s:.3f} s before the call could start")
         stress = self._stress()
@@ -339,26 +344,24 @@ class Admissions:
         else:
             self._lanes.pop(lane.key, None)
         best = lane.waiting[0] if lane.waiting and lane.has_room else None
-        if best is not lane.offered:
+        if best is not (lane.offer and lane.offer[2]):
             self._offer(lane, best)
 
     def _offer(self, lane: _Lane, best: Ticket | None) -> None:
         """Put a call in the place of the one that a lane offered, or none."""
-        if lane.offer is not None and lane.offered is not None:
-            offers = self._classes[lane.offered.wish.priority]
-            del offers[bisect_left(offers, lane.offer)]
-            self._lanes_of[lane.overlay].discard(lane)
-            if not self._lanes_of[lane.overlay]:
-                del self._lanes_of[lane.overlay]
-        lane.offered = best
-        lane.offer = None
+        if lane.offer is not None:
+            flow = lane.overlay, lane.offer[2].wish.priority
+            _take_out(self._classes[flow[1]], lane.offer)
+            self._offering[flow].remove(lane)
+            if not self._offering[flow]:
+                del self._offering[flow]
+            lane.offer = None
         if best is not None:
-            priority = best.wish.priority
-            self._lanes_of.setdefault(lane.overlay, set()).add(lane)
-            flow = lane.overlay, priority
-            turns = self._turns[flow] = max(self._turns.get(flow, 0.0), self._turn.get(priority, 0.0))
-            lane.offer = (best.place[0] + FAIR_S * turns, best.place[1], lane)
-            insort(self._classes.setdefault(priority, []), lane.offer)
+            flow = lane.overlay, best.wish.priority
+            self._offering.setdefault(flow, set()).add(lane)
+            turns = self._turns[flow] = max(self._turns.get(flow, 0.0), self._turn.get(flow[1], 0.0))
+            lane.offer = _offer_of(best, turns)
+            insort(self._classes.setdefault(flow[1], []), lane.offer)
 
     def _count_turn(self, ticket: Ticket) -> None:
         """A call goes from the line to work: the next one of its overlay and priority stands further back."""
@@ -367,32 +370,30 @@ class Admissions:
         if turns is None:
             return
         self._turn[flow[1]] = max(turns, self._turn.get(flow[1], 0.0))
-        self._turns[flow] = turns + 1
-        for lane in list(self._lanes_of.get(flow[0], ())):
-            if lane.offered is not None and lane.offered.wish.priority == flow[1]:
-                self._offer(lane, lane.offered)
+        turns = self._turns[flow] = turns + 1
+        offers = self._classes[flow[1]]
+        for lane in self._offering.get(flow, ()):
+            if lane.offer is not None:
+                _take_out(offers, lane.offer)
+                lane.offer = _offer_of(lane.offer[2], turns)
+                insort(offers, lane.offer)
 
     def _in_order(self) -> Iterator[Ticket]:
         """The calls that are offered, best first: of each priority by turns, and of these by place."""
-        at = dict.fromkeys((priority for priority, offers in self._classes.items() if offers), 0)
-        while at:
-            best = min(at, key=lambda priority: self._classes[priority][at[priority]][2].waiting[0].place)
-            lane = self._classes[best][at[best]][2]
-            at[best] += 1
-            if at[best] == len(self._classes[best]):
-                del at[best]
-            yield lane.waiting[0]
+        for _, _, ticket in merge(*filter(None, self._classes.values()), key=_place_of):
+            yield ticket
 
     def dispatch(self) -> None:
         """Start what may start."""
         while self.waiting and (ticket := self._next()) is not None:
-            refusal = self._refusal(ticket.wish)
+            now = self._clock()
+            refusal = self._refusal(ticket.wish, now)
             if refusal:
                 self._refuse(ticket, refusal)
             else:
                 self._count_turn(ticket)
                 self._dequeue(ticket)
-                self._start(ticket)
+                self._start(ticket, now)
                 ticket.decided(None)
 
     def _next(self) -> Ticket | None:
@@ -434,9 +435,9 @@ class Admissions:
 
     # Memory
 
-    def _start(self, ticket: Ticket) -> None:
+    def _start(self, ticket: Ticket, now: float) -> None:
         ticket.state = "running"
-        ticket.started = now = self._clock()
+        ticket.started = now
         ticket.meter.begin(now)
         self.running[ticket] = None
         self._started += 1
@@ -553,6 +554,18 @@ class Admissions:
             return RETRY_MIN_S
         between_s = (self._clock() - self._completions[0]) / max(1, len(self._completions) - 1)
         return max(RETRY_MIN_S, min(RETRY_MAX_S, math.ceil((self.waiting + 1) * between_s)))
+
+
+def _offer_of(ticket: Ticket, turns: float) -> _Offer:
+    return ticket.place[0] + FAIR_S * turns, ticket.place[1], ticket
+
+
+def _place_of(offer: _Offer) -> tuple[float, int]:
+    return offer[2].place
+
+
+def _take_out(line: list[_Offer], offer: _Offer) -> None:
+    del line[bisect_left(line, offer)]
 
 
 def _rank(ticket: Ticket, highest: Mapping[str | None, int]) -> int:

@@ -79,6 +79,11 @@ class _Common:
         is_better = (need.basis, self.need.basis) == ("measured", "declared")
         return is_better or not self.running or need.mb > self.need.mb
 
+    @property
+    def are_enough(self) -> bool:
+        """Whether one more call would have no more processes started."""
+        return self.running < self.processes or self.processes >= self.need.processes
+
     def processes_with(self, running: int) -> int:
         return max(self.share.processes, min(running, self.need.processes))
 
@@ -159,7 +164,7 @@ class Claims:
         common = self._common.get(need.shared or "")
         if common is None:
             return need.mb
-        if common.running < common.processes and need.mb <= common.need.mb:
+        if common.are_enough and need.mb <= common.need.mb:
             return 0.0
         processes = common.processes_with(common.running + 1)
         return max(0.0, processes * max(need.mb, common.need.mb) - common.claim_mb)
@@ -172,8 +177,9 @@ class Claims:
         if common.takes(need):
             common.need = need
             self._reclaim(common)
+        grows = not common.are_enough
         common.running += 1
-        if common.running > common.processes:
+        if grows:
             self._reclaim(common)
 
     def _reclaim(self, common: _Common) -> None:

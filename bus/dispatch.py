@@ -23,7 +23,7 @@ from bus.canonical import figure
 from bus.claims import NO_NEED
 from bus.course import Course
 from bus.degradation import memory_block
-from bus.errors import BusError, DeadlineError, DeniedError, OverloadError
+from bus.errors import BusError, DeniedError
 from bus.events import Events
 from bus.ledger import Ledger, LedgerError
 from bus.model import Phase, Told, now_ms
@@ -234,6 +234,8 @@ class Bus:
             await self._check_input(resolved, call)
             self._require_ledger()
             outcome = await self._admit_and_run(course, call, resolved, rights)
+            if outcome.code == Code.EVICTED:
+                outcome = await self._run_again(course, call, resolved, rights, outcome)
         except BusError as refusal:
             outcome = course.refuse(refusal)
         except asyncio.CancelledError:
@@ -343,35 +345,10 @@ class Bus:
             raise LedgerError(self.ledger.reason or "the ledger is not open", self.ledger.hint)
 
     async def _admit_and_run(self, course: Course, call: Invocation, resolved: Resolved, rights: Rights) -> Outcome:
-        """Wait for room, then run, and again where it was ended to free memory and running twice does no harm.
-
-        Waiting counts against the deadline, which a caller may only bring nearer.
-        """
-        capability = resolved.capability
+        """Wait for room, then run. Waiting counts against the deadline, which a caller may only bring nearer."""
+        manifest, capability = resolved.manifest, resolved.capability
         profile = self.profiles.resolve(call.profile) if call.profile else capability.memory
         course.timeout_ms = min(max(1, round(capability.timeout_s * 1000)), call.timeout_ms or sys.maxsize)
-        may_repeat = call.phase is Phase.CLEAR or capability.idempotent or resolved.manifest.deterministic
-        evicted = None
-        while True:
-            try:
-                outcome = await self._run_once(course, call, resolved, rights, profile)
-            except (OverloadError, DeadlineError):
-                if evicted is None:
-                    raise
-                outcome = evicted
-            else:
-                if outcome.code != Code.EVICTED:
-                    return outcome
-                course.count_eviction()
-            if outcome is evicted or not may_repeat or course.evictions > self.settings.eviction_retries:
-                course.retry_after_s = self.scheduler.retry_after_s()
-                return outcome
-            evicted = outcome
-
-    async def _run_once(
-        self, course: Course, call: Invocation, resolved: Resolved, rights: Rights, profile: MemoryProfile
-    ) -> Outcome:
-        manifest, capability = resolved.manifest, resolved.capability
         key = f"{manifest.name}.{capability.name}"
         need = self._need(key, manifest, capability, call.phase, profile)
         admission = course.admission = self.scheduler.admit(
@@ -396,6 +373,24 @@ class Bus:
                 learned = Learned(outcome.peak_mb, outcome.code, ticket.paused_s, applied, payload_hash)
                 self.needs.learn(key, learned)
             return outcome
+
+    async def _run_again(
+        self, course: Course, call: Invocation, resolved: Resolved, rights: Rights, outcome: Outcome
+    ) -> Outcome:
+        """Run what was ended to free memory once more, and again, where running twice does no harm."""
+        may_repeat = call.phase is Phase.CLEAR or resolved.capability.idempotent or resolved.manifest.deterministic
+        while outcome.code == Code.EVICTED:
+            course.count_eviction()
+            if not may_repeat or course.evictions > self.settings.eviction_retries:
+                break
+            try:
+                outcome = await self._admit_and_run(course, call, resolved, rights)
+            except BusError:  # it cannot: then it was ended, and that is all
+                break
+        else:
+            return outcome
+        course.retry_after_s = self.scheduler.retry_after_s()
+        return outcome
 
     def _need(self, key: str, manifest: Manifest, capability: Capability, phase: Phase, profile: MemoryProfile) -> Need:
         """What the call takes of memory: nothing of ours where another's service does the work."""
