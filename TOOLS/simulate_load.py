@@ -7,8 +7,8 @@
 
 A trace of calls, made from a seed or read from a ledger, is played against each policy of `simulation/` with a virtual
 clock and a virtual memory whose OOM killer ends the largest call. The policy of this bus is not told again for that:
-its own classes (`Admissions`, `Needs`, `StressMonitor`, `Meter`, the helper's `Seen`) run on the virtual clock. What is
-shown are medians over the seeds, with the least and the most in the JSON.
+its own classes (`AdmissionControl`, `Needs`, `StressMonitor`, `Meter`, the helper's `Seen`) run on the virtual clock.
+What is shown are medians over the seeds, with the least and the most in the JSON.
 
 How many times faster than real time it ran is taken from the CPU time of this process, as other programs come between.
 

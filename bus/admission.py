@@ -136,7 +136,7 @@ _Offer = tuple[float, int, Ticket]
 """The first call of a lane, behind its place in the order of its priority, in which turns count."""
 
 
-class Admissions:
+class AdmissionControl:
     """Slots, memory and a bounded queue. `stress` gives 0.0 to 1.0 and `clock` seconds.
 
     Whoever owns it calls `sampled` every now and then, and `expire` for a ticket whose deadline passes. `is_short` is

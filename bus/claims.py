@@ -31,17 +31,17 @@ class Need(NamedTuple):
     """What a call takes of memory, in MiB, and how that is known.
 
     `mb` is reserved for it where it runs alone, `usual_mb` is what such calls have on average, and it may never have
-    more than `hard_mb`. Where it has not grown for `quiet_s` seconds it
-    is taken to have grown as far as it will: then `spare` times what it has is reserved, where that is less. Calls with
-    the same `shared` run in common processes, at most so many as `processes`, and each of these reserves `mb` once.
+    more than `hard_mb`. Where it has not grown for `settled_after_s` seconds it is taken to have grown as far as it
+    will: then `factor` times what it has is reserved, where that is less. Calls with the same `shared` run in common
+    processes, at most so many as `processes`, and each of these reserves `mb` once.
     """
 
     mb: float = 0.0
     hard_mb: float = 0.0
     usual_mb: float = 0.0
     basis: Basis = "none"
-    quiet_s: float = math.inf
-    spare: float = 1.0
+    settled_after_s: float = math.inf
+    factor: float = 1.0
     shared: str | None = None
     processes: int = 1
 
@@ -202,7 +202,7 @@ def claim_of(need: Need, meter: Meter, now: float) -> Claim:
     used_mb = meter.used_mb
     if need.shared is not None:
         return NO_CLAIM
-    if used_mb > 0 and now - meter.grown_at > need.quiet_s:
-        return Claim(used_mb, max(0.0, min(need.mb, need.spare * used_mb) - used_mb))
+    if used_mb > 0 and now - meter.grown_at > need.settled_after_s:
+        return Claim(used_mb, max(0.0, min(need.mb, need.factor * used_mb) - used_mb))
     expected_mb = max(used_mb, need.usual_mb or need.mb)
     return Claim(expected_mb, max(0.0, need.mb - expected_mb))

@@ -170,6 +170,7 @@ class _BusState:
             ("aal_stress", "RAM stress, 0 to 1.", self._bus.stress.value),
             ("aal_memory_room_mb", "Memory that calls may claim together, in MiB.", scheduler.room_mb),
             ("aal_memory_claimed_mb", "What running calls claim of it.", scheduler.claimed_mb),
+            ("aal_event_readers", "Who listens to GET /events.", float(self._bus.events.readers)),
             ("aal_ledger_size", "Lines of the ledger.", ledger.size),
             ("aal_ledger_healthy", "1 where the ledger can be written.", float(ledger.healthy)),
         ):

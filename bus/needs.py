@@ -46,13 +46,13 @@ AFTER = 25
 
 QUANTILE = 0.95
 
-SPARE: dict[Volatility, float] = {"LOW": 1.1, "MED": 1.25, "HIGH": 1.5}
+VOL_FACTORS: dict[Volatility, float] = {"LOW": 1.1, "MED": 1.25, "HIGH": 1.5}
 """By what the volatility (VOL) of a rune multiplies what was measured."""
 
-UNLEARNED_QUIET_S = 1.0
+UNLEARNED_SETTLED_S = 1.0
 """For how many seconds a call must not have grown that nothing is known of, to be taken to have grown."""
 
-QUIET_FACTOR, QUIET_MORE_S = 1.25, 0.05
+PAUSE_FACTOR, PAUSE_MORE_S = 1.25, 0.05
 """By what the longest pause of calls before they grew again is multiplied, and what is added: looks are apart."""
 
 TENTH = 0.1
@@ -81,12 +81,12 @@ class Learned(NamedTuple):
 
 @dataclass(slots=True)
 class _History:
-    """The last measured calls of a capability. `p95_mb`, `mean_mb` and `quiet_s` are what they come to."""
+    """The last measured calls of a capability. `p95_mb`, `mean_mb` and `settled_after_s` are what they come to."""
 
     calls: deque[Learned] = field(default_factory=lambda: deque(maxlen=KEPT))
     p95_mb: float | None = None
     mean_mb: float = 0.0
-    quiet_s: float = UNLEARNED_QUIET_S
+    settled_after_s: float = UNLEARNED_SETTLED_S
     need: tuple[MemoryProfile, Need] | None = None
     """The last that was made of them, and of which profile."""
     _new: int = 0
@@ -106,7 +106,7 @@ class _History:
             peaks = [call.peak_mb for call in self.calls]
             self.p95_mb = quantile(peaks)
             self.mean_mb = fmean(peaks)
-            self.quiet_s = QUIET_FACTOR * quantile(call.paused_s for call in self.calls) + QUIET_MORE_S
+            self.settled_after_s = PAUSE_FACTOR * quantile(call.paused_s for call in self.calls) + PAUSE_MORE_S
 
 
 class Needs:
@@ -126,19 +126,19 @@ class Needs:
     ) -> Need:
         """What the next call of a capability needs, in a room of so much; `shared` and `processes` as in `Need`."""
         history = self._histories.get(key)
-        spare = SPARE[profile.volatility]
+        factor = VOL_FACTORS[profile.volatility]
         if history is None or history.p95_mb is None:
-            seen_mb = 0.0 if history is None else history.most_mb * spare
+            seen_mb = 0.0 if history is None else history.most_mb * factor
             most_mb = max(UNLEARNED_SHARE * room_mb, UNLEARNED_LEAST_MB)
             mb = min(profile.hard_mb, max(seen_mb, min(profile.soft_mb, most_mb)))
-            return Need(mb, profile.hard_mb, mb, "declared", UNLEARNED_QUIET_S, spare, shared, processes)
+            return Need(mb, profile.hard_mb, mb, "declared", UNLEARNED_SETTLED_S, factor, shared, processes)
         if history.need is not None and history.need[0] is profile:
             known = history.need[1]
             if known.shared == shared and known.processes == processes:
                 return known
-        mb = min(profile.hard_mb, history.p95_mb * spare)
+        mb = min(profile.hard_mb, history.p95_mb * factor)
         usual_mb = min(mb, history.mean_mb)
-        need = Need(mb, profile.hard_mb, usual_mb, "measured", history.quiet_s, spare, shared, processes)
+        need = Need(mb, profile.hard_mb, usual_mb, "measured", history.settled_after_s, factor, shared, processes)
         history.need = profile, need
         return need
 

@@ -10,7 +10,7 @@ import asyncio
 import time
 from typing import TYPE_CHECKING, Any
 
-from bus.admission import Admissions, Ticket, Wish
+from bus.admission import AdmissionControl, Ticket, Wish
 from bus.claims import NO_NEED
 
 if TYPE_CHECKING:
@@ -25,9 +25,9 @@ REFRESH_S = 0.1
 
 
 class Scheduler:
-    """Admissions on one event loop, without threads. `stress` gives 0.0 to 1.0; deadlines are on `clock`, in seconds.
+    """Admission control on one event loop, without threads.
 
-    `is_short` is called where a call waits for memory.
+    `stress` gives 0.0 to 1.0; deadlines are on `clock`, in seconds. `is_short` is called where a call waits for memory.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Scheduler:
         is_short: Callable[[], None] = lambda: None,
     ) -> None:
         self._is_short = is_short
-        self._admissions = Admissions(
+        self._control = AdmissionControl(
             slots=slots, queue_limit=queue_limit, stress=stress, clock=clock, is_short=self._wait_for_memory
         )
         self._clock = clock
@@ -71,19 +71,19 @@ class Scheduler:
 
     @property
     def running(self) -> int:
-        return len(self._admissions.running)
+        return len(self._control.running)
 
     @property
     def waiting(self) -> int:
-        return self._admissions.waiting
+        return self._control.waiting
 
     @property
     def closed(self) -> bool:
-        return self._admissions.closed
+        return self._control.closed
 
     def close(self) -> None:
         """Refuse what waits and what comes. What runs goes on."""
-        self._admissions.close()
+        self._control.close()
         if self._refreshing is not None:
             self._refreshing.cancel()
 
@@ -99,34 +99,34 @@ class Scheduler:
     @property
     def held_mb(self) -> float:
         """What running calls were last seen to have, but for processes that they have in common."""
-        return self._admissions.held_mb
+        return self._control.held_mb
 
     @property
     def room_mb(self) -> float:
         """The memory that calls may claim together, in MiB; infinite before the first sample."""
-        return self._admissions.room_mb
+        return self._control.room_mb
 
     @property
     def claimed_mb(self) -> float:
         """What running calls claim of it."""
-        return self._admissions.claimed_mb
+        return self._control.claimed_mb
 
     @property
     def evictions(self) -> int:
         """How many calls were ended to free memory."""
-        return self._admissions.evictions
+        return self._control.evictions
 
     def sampled(self, free_mb: float, total_mb: float, shares: Mapping[str, Share]) -> None:
-        """As `Admissions.sampled`."""
-        self._admissions.sampled(free_mb, total_mb, shares)
+        """As `AdmissionControl.sampled`."""
+        self._control.sampled(free_mb, total_mb, shares)
 
     def retry_after_s(self) -> int:
         """When one that could not stay might come again, by the rate at which the line moves."""
-        return self._admissions.retry_after_s()
+        return self._control.retry_after_s()
 
     def report(self) -> dict[str, Any]:
-        """As `Admissions.report`."""
-        return self._admissions.report()
+        """As `AdmissionControl.report`."""
+        return self._control.report()
 
     async def _wait(self, ticket: Ticket) -> None:
         """Leave to run in turn. However it ends (a cancellation may follow upon leave), nothing is lost."""
@@ -141,7 +141,7 @@ class Scheduler:
 
         ticket.decided = decide
         left_s = max(0.0, ticket.wish.deadline - self._clock())
-        timer = loop.call_later(left_s, self._admissions.expire, ticket)
+        timer = loop.call_later(left_s, self._control.expire, ticket)
         entered = False
         try:
             refusal = await verdict
@@ -150,13 +150,13 @@ class Scheduler:
             entered = True
         finally:
             timer.cancel()
-            self._admissions.withdraw(ticket)
+            self._control.withdraw(ticket)
             if ticket.state == "running" and not entered:
                 self._leave(ticket)
 
     def _leave(self, ticket: Ticket) -> None:
-        self._admissions.leave(ticket)
-        if not self._admissions.running:
+        self._control.leave(ticket)
+        if not self._control.running:
             self._idle.set()
 
     def _wait_for_memory(self) -> None:
@@ -170,8 +170,8 @@ class Scheduler:
 
     def _refresh(self) -> None:
         self._refreshing = None
-        self._admissions.refresh()
-        if self._admissions.lacks_memory:
+        self._control.refresh()
+        if self._control.lacks_memory:
             self._refresh_soon()
 
 
@@ -190,7 +190,7 @@ class Admission:
 
     async def __aenter__(self) -> Ticket:
         scheduler = self._scheduler
-        ticket = self.ticket = scheduler._admissions.ask(self.wish)
+        ticket = self.ticket = scheduler._control.ask(self.wish)
         if ticket.state == "waiting":
             await scheduler._wait(ticket)
         else:

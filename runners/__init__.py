@@ -12,7 +12,8 @@ Read `base` first, the words of it all. Then, by the way in which a call is carr
     unstarted           why one could not be started
 
 What starts them is beside the bus, as the bus itself is too big and too busy to: helpers are asked for a helper, helper
-is one of them seen from here, at the other end of a wire, with contained, exits and helper_errors for what it tells;
+is one of them seen from here, at the other end of a wire, with contained, exits and helper_errors for what it tells,
+and processes are what it started;
 strays is a last resort, as is scratch_root for the files of calls, and tiers says where those lie; cgroups are what the
 kernel limits the memory of calls by, where it lets the bus; sealed_file is what a program reads. Such a helper runs
 launch, containment and sandbox under the bus's interpreter; inside and launcher with channel, execution, descendants,

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator
 
     from runners.base import Rights, SandboxMode
-    from runners.helper import Home
     from runners.kernel import Kernel
     from runners.places import Kept, Places
+    from runners.processes import Home
     from runners.tiers import Place, Tiers
 
 Right = Literal["read", "write", "network", "exec", "processes", "system", "limits"]

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runners.base import Rights, Share
-from runners.helper import KIB, Helper, Home
+from runners.helper import Helper
 from runners.helper_errors import AnotherWayError, GoneError, UnheldError
+from runners.processes import KIB, Home
 from runners.scratch_root import ScratchRoot
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
     from runners.cgroups import Cgroups
     from runners.confinement import Confinement, Plan
-    from runners.helper import Process, Script
+    from runners.processes import Process, Script
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from runners import python_command
 from runners.base import HELPERS, LARGE_BYTES, Code, Outcome, ProcessTarget
-from runners.helper import KIB, Home, Script
 from runners.helper_errors import GoneError
 from runners.helpers import IDLE_S, Helpers, UnfitError
 from runners.output import (
@@ -38,6 +37,7 @@ from runners.output import (
     read_reply,
     with_hint,
 )
+from runners.processes import KIB, Home, Script
 from runners.sealed_file import sealed_file
 from runners.unstarted import unstarted
 from runners.workers import WorkerPools
@@ -47,8 +47,9 @@ if TYPE_CHECKING:
 
     from runners.base import Job, Sandbox, Share
     from runners.exits import Exit
-    from runners.helper import Helper, Process
+    from runners.helper import Helper
     from runners.logs import OverlayLogs
+    from runners.processes import Process
 
 QUICK_S = 0.02
 """How long, in seconds, a call runs before its pipes are watched. Most have ended by then, and are read once."""

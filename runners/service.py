@@ -23,21 +23,21 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from runners.base import Code, Outcome
 from runners.faults import End, FaultError, PortTakenError, cut_off, death
-from runners.helper import Home
 from runners.helpers import SHORTAGES
 from runners.logs import Voice
 from runners.output import MEMORY_EVERY_S, Output, data_limit, excess
 from runners.ports import HOST, free_port, holder_of, is_taken
 from runners.probe import SILENT, Probe, ProbeClient
+from runners.processes import Home
 from runners.unstarted import unstarted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
 
     from runners.base import Job, Sandbox, ServiceTarget
-    from runners.helper import Process
     from runners.helpers import Helpers
     from runners.logs import OverlayLogs
+    from runners.processes import Process
 
 log = logging.getLogger(__name__)
 

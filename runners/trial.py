@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from runners.base import Job, ProcessTarget
 from runners.confinement import MECHANISMS, OPEN_FILES, RIGHTS, Confinement, Right
-from runners.helper import Home
 from runners.helpers import Helpers
 from runners.probe_rights import start_of
 from runners.process import ProcessRunner
+from runners.processes import Home
 from runners.programs import elf_loader, real
 from runners.tiers import Tiers
 

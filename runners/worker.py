@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
     from runners.base import Job, Sandbox
     from runners.exits import Exit
-    from runners.helper import Home, Process
+    from runners.processes import Home, Process
     from runners.worker_pool import Means
 
 log = logging.getLogger(__name__)

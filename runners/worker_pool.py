@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from runners.alarm import TICK_S, Alarm
 from runners.base import Code, Outcome
-from runners.helper import Home
 from runners.output import MEMORY_EVERY_S, data_limit, excess
+from runners.processes import Home
 from runners.worker import Worker
 
 if TYPE_CHECKING:

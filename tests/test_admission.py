@@ -17,7 +17,7 @@ from bus.admission import (
     PASSING_LOOKS,
     PASSING_S,
     REFUSING_STRESS,
-    Admissions,
+    AdmissionControl,
     Ticket,
     Wish,
 )
@@ -33,7 +33,7 @@ LARGE = runes.parse("MEM[SOFT=2048,HARD=4096,VOL=MED]")
 
 @dataclass
 class World:
-    """Admissions with a clock and a stress that tests set. `said` has what became of waiting calls, by name."""
+    """AdmissionControl with a clock and a stress that tests set. `said` has what became of waiting calls, by name."""
 
     slots: int = 64
     queue_limit: int = 1000
@@ -44,7 +44,7 @@ class World:
     shortages: int = 0
 
     def __post_init__(self) -> None:
-        self.admissions = Admissions(
+        self.control = AdmissionControl(
             slots=self.slots,
             queue_limit=self.queue_limit,
             stress=lambda: self.stress,
@@ -58,8 +58,8 @@ class World:
 
     def sample(self, free_mb: float | None = None, shares: dict[str, Share] | None = None) -> None:
         """The machine has `TOTAL_MB`, of which all is free that calls do not hold, or `free_mb`."""
-        held_mb = self.admissions.held_mb + sum(share.used_mb for share in (shares or {}).values())
-        self.admissions.sampled(TOTAL_MB - held_mb if free_mb is None else free_mb, TOTAL_MB, shares or {})
+        held_mb = self.control.held_mb + sum(share.used_mb for share in (shares or {}).values())
+        self.control.sampled(TOTAL_MB - held_mb if free_mb is None else free_mb, TOTAL_MB, shares or {})
 
     def ask(
         self,
@@ -81,7 +81,7 @@ class World:
 
         need = need or Need(mb, 2 * mb, mb, "declared")
         wish = Wish(key or name, overlay or key or name, priority, deadline, self.now, limit, need)
-        ticket = self.admissions.ask(wish, decided)
+        ticket = self.control.ask(wish, decided)
         if ticket.state == "running":
             self.started.append(name)
         return ticket
@@ -100,7 +100,7 @@ def test_calls_start_while_their_reservations_fit_into_the_room() -> None:
     assert running(*tickets) == [True, True, True, False]
     assert (tickets[3].waited_for, tickets[3].ahead, world.shortages) == (["memory"], 0, 1)
     world.now += 1.5
-    world.admissions.leave(tickets[0])
+    world.control.leave(tickets[0])
     assert running(tickets[3]) == [True]
     assert tickets[3].queued_s == 1.5
 
@@ -122,7 +122,7 @@ def test_what_our_calls_hold_is_room_that_they_claim_already() -> None:
     first = world.ask("a", 400)
     first.meter.see(350)
     world.sample()
-    assert world.admissions.room_mb == pytest.approx(ROOM_MB)
+    assert world.control.room_mb == pytest.approx(ROOM_MB)
     assert running(world.ask("b", ROOM_MB - 400), world.ask("c", 10)) == [True, False]
 
 
@@ -132,7 +132,7 @@ def test_a_call_that_has_more_than_it_reserved_claims_what_it_has() -> None:
     first.meter.see(600)
     world.sample()
     assert running(world.ask("b", 350)) == [False]
-    assert world.admissions.claimed_mb == 600
+    assert world.control.claimed_mb == 600
 
 
 def test_who_looks_may_be_the_overlay_itself_so_that_no_more_is_believed_than_a_call_can_have() -> None:
@@ -140,27 +140,27 @@ def test_who_looks_may_be_the_overlay_itself_so_that_no_more_is_believed_than_a_
     first = world.ask("a", 200, need=Need(200, 300, 200, "measured"))
     first.meter.see(1e9)
     world.sample(free_mb=700)
-    assert world.admissions.held_mb == 300
-    assert world.admissions.claimed_mb == 300
+    assert world.control.held_mb == 300
+    assert world.control.claimed_mb == 300
 
 
 def test_a_call_that_has_stopped_to_grow_claims_what_it_has_with_some_to_spare() -> None:
     world = World()
-    need = Need(500, 600, 500, "measured", quiet_s=2.0, spare=1.25)
+    need = Need(500, 600, 500, "measured", settled_after_s=2.0, factor=1.25)
     first, second = world.ask("a", need=need), world.ask("b", 500)
     first.meter.see(40)
     world.now += 2.0
-    world.admissions.refresh()
+    world.control.refresh()
     assert running(second) == [False], "it may still grow"
     world.now += 0.1
-    world.admissions.refresh()
+    world.control.refresh()
     assert running(second) == [True]
     assert first.claim == (40, 10)
 
 
 def test_a_call_that_nobody_looked_at_claims_what_it_reserved() -> None:
     world = World()
-    first = world.ask("a", need=Need(500, 600, 500, "measured", quiet_s=1.0))
+    first = world.ask("a", need=Need(500, 600, 500, "measured", settled_after_s=1.0))
     world.now += 100
     world.sample()
     assert first.claim == (500, 0)
@@ -168,16 +168,16 @@ def test_a_call_that_nobody_looked_at_claims_what_it_reserved() -> None:
 
 def test_growing_again_after_a_pause_is_remembered_and_keeps_the_claim() -> None:
     world = World()
-    first = world.ask("a", need=Need(500, 600, 500, "measured", quiet_s=2.0, spare=1.0))
+    first = world.ask("a", need=Need(500, 600, 500, "measured", settled_after_s=2.0, factor=1.0))
     for at_s, mb in ((0.5, 100.0), (1.9, 200.0), (1.0, 205.0)):
         world.now += at_s
         first.meter.see(mb)
     assert first.paused_s == pytest.approx(1.9), "205 is no growth worth the name"
     world.now += 0.9
-    world.admissions.refresh()
+    world.control.refresh()
     assert first.claim == (500, 0), "1.9 s since it grew"
     world.now += 0.2
-    world.admissions.refresh()
+    world.control.refresh()
     assert first.claim == (205, 0)
 
 
@@ -185,7 +185,7 @@ def test_what_needs_more_than_there_is_runs_alone() -> None:
     world = World()
     small, large = world.ask("small", 10), world.ask("large", 5 * TOTAL_MB)
     assert running(large) == [False]
-    world.admissions.leave(small)
+    world.control.leave(small)
     assert running(large) == [True]
     assert running(world.ask("next", 10)) == [False]
 
@@ -200,8 +200,8 @@ def test_nothing_is_left_of_claims_once_nothing_runs() -> None:
     world = World()
     tickets = [world.ask(str(number), 0.1) for number in range(50)]
     for ticket in tickets:
-        world.admissions.leave(ticket)
-    assert world.admissions.claimed_mb == 0
+        world.control.leave(ticket)
+    assert world.control.claimed_mb == 0
 
 
 def test_what_calls_may_have_beyond_what_they_usually_have_adds_up_as_of_independent_figures() -> None:
@@ -209,12 +209,12 @@ def test_what_calls_may_have_beyond_what_they_usually_have_adds_up_as_of_indepen
     need = Need(200, 400, 100, "measured")
     tickets = [world.ask(str(number), need=need) for number in range(7)]
     assert running(*tickets) == [True] * 6 + [False]
-    assert world.admissions.claimed_mb == pytest.approx(6 * 100 + 100 * math.sqrt(6))
-    world.admissions.leave(tickets[0])
-    assert world.admissions.claimed_mb == pytest.approx(6 * 100 + 100 * math.sqrt(6))
+    assert world.control.claimed_mb == pytest.approx(6 * 100 + 100 * math.sqrt(6))
+    world.control.leave(tickets[0])
+    assert world.control.claimed_mb == pytest.approx(6 * 100 + 100 * math.sqrt(6))
     for ticket in tickets[1:]:
-        world.admissions.leave(ticket)
-    assert world.admissions.claimed_mb == 0
+        world.control.leave(ticket)
+    assert world.control.claimed_mb == 0
 
 
 # Passing
@@ -239,7 +239,7 @@ def test_what_was_kept_is_free_once_the_one_that_waited_has_gone() -> None:
     world.now += PASSING_S + 1
     late = world.ask("late", 100)
     assert running(late) == [False]
-    world.admissions.withdraw(large)
+    world.control.withdraw(large)
     assert running(late) == [True]
 
 
@@ -249,7 +249,7 @@ def test_a_deadline_in_the_line_says_what_the_call_waited_for_and_lets_others_go
     large = world.ask("large", 800, deadline=world.now + 2 * PASSING_S)
     world.now += 2 * PASSING_S
     late = world.ask("late", 100)
-    world.admissions.expire(large)
+    world.control.expire(large)
     refusal = world.said["large"]
     assert isinstance(refusal, DeadlineError)
     needed = (
@@ -270,14 +270,14 @@ def test_workers_reserve_once_a_process_however_many_calls_they_have() -> None:
     world = World()
     calls = [world.ask(f"call {number}", key="overlay", need=workers()) for number in range(5)]
     assert all(running(*calls))
-    assert world.admissions.claimed_mb == 600
+    assert world.control.claimed_mb == 600
 
 
 def test_workers_that_stay_keep_their_claim_and_those_that_go_give_it_back() -> None:
     world = World()
     call = world.ask("call", need=workers())
     world.sample(shares={"overlay OPEN": Share(1, 250)})
-    world.admissions.leave(call)
+    world.control.leave(call)
     other = world.ask("other", 700)
     assert running(other) == [False]
     world.sample(shares={"overlay OPEN": Share(1, 250)})
@@ -288,7 +288,7 @@ def test_workers_that_stay_keep_their_claim_and_those_that_go_give_it_back() -> 
 
 def test_a_call_for_a_worker_that_is_there_needs_no_more_memory() -> None:
     world = World()
-    world.admissions.leave(world.ask("first", need=workers()))
+    world.control.leave(world.ask("first", need=workers()))
     world.ask("first again", need=workers())
     world.sample(shares={"overlay OPEN": Share(2, 500)})
     world.ask("full", ROOM_MB)
@@ -304,11 +304,11 @@ def test_overlays_that_wait_take_turns_however_many_calls_each_has() -> None:
     crowd = [world.ask(f"crowd {number}", key="crowd") for number in range(6)]
     few = [world.ask(f"few {number}", key="few") for number in range(2)]
     tickets = {ticket.place: ticket for ticket in (*crowd, *few)}
-    world.admissions.leave(first)
+    world.control.leave(first)
     for _ in range(5):
-        (current,) = world.admissions.running
+        (current,) = world.control.running
         assert current in tickets.values()
-        world.admissions.leave(current)
+        world.control.leave(current)
     assert world.started[1:6] == ["crowd 0", "few 0", "crowd 1", "few 1", "crowd 2"]
 
 
@@ -318,10 +318,10 @@ def test_turns_do_not_count_beyond_a_priority() -> None:
     for number in range(3):
         world.ask(f"high {number}", key="high", priority=9)
     world.ask("low", priority=2)
-    world.admissions.leave(first)
+    world.control.leave(first)
     for _ in range(3):
-        (current,) = world.admissions.running
-        world.admissions.leave(current)
+        (current,) = world.control.running
+        world.control.leave(current)
     assert world.started[1:] == ["high 0", "high 1", "high 2", "low"]
 
 
@@ -330,14 +330,14 @@ def test_an_overlay_that_comes_back_has_no_debt() -> None:
     first = world.ask("running")
     for number in range(4):
         world.ask(f"a {number}", key="a")
-    world.admissions.leave(first)
+    world.control.leave(first)
     for _ in range(4):
-        (current,) = world.admissions.running
-        world.admissions.leave(current)
+        (current,) = world.control.running
+        world.control.leave(current)
     blocking = world.ask("blocking")
     world.ask("a again", key="a")
     world.ask("b", key="b")
-    world.admissions.leave(blocking)
+    world.control.leave(blocking)
     assert world.started[-1] == "a again", "it came first"
 
 
@@ -375,18 +375,18 @@ def test_lasting_critical_stress_ends_the_youngest_of_the_lowest_priority_one_at
     world.sample()
     assert evicted["young low"].why == ["to free memory: the stress was 0.980 for 10.0 s"]
     assert not evicted["old low"].why, "one at a time"
-    world.admissions.leave(tickets["young low"])
+    world.control.leave(tickets["young low"])
     world.sample()
     assert not evicted["old low"].why, "what was freed has to show first"
     world.now += EVICTING_AGAIN_S
     world.sample()
     assert evicted["old low"].why
     world.stress = REFUSING_STRESS - 0.01
-    world.admissions.leave(tickets["old low"])
+    world.control.leave(tickets["old low"])
     world.now += EVICTING_AGAIN_S
     world.sample()
     assert not evicted["high"].why
-    assert world.admissions.evictions == 2
+    assert world.control.evictions == 2
 
 
 def test_meanwhile_nothing_of_equal_or_lower_priority_starts() -> None:
@@ -484,7 +484,7 @@ def test_what_runs_alone_is_let_in_beside_a_busy_service_too() -> None:
     world.now += 200
     second = world.ask("second", key="service", priority=0, need=service)
     assert running(large, second) == [False, False]
-    world.admissions.leave(first)
+    world.control.leave(first)
     world.sample()
     assert running(large, second) == [True, False]
 
@@ -493,7 +493,7 @@ def test_processes_in_common_reserve_what_the_largest_of_their_calls_needs() -> 
     world = World()
     world.ask("large", key="s", need=Need(700, 900, 700, "declared", shared="s"))
     small = world.ask("small", key="s", need=Need(10, 20, 10, "declared", shared="s"))
-    assert world.admissions.claimed_mb == 700
+    assert world.control.claimed_mb == 700
     other = world.ask("other", need=Need(5, 10, 5, "declared", shared="o"))
     larger = world.ask("larger", need=Need(800, 900, 800, "declared", shared="o"))
     assert running(small, other, larger) == [True, True, False]
@@ -503,13 +503,13 @@ def test_what_was_measured_takes_the_place_of_what_was_declared_while_calls_run(
     world = World()
     world.ask("first", key="s", need=Need(700, 900, 700, "declared", shared="s"))
     world.ask("second", key="s", need=Need(20, 900, 20, "measured", shared="s"))
-    assert world.admissions.claimed_mb == 20
+    assert world.control.claimed_mb == 20
 
 
 def test_a_place_that_was_kept_is_nobodys_once_nobody_waits() -> None:
     world = World()
     world.ask("running", 500)
-    world.admissions.withdraw(world.ask("large", 800))
+    world.control.withdraw(world.ask("large", 800))
     world.now += 10 * PASSING_S
     assert running(world.ask("small", 10)) == [True]
 
@@ -527,8 +527,8 @@ def test_calls_that_wait_for_the_stress_to_pass_hide_nobody_behind_them() -> Non
     world.now += 100
     higher = world.ask("higher", 100, priority=6)
     assert running(higher) == [False]
-    world.admissions.leave(next(iter(world.admissions.running)))
-    world.admissions.leave(next(iter(world.admissions.running)))
+    world.control.leave(next(iter(world.control.running)))
+    world.control.leave(next(iter(world.control.running)))
     assert running(higher) == [True]
 
 
@@ -536,16 +536,16 @@ def test_turns_that_were_had_while_others_expired_do_not_come_back() -> None:
     world = World(slots=1)
     blocking = world.ask("blocking")
     for number in range(3):
-        world.admissions.withdraw(world.ask(f"x gone {number}", key="x"))
+        world.control.withdraw(world.ask(f"x gone {number}", key="x"))
     for number in range(20):
         world.ask(f"y {number}", key="y")
-    world.admissions.leave(blocking)
+    world.control.leave(blocking)
     for _ in range(10):
-        world.admissions.leave(next(iter(world.admissions.running)))
+        world.control.leave(next(iter(world.control.running)))
     for number in range(4):
         world.ask(f"x {number}", key="x")
     for _ in range(6):
-        world.admissions.leave(next(iter(world.admissions.running)))
+        world.control.leave(next(iter(world.control.running)))
     assert sum(name.startswith("x") for name in world.started[-6:]) <= 4
     assert sum(name.startswith("y") for name in world.started[-6:]) >= 2
 
@@ -553,7 +553,7 @@ def test_turns_that_were_had_while_others_expired_do_not_come_back() -> None:
 def test_one_that_cannot_stay_may_come_again_at_once_where_nobody_waits() -> None:
     world = World()
     world.now += 3600
-    assert world.admissions.retry_after_s() == 1
+    assert world.control.retry_after_s() == 1
 
 
 # Whatever happens
@@ -583,36 +583,36 @@ def test_claims_stay_within_the_room_and_nobody_is_forgotten(moves: list[tuple[s
                     world.ask(f"call {len(world.said)}-{len(tickets)}", mb, key=f"key {which}", priority=priority)
                 )
             except OverloadError:
-                assert world.admissions.waiting == 20
+                assert world.control.waiting == 20
         elif move == "pass":
             world.now += which
             world.sample()
         elif tickets:
             ticket = tickets[which % len(tickets)]
             if move == "leave" and ticket.state == "running":
-                world.admissions.leave(ticket)
+                world.control.leave(ticket)
             elif move == "withdraw":
-                world.admissions.withdraw(ticket)
+                world.control.withdraw(ticket)
             elif move == "see" and ticket.state == "running":
                 ticket.meter.see(float(mb))
         check(world, tickets)
     for ticket in tickets:
-        world.admissions.withdraw(ticket)
-    while world.admissions.running:
-        world.admissions.leave(next(iter(world.admissions.running)))
-    assert (world.admissions.waiting, world.admissions.claimed_mb) == (0, 0)
-    assert world.admissions.report()["keys"] == {}
+        world.control.withdraw(ticket)
+    while world.control.running:
+        world.control.leave(next(iter(world.control.running)))
+    assert (world.control.waiting, world.control.claimed_mb) == (0, 0)
+    assert world.control.report()["keys"] == {}
 
 
 def check(world: World, tickets: list[Ticket]) -> None:
-    admissions = world.admissions
+    control = world.control
     active = [ticket for ticket in tickets if ticket.state == "running"]
-    assert list(admissions.running) == sorted(active, key=lambda ticket: list(admissions.running).index(ticket))
+    assert list(control.running) == sorted(active, key=lambda ticket: list(control.running).index(ticket))
     assert len(active) <= 6
-    assert admissions.waiting == sum(ticket.state == "waiting" for ticket in tickets)
-    assert admissions.claimed_mb == pytest.approx(sum(ticket.claim.mb for ticket in active))
+    assert control.waiting == sum(ticket.state == "waiting" for ticket in tickets)
+    assert control.claimed_mb == pytest.approx(sum(ticket.claim.mb for ticket in active))
     reserved_mb = [ticket.wish.need.mb for ticket in active if ticket.wish.need.mb >= 1]
     grown = any(ticket.meter.used_mb > ticket.wish.need.mb for ticket in active)
-    assert grown or len(reserved_mb) <= 1 or sum(reserved_mb) <= admissions.room_mb + 1
+    assert grown or len(reserved_mb) <= 1 or sum(reserved_mb) <= control.room_mb + 1
     if not active:
-        assert not admissions.waiting, "nothing runs, and yet somebody waits"
+        assert not control.waiting, "nothing runs, and yet somebody waits"

@@ -50,6 +50,7 @@ RUNNER_FLOORS = [
     ["output", "logs", "ports", "breaker", "http_client", "python_command", "strays", "seccomp"],
     ["exits", "sealed_file", "helper_errors", "cgroups"],
     ["wire", "probe", "contained", "purges", "faults", "scratch_root", "places"],
+    ["processes"],
     ["helper"],
     ["helpers", "confinement"],
     ["unstarted"],

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from runners.exits import Exit
-    from runners.helper import Process
+    from runners.processes import Process
 
 KERNEL_FILES = {
     "cgroup.controllers": "cpu memory pids\n",

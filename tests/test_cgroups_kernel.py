@@ -21,8 +21,9 @@ import pytest
 from runners.base import Code, HttpTarget, ProcessTarget, ServiceTarget
 from runners.cgroups import Cgroups, UnavailableError, find
 from runners.faults import ServiceError
-from runners.helper import AHEAD_AFTER, Script
+from runners.helper import AHEAD_AFTER
 from runners.helpers import Helpers, has_namespace
+from runners.processes import Script
 from runners.service import Pace
 from runners.services import Services
 from runners.worker_pool import WorkerPace
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
     from runners.exits import Exit
-    from runners.helper import Process
+    from runners.processes import Process
 
 HELD_MB = 32
 MORE_MB = 48

@@ -15,10 +15,11 @@ import pytest
 from runners import kernel, seccomp, tiers
 from runners.base import Code, Job, ProcessTarget, Rights
 from runners.confinement import CAPABILITIES, MECHANISMS, OPEN_FILES, RIGHTS, Confinement
-from runners.helper import LAUNCH, Home
+from runners.helper import LAUNCH
 from runners.helpers import Helpers
 from runners.kernel import Kernel, this_kernel
 from runners.process import ProcessRunner
+from runners.processes import Home
 from runners.tiers import Tiers
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ import pytest
 from runners import helper as helper_module
 from runners import python_command
 from runners.base import ProcessTarget, Rights
-from runners.helper import Home, Script
 from runners.helpers import Helpers, UnfitError
 from runners.process import ProcessRunner
+from runners.processes import Home, Script
 from tests.programs import make_job
 
 if TYPE_CHECKING:

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Collection
 
     from runners.exits import Exit
-    from runners.helper import Helper, Home, Process
+    from runners.helper import Helper
+    from runners.processes import Home, Process
 
 tokens = (f"token-{os.getpid()}-held-{number}-" for number in itertools.count())
 

@@ -36,8 +36,9 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import AsyncIterator, Iterator
 
-    from runners.helper import Helper, Home, Process
+    from runners.helper import Helper
     from runners.helpers import Pool
+    from runners.processes import Home, Process
 
 FORMS = ["namespace", "subreaper"]
 MODES = ["spawn", "fork"]

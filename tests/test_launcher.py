@@ -14,8 +14,8 @@ import pytest
 
 from runners import channel
 from runners import helper as module
-from runners.helper import Script
 from runners.helpers import Helpers
+from runners.processes import Script
 from tests.programs import family
 from tests.programs.a_home import ARGUMENTS, COMMAND, WITHOUT_LIST, a_home, with_token
 from tests.programs.hostile import ENDED

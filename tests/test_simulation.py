@@ -309,8 +309,8 @@ def test_this_bus_that_has_learned_knows_what_its_calls_need_before_the_first(pa
     new.run()
     assert before.basis == "measured"
     after = new.policy.needs.of("o.c", calls[0].profile)
-    assert before._replace(quiet_s=0.0) == after._replace(quiet_s=0.0)
-    assert before.quiet_s == pytest.approx(after.quiet_s)
+    assert before._replace(settled_after_s=0.0) == after._replace(settled_after_s=0.0)
+    assert before.settled_after_s == pytest.approx(after.settled_after_s)
 
 
 def test_this_bus_ends_what_has_more_than_its_hard(part: Callable[[str], Any]) -> None:

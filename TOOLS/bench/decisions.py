@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bus.admission import MARGIN, Admissions, Ticket, Wish  # noqa: E402
+from bus.admission import MARGIN, AdmissionControl, Ticket, Wish  # noqa: E402
 from bus.claims import Need  # noqa: E402
 
 if TYPE_CHECKING:
@@ -77,14 +77,14 @@ class Line:
         self.started: deque[Ticket] = deque()
         self._numbers = itertools.count()
         self._asked: dict[int, Ticket] = {}
-        self.admissions = Admissions(
+        self.control = AdmissionControl(
             slots=RUNNING if blocked == "slot" else 2 * RUNNING,
             queue_limit=2 * WAITING,
             stress=lambda: 0.0,
             clock=lambda: self.now,
         )
         self.sample()
-        while self.admissions.waiting < WAITING:
+        while self.control.waiting < WAITING:
             self.ask()
 
     def ask(self) -> None:
@@ -105,7 +105,7 @@ class Line:
             if refusal is None:
                 self.started.append(self._asked.pop(number))
 
-        ticket = self.admissions.ask(wish, decided)
+        ticket = self.control.ask(wish, decided)
         if ticket.state == "running":
             self.started.append(ticket)
         else:
@@ -117,15 +117,15 @@ class Line:
 
     def leave(self) -> None:
         """The call that has run for longest ends, and another starts in its place."""
-        self.admissions.leave(self.started.popleft())
+        self.control.leave(self.started.popleft())
 
     def refresh(self) -> None:
-        self.admissions.refresh()
+        self.control.refresh()
 
     def sample(self) -> None:
         """Nobody has looked at the calls yet, so all that they may have is free."""
         room_mb = RUNNING * CALL_MB if self.blocked == "memory" else TOTAL_MB
-        self.admissions.sampled(room_mb + MARGIN * TOTAL_MB, TOTAL_MB, {})
+        self.control.sampled(room_mb + MARGIN * TOTAL_MB, TOTAL_MB, {})
 
 
 def measure(blocked: Blocked, capabilities: int, calls: int) -> list[Found]:

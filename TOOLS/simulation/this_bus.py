@@ -13,7 +13,7 @@ from collections import deque
 from itertools import chain
 from typing import TYPE_CHECKING, cast
 
-from bus.admission import Admissions, Ticket, Wish
+from bus.admission import AdmissionControl, Ticket, Wish
 from bus.degradation import memory_block
 from bus.errors import BusError, DeadlineError
 from bus.memory import MIB, Reading, Room
@@ -44,7 +44,7 @@ class ThisBus:
         self.world = world
         self.needs = Needs()
         self.monitor = StressMonitor({}, read=self._reading, clock=world.clock)
-        self.admissions = Admissions(
+        self.control = AdmissionControl(
             slots=DEFAULTS.slots,
             queue_limit=DEFAULTS.queue_limit,
             stress=self._stress,
@@ -54,7 +54,7 @@ class ThisBus:
         self._is_refreshing = False
         self._applied: dict[Request, list[str]] = {}
         self.monitor.prime()
-        self.admissions.sampled(self.monitor.free_mb, self.monitor.total_mb, {})
+        self.control.sampled(self.monitor.free_mb, self.monitor.total_mb, {})
 
     def ask(self, request: Request) -> None:
         call = request.call
@@ -68,7 +68,7 @@ class ThisBus:
             need=self._need(request),
         )
         try:
-            ticket = self.admissions.ask(wish, lambda refusal: self._decided(request, refusal))
+            ticket = self.control.ask(wish, lambda refusal: self._decided(request, refusal))
         except BusError as refusal:
             self._decided(request, refusal)
             return
@@ -81,21 +81,21 @@ class ThisBus:
         ticket.meter.evict = None
         applied = tuple(self._applied.pop(request))
         self.needs.learn(request.call.key, Learned(request.mb(self.world.now), code, ticket.paused_s, applied))
-        self.admissions.leave(ticket)
+        self.control.leave(ticket)
 
     def expire(self, request: Request) -> None:
-        self.admissions.expire(_ticket(request))
+        self.control.expire(_ticket(request))
 
     def sampled(self) -> None:
         self.monitor.sample()
-        self.admissions.sampled(self.monitor.free_mb, self.monitor.total_mb, {})
+        self.control.sampled(self.monitor.free_mb, self.monitor.total_mb, {})
 
     def reserved_mb(self) -> float:
-        return self.admissions.claimed_mb
+        return self.control.claimed_mb
 
     def _need(self, request: Request) -> Need:
         """As `Bus._need` of a call with a process of its own."""
-        return self.needs.of(request.call.key, request.call.profile, room_mb=self.admissions.room_mb)
+        return self.needs.of(request.call.key, request.call.profile, room_mb=self.control.room_mb)
 
     def _stress(self) -> float:
         return self.monitor.value
@@ -159,7 +159,7 @@ class ThisBus:
 
     def _refresh(self) -> None:
         self._is_refreshing = False
-        self.admissions.refresh()
+        self.control.refresh()
 
 
 class LearnedBus(ThisBus):

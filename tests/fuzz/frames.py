@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 from runners import helper as helpers
 from runners.base import Rights
 from runners.contained import Contained
-from runners.helper import Helper, Home, Script
+from runners.helper import Helper
 from runners.helper_errors import AnotherWayError
+from runners.processes import Home, Script
 from tests.fuzz.campaign import Probe, Target
 from tests.fuzz.samples import damaged_bytes, scalars, to_bytes, values
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
     from hypothesis.strategies import DrawFn, SearchStrategy
 
-    from runners.helper import Process
+    from runners.processes import Process
 
 PROGRAMS = 3
 """The programs that run when the helper begins to say odd things: the numbers 1 to 3."""

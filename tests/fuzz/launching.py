@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from hypothesis import strategies as st
 
 from runners.base import Rights
-from runners.helper import Home
 from runners.helpers import Helpers
+from runners.processes import Home
 from tests.fuzz.campaign import HANG_S, Probe, Target
 
 if TYPE_CHECKING:

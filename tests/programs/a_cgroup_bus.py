@@ -12,8 +12,8 @@ import os
 import sys
 
 from runners.cgroups import Cgroups
-from runners.helper import Script
 from runners.helpers import Helpers
+from runners.processes import Script
 from tests.programs import FOLDER
 from tests.programs.a_home import INTERPRETER, a_home
 

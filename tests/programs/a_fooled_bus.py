@@ -6,8 +6,8 @@ import asyncio
 import sys
 from pathlib import Path
 
-from runners.helper import Script
 from runners.helpers import Helpers
+from runners.processes import Script
 from tests.programs.a_home import a_home
 
 

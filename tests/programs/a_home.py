@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from runners.base import Rights
-from runners.helper import LAUNCH, Home, Script
+from runners.helper import LAUNCH
+from runners.processes import Home, Script
 from tests import programs
 
 INTERPRETER = (sys.executable, "-I", "-S")
