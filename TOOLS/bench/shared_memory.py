@@ -10,10 +10,11 @@ under the same referee (`referee.py`), which kills the largest process whenever 
                      that is a count, limit / SOFT
     the ancestor     40 at once, the threads of its web framework: its rule sets flags and holds nothing back
     no admission     all at once
-    an oracle        knows each call's size before, and starts what fits: what could be had
+    an oracle        knows each call's size before, and starts what fits, high priority first: what could be had
 
 Sizes are heavy-tailed (bounded Pareto) and come in batches, as documents do: a Markov chain between light calls and
-heavy ones. A call that was killed is sent again by its client; one in ten has a high priority and a deadline.
+heavy ones. A call that was killed is sent again by its client; one in ten has a high priority and a deadline, after
+which its client gives up.
 """
 
 from __future__ import annotations
@@ -304,6 +305,8 @@ class _Clients:
         self._url = url
         self._run = Run(policy)
         self._free_mb = plan.limit_mb if policy.knows else math.inf
+        self._first = 0
+        """How many of high priority are held back."""
         self._changed = asyncio.Condition()
 
     async def send(self, calls: Sequence[Call]) -> Run:
@@ -327,22 +330,20 @@ class _Clients:
                 self._run.done += 1
                 self._run.waits_s.append(time.monotonic() - came - call.hold_s)
                 break
-            if not answer["retryable"]:
+            if not answer["retryable"] or _left_s(call, came) <= 0:
                 self._run.lost += 1
                 break
         else:
             self._run.lost += 1
-        if call.high and time.monotonic() - came > DEADLINE_S:
-            self._run.late += 1
+        self._run.late += call.high and _left_s(call, came) < 0
         await self._let_go(call)
 
     async def _post(self, session: aiohttp.ClientSession, call: Call, came: float) -> dict[str, Any]:
-        left_s = (DEADLINE_S if call.high else PATIENCE_S) - (time.monotonic() - came)
         body = {
             "phase": "OPEN",
             "data": {"mb": call.mb, "hold_s": call.hold_s},
             "profile": f"{RUNE}{HIGH if call.high else ORDINARY}",
-            "timeout_ms": max(1, round(left_s * 1000)),
+            "timeout_ms": max(1, round(_left_s(call, came) * 1000)),
         }
         try:
             async with session.post(self._url, json=body) as response:
@@ -354,13 +355,21 @@ class _Clients:
     async def _hold_back(self, call: Call) -> None:
         """What an oracle does: it lets a call go when its memory is there."""
         async with self._changed:
-            await self._changed.wait_for(lambda: self._free_mb >= call.mb + OWN_MB)
+            self._first += call.high
+            await self._changed.wait_for(lambda: self._free_mb >= call.mb + OWN_MB and (call.high or not self._first))
+            self._first -= call.high
             self._free_mb -= call.mb + OWN_MB
+            self._changed.notify_all()  # the others need not wait for this one any more
 
     async def _let_go(self, call: Call) -> None:
         async with self._changed:
             self._free_mb += call.mb + OWN_MB
             self._changed.notify_all()
+
+
+def _left_s(call: Call, came: float) -> float:
+    """Seconds for which a client still waits."""
+    return came + (DEADLINE_S if call.high else PATIENCE_S) - time.monotonic()
 
 
 def _of_declared(declared: Declared) -> str:
