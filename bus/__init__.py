@@ -19,7 +19,8 @@ written to a hash-chained ledger. Read `dispatch` first: `Bus.invoke` is the sto
                         memory (what the kernel tells) and stress_sources (what plug-ins say)
     runners/            a process or an HTTP service: job in, outcome out
     ledger, provenance  writing and reading the ledger; chain is its file, filesync makes it last, records says what a
-                        line is, canonical its JSON
+                        line is, canonical its JSON; merkle is the tree over its lines, checkpoints what it says of
+                        that now and then, in notes signed with the ledger_key; proofs come from it
     replay              a line run again through the same Bus, and the verdict
 
 Around it: plugins and hookspecs (the plugin API), metrics (a plugin); events (what is told to who listens); settings,

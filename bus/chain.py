@@ -1,4 +1,4 @@
-"""The ledger's file: one lock that every process takes, a chain of lines, and an end that is always whole.
+"""The ledger's file: one lock that every process takes, a chain of lines and their tree, an end that is always whole.
 
 A group of records is written at once. What a failed write left is cut off again, so the file holds whole lines that
 were answered, and at most one group that was not.
@@ -13,9 +13,21 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from bus.checkpoints import TYPE, Checkpoints, tree_of
+from bus.merkle import Frontier
 from bus.model import now_ms
 from bus.provenance import end_of_lines, first_line, lines_backwards, lock_path
-from bus.records import GENESIS, check, draft, environment_hash, is_foreign, parse_or_none
+from bus.records import (
+    GENESIS,
+    BrokenLineError,
+    check,
+    draft,
+    environment_hash,
+    hash_in,
+    is_foreign,
+    parse,
+    parse_or_none,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +37,9 @@ if TYPE_CHECKING:
 
 FILE_MODE = 0o640
 PROBE_BYTES = 4096
+CHECKPOINT_MARK = b'"type":"checkpoint"'
+"""Stands in every checkpoint's line, and may stand in others."""
+
 _RECENT_BYTES = 1 << 18
 _log = logging.getLogger(__name__)
 
@@ -32,32 +47,44 @@ Fsync = Literal["always", "batch", "never"]
 
 
 class Receipt(NamedTuple):
-    """Where a record stands. `tree_size` is the number of lines in the ledger once its group was written."""
+    """Where a record stands. `tree_size` is the number of lines in the ledger once its group was written.
+
+    `checkpoint` is the signed note of the tree of that size, None without a key.
+    """
 
     seq: int
     hash: str
     tree_size: int
+    checkpoint: str | None = None
 
 
 class Group:
     """Lines for one write, chained to what is in the file; `places` has where each of its records will stand."""
 
-    def __init__(self, seq: int, prev: str, *, environment_stands: bool) -> None:
-        self.seq = seq
+    def __init__(self, tree: Frontier, prev: str, *, environment_stands: bool) -> None:
+        self.tree = tree
         self.prev = prev
         self.environment_stands = environment_stands
         self.places: list[tuple[int, str]] = []
         self.text = bytearray()
+        self.checkpoint_seq: int | None = None
+        self.note: str | None = None
+
+    @property
+    def seq(self) -> int:
+        """Of its last line."""
+        return self.tree.size
 
     def add(self, draft: Draft) -> tuple[int, str]:
         """Chain one more; gives its seq and hash."""
-        self.seq += 1
-        line, self.prev = draft.line(self.seq, self.prev)
+        line, digest = draft.line(self.tree.size + 1, self.prev)
+        self.tree.append(digest)
+        self.prev = digest.hex()
         self.text += line
-        return self.seq, self.prev
+        return self.tree.size, self.prev
 
     def receipts(self) -> list[Receipt]:
-        return [Receipt(seq, hash_, self.seq) for seq, hash_ in self.places]
+        return [Receipt(seq, hash_, self.tree.size, self.note) for seq, hash_ in self.places]
 
 
 class Chain:
@@ -66,8 +93,11 @@ class Chain:
     Every method raises `OSError` where the file system refuses, and leaves what it knows right, or unknown.
     """
 
-    def __init__(self, path: Path, fsync: Fsync, environment: Mapping[str, Any]) -> None:
-        self.seq = 0
+    def __init__(
+        self, path: Path, fsync: Fsync, environment: Mapping[str, Any], checkpoints: Checkpoints | None = None
+    ) -> None:
+        self._tree = Frontier()
+        self._checkpoints = checkpoints or Checkpoints(path)
         self._path = path
         self._lock_path = lock_path(path)
         self._fsync = fsync
@@ -85,6 +115,11 @@ class Chain:
         self._prev = GENESIS
         self._environment_stands = False
         self._owed: list[Draft] = []
+
+    @property
+    def seq(self) -> int:
+        """Of the last line that is known."""
+        return self._tree.size
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -115,16 +150,20 @@ class Chain:
     def unlock(self) -> None:
         fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
 
-    def extend(self, drafts: Sequence[Draft]) -> list[Receipt]:
+    def extend(self, drafts: Sequence[Draft], *, with_checkpoint: bool = False) -> list[Receipt]:
         """Write a group and make it last. All of it is in the file then, or nothing."""
-        group = self.write(drafts)
+        group = self.write(drafts, with_checkpoint=with_checkpoint)
         with self.or_cut_back():
             self.sync(group)
         return self.settle(group)
 
-    def write(self, drafts: Sequence[Draft]) -> Group:
+    def wants_checkpoint(self, *, at_end: bool = False) -> bool:
+        """Whether there is to be a checkpoint, as far as is known; `at_end` is whether this writer is about to end."""
+        return self._checkpoints.are_due(self.seq, at_end=at_end)
+
+    def write(self, drafts: Sequence[Draft], *, with_checkpoint: bool = False) -> Group:
         """Write a group; it counts only once it is settled."""
-        group = Group(self.seq, self._prev, environment_stands=self._environment_stands)
+        group = Group(self._tree.copy(), self._prev, environment_stands=self._environment_stands)
         for owed in self._owed:
             group.add(owed)
         for one in drafts:
@@ -132,6 +171,10 @@ class Chain:
             if not group.environment_stands and one.environment_hash == self._environment_hash:
                 group.add(self._environment)
                 group.environment_stands = True
+        if with_checkpoint or self._checkpoints.are_due(group.seq):
+            group.checkpoint_seq, _ = group.add(self._checkpoints.draft(group.tree))
+        if group.places:
+            group.note = self._checkpoints.note(group.tree)
         with self.or_cut_back():
             write_all(self._fd, group.text)
         return group
@@ -150,9 +193,12 @@ class Chain:
 
     def settle(self, group: Group) -> list[Receipt]:
         """A group that was written and synced counts from now on. Gives where each record stands."""
-        self.seq, self._prev, self._environment_stands = group.seq, group.prev, group.environment_stands
+        self._tree, self._prev, self._environment_stands = group.tree, group.prev, group.environment_stands
         self._size += len(group.text)
         self._owed.clear()
+        if group.checkpoint_seq is not None:
+            self._checkpoints.stands(group.checkpoint_seq)
+            self._checkpoints.keep()
         return group.receipts()
 
     def _cut_back(self) -> None:
@@ -225,7 +271,8 @@ class Chain:
         self._fd = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
         status = os.fstat(self._fd)
         self._identity = _identity(status)
-        self._size, self.seq, self._prev = 0, 0, GENESIS
+        self._size, self._tree, self._prev = 0, Frontier(), GENESIS
+        self._checkpoints.stands(0)
         self._environment_stands = False
         return status
 
@@ -240,14 +287,42 @@ class Chain:
 
     def _read_end(self, size: int) -> None:
         end = self._sound_end(size)
-        seq, prev = 0, GENESIS
-        if end > 0:
-            last = check(next(lines_backwards(self._fd, end)))
-            seq, prev = last["seq"], last["hash"]
+        if not 0 < self._size <= end or not self._read_on(end):
+            self._read_back(end)
         if end < size:
-            self._cut_tail(end, size, seq + 1)
-        self._size, self.seq, self._prev = end, seq, prev
+            self._cut_tail(end, size, self.seq + 1)
         self._environment_stands = self._environment_stands or self._finds_environment(end)
+
+    def _read_on(self, end: int) -> bool:
+        """Take in what others have appended; False where that does not go on from what is known."""
+        lines = os.pread(self._fd, end - self._size, self._size).splitlines(keepends=True)
+        if not lines:
+            return True
+        tree, checkpoint_seq = self._tree.copy(), None
+        for line in lines:
+            tree.append(hash_in(line))
+            if CHECKPOINT_MARK in line and parse(line)["type"] == TYPE:
+                checkpoint_seq = tree.size
+        first, last = parse(lines[0]), check(lines[-1])
+        if (first.get("prev"), first["seq"], last["seq"]) != (self._prev, self.seq + 1, tree.size):
+            return False
+        self._size, self._tree, self._prev = end, tree, last["hash"]
+        if checkpoint_seq is not None:
+            self._checkpoints.stands(checkpoint_seq)
+        return True
+
+    def _read_back(self, end: int) -> None:
+        """Learn from the end of the file what the ledger is."""
+        tree, prev, checkpoint_seq = Frontier(), GENESIS, 0
+        if end > 0:
+            backwards = lines_backwards(self._fd, end)
+            last = check(next(backwards))
+            prev = last["hash"]
+            tree, checkpoint_seq = tree_of(itertools.chain((last,), map(parse, backwards)))
+            if tree.size != last["seq"]:
+                raise BrokenLineError("seq", f"it says seq {last['seq']}, and {tree.size} lines are there")
+        self._size, self._tree, self._prev = end, tree, prev
+        self._checkpoints.stands(checkpoint_seq)
 
     def _sound_end(self, size: int) -> int:
         """The end of the last whole line. After a power loss, a block that never reached the disk reads as NULs."""

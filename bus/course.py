@@ -165,6 +165,7 @@ class Course:
             "seq": receipt.seq,
             "hash": receipt.hash,
             "tree_size": receipt.tree_size,
+            "checkpoint": receipt.checkpoint,
             "run_id": self.run_id,
             "environment_hash": record["environment_hash"],
             "deterministic": record["deterministic"],

@@ -26,6 +26,7 @@ from bus.degradation import memory_block
 from bus.errors import BusError, DeniedError
 from bus.events import Events
 from bus.ledger import Ledger, LedgerError
+from bus.ledger_key import LedgerKey
 from bus.model import Phase, Told, now_ms
 from bus.needs import RECALLED, RECALLED_BYTES, Learned, Needs, is_external
 from bus.overlays import Registry
@@ -116,11 +117,13 @@ class Bus:
         self.events = Events()
         self.environment = collect_environment(settings.overlays.parent)
         self.environment_hash = environment_hash(self.environment)
+        self.ledger_key = LedgerKey(settings.state)
         self.ledger = Ledger(
             settings.ledger,
             fsync=settings.fsync,
             environment=self.environment,
             more=lambda: self.scheduler.running > 0,
+            signer=self.ledger_key.signer(),
         )
         self._resolved: dict[tuple[str, str | None], Resolved] = {}
         self._sandboxes: dict[Sandbox, Mapping[str, Any]] = {}
@@ -146,7 +149,7 @@ class Bus:
         if self.is_started:
             return
         self.registry.load()
-        self.ledger.open()
+        self.ledger.open(serves=watch)
         self.stress.prime()
         self._take_sample()
         if watch:

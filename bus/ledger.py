@@ -20,6 +20,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bus.chain import FILE_MODE, PROBE_BYTES, Chain, Fsync, Group, Receipt, write_all
+from bus.checkpoints import Checkpoints
 from bus.errors import OverloadError
 from bus.filesync import FileSync
 from bus.records import BrokenLineError, draft_call
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from bus.model import Record
+    from bus.notes import Signer
     from bus.records import Draft
 
 __all__ = ["Fsync", "Ledger", "LedgerError", "Receipt"]
@@ -107,14 +109,19 @@ class Ledger:
         fsync: Fsync,
         environment: Mapping[str, Any],
         more: Callable[[], bool] = lambda: True,
+        signer: Signer | None = None,
     ) -> None:
-        """`more` says whether records may be on their way: where none are, a group is not kept waiting for any."""
+        """`more` says whether records may be on their way: where none are, a group is not kept waiting for any.
+
+        With a `signer` every answer's receipt has a signed note of the tree that its line is in.
+        """
         self.path = path
         self.reason: str | None = "the ledger is not open"
         self.hint: str | None = None
         self._fsync = fsync
         self._more = more
-        self._chain = Chain(path, fsync, environment)
+        self._checkpoints = Checkpoints(path, signer)
+        self._chain = Chain(path, fsync, environment, self._checkpoints)
         self._writing = threading.Lock()
         self._gate = threading.Lock()
         self._waiting: list[_Waiting] = []
@@ -137,12 +144,14 @@ class Ledger:
         """Lines in the ledger, as far as this process knows: others may have appended since its last write."""
         return self._chain.seq
 
-    def open(self) -> None:
+    def open(self, *, serves: bool = False) -> None:
         """Make the folder and the file, heal a torn tail, move another program's log aside, start the writer.
 
-        A failure leaves it unhealthy, and trying. A forked child opens a ledger of its own.
+        A failure leaves it unhealthy, and trying. A forked child opens a ledger of its own. One that `serves` writes
+        checkpoints also when time has passed, and when it is closed.
         """
         self._pid = os.getpid()
+        self._checkpoints.serves = serves
         if self._fsync == "batch":
             with contextlib.suppress(OSError):  # the thread syncs then
                 self._kernel = FileSync()
@@ -202,14 +211,16 @@ class Ledger:
     def _attempt(self, step: Callable[[], None]) -> None:
         """Do something with the file, unless it was closed, and note whether that went well."""
         with self._writing:
-            if self._thread is None:
-                return
-            try:
-                step()
-            except (OSError, BrokenLineError) as error:
-                self._note_failure(error)
-            else:
-                self.reason = self.hint = None
+            if self._thread is not None:
+                self._do(step)
+
+    def _do(self, step: Callable[[], None]) -> None:
+        try:
+            step()
+        except (OSError, BrokenLineError) as error:
+            self._note_failure(error)
+        else:
+            self.reason = self.hint = None
 
     def _recover(self) -> None:
         """Also tries to write: a process that makes one call has no line before it that would have told."""
@@ -223,6 +234,12 @@ class Ledger:
             if not self.healthy:
                 self._chain.rehearse()
             self._chain.extend(())
+
+    def _checkpoint(self, *, at_end: bool = False) -> None:
+        """Unless another process has written one meanwhile."""
+        with self._chain.locked():
+            if self._chain.wants_checkpoint(at_end=at_end):
+                self._chain.extend((), with_checkpoint=True)
 
     def _try_beside(self) -> None:
         path = self.path.with_name(f"{self.path.name}.probe-{os.getpid()}")
@@ -381,6 +398,9 @@ class Ledger:
         while self._waiting:
             self._writing.acquire()
             self._write(self._take())
+        if self.healthy and self._chain.wants_checkpoint(at_end=True):
+            with self._writing:
+                self._do(partial(self._checkpoint, at_end=True))
 
     def _run(self) -> None:
         """The thread: one step after the other."""
@@ -400,6 +420,8 @@ class Ledger:
             self._land(left)
         if not self.healthy:
             self.probe()
+        elif self._chain.wants_checkpoint():
+            self._attempt(self._checkpoint)
         self._flush()
 
     def _answer(self, group: Sequence[_Waiting], answers: Sequence[Receipt | LedgerError]) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
 from bus.errors import NotFoundError
-from bus.records import GENESIS, BrokenLineError, check, parse, parse_or_none
+from bus.records import GENESIS, BrokenLineError, check, hash_in, parse, parse_or_none
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
@@ -67,6 +67,12 @@ def iter_lines(path: Path, start: int = 1) -> Iterator[Record]:
         while line.endswith(b"\n"):
             yield parse(line)
             line = file.readline()
+
+
+def iter_hashes(path: Path) -> Iterator[bytes]:
+    """The 32 bytes of the hash that each whole line holds, from line 1 on. Raises `BrokenLineError` at one without."""
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        yield from (hash_in(line) for line in _lines_until(file, _size_at_rest(path, file)) if line.endswith(b"\n"))
 
 
 def tail(

@@ -8,7 +8,9 @@ no text can look like the member; and `draft` refuses a record in which an objec
 
 from __future__ import annotations
 
+import hashlib
 import platform
+import re
 import subprocess
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -30,7 +32,7 @@ GENESIS = "0" * 64
 
 _GIT_TIMEOUT_S = 2
 
-FaultKind = Literal["torn", "json", "hash", "form", "seq", "chain"]
+FaultKind = Literal["torn", "json", "hash", "form", "seq", "chain", "tree"]
 
 
 class BrokenLineError(OperatorError):
@@ -52,6 +54,8 @@ _CALL: Mapping[str, Any] = dict.fromkeys((
 ))  # fmt: skip
 _STORED = frozenset({"payload", "result"})
 _HASH_MEMBER = b'"hash":'
+_HASH_START = b'"hash":"'
+_HELD_HASH = re.compile(rb'"hash":"([0-9a-f]{64})",')
 _EVERY: Mapping[str, type] = {"seq": int, "type": str, "timestamp_ms": int, "hash": str}
 _CALL_TYPES = frozenset({"invoke", "denied", "replay"})
 
@@ -70,11 +74,11 @@ class Draft(NamedTuple):
         """Bytes, but for what goes between."""
         return len(self.to_hash) + len(self.to_prev) + len(self.to_seq) + len(self.rest)
 
-    def line(self, seq: int, prev: str) -> tuple[bytes, str]:
-        """The line with its newline, and its hash."""
+    def line(self, seq: int, prev: str) -> tuple[bytes, bytes]:
+        """The line with its newline, and the 32 bytes of its hash."""
         after = b'%b"%b"%b%d%b' % (self.to_prev, prev.encode(), self.to_seq, seq, self.rest)
-        hash_ = sha256_hex(self.to_hash + after)
-        return b'%b"hash":"%b",%b\n' % (self.to_hash, hash_.encode(), after), hash_
+        digest = hashlib.sha256(self.to_hash + after).digest()
+        return b'%b"hash":"%b",%b\n' % (self.to_hash, digest.hex().encode(), after), digest
 
 
 def draft(members: Mapping[str, Any]) -> Draft:
@@ -146,9 +150,16 @@ def check(line: bytes, seq: int | None = None, prev: str | None = None) -> Recor
     return record
 
 
+def hash_in(line: bytes) -> bytes:
+    """The 32 bytes of the hash that a line holds, right or wrong. Raises `BrokenLineError` where it holds none."""
+    if (found := _HELD_HASH.search(line)) is None:
+        raise BrokenLineError("hash", "it holds no hash")
+    return bytes.fromhex(found[1].decode())
+
+
 def _hash_of(line: bytes) -> str | None:
     """The hash of a line that ends with a newline; None where it has no member `hash` as one is written."""
-    start = line.find(b'"hash":"')
+    start = line.find(_HASH_START)
     end = start + 74
     if start < 0 or line[end - 2 : end] != b'",':
         return None

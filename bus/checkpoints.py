@@ -1,0 +1,147 @@
+"""Checkpoints: now and then the ledger says how many lines it has and what the root of their Merkle tree is.
+
+A checkpoint is a line of the ledger, and with a key it is signed as well: then it also lies in a folder beside the
+ledger, as a signed note (C2SP signed-note and tlog-checkpoint), to be kept where nobody who can write the ledger can.
+The line holds the hashes of the tree's perfect subtrees too: who opens the ledger reads back to the last of these
+lines and no further.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+from bus.merkle import Frontier
+from bus.model import now_ms
+from bus.records import BrokenLineError, draft
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from pathlib import Path
+
+    from bus.model import Record
+    from bus.notes import Signer
+    from bus.records import Draft
+
+TYPE = "checkpoint"
+FOLDER = "checkpoints"
+LINES = 1000
+"""After so many lines a checkpoint is written."""
+
+AFTER_S = 60.0
+"""After so many seconds a server writes one, if there was a line since the last."""
+
+KEPT = 1000
+"""How many signed notes the folder keeps, the newest; all of them stand in the ledger."""
+
+_DIGITS = 12
+_log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """When the ledger at `path` gets a checkpoint, and what stands in it. `signer` is None where there is no key."""
+
+    def __init__(
+        self, path: Path, signer: Signer | None = None, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._folder = path.parent / FOLDER
+        self._signer = signer
+        self.serves = False
+        """Whether this is a server's ledger."""
+        self._clock = clock
+        self._last_seq = 0
+        self._due_at = clock() + AFTER_S
+        self._unkept: tuple[int, str] | None = None
+
+    def note(self, tree: Frontier) -> str | None:
+        """The signed note of a tree; None without a key, and of a tree without lines."""
+        return None if self._signer is None or not tree.size else self._signer.checkpoint(tree.size, tree.root())
+
+    def are_due(self, size: int, *, at_end: bool = False) -> bool:
+        """Whether a ledger of so many lines is to get one; never where nothing came since the last.
+
+        For their number; of a server also for the time that has passed, and `at_end`.
+        """
+        more = size - self._last_seq
+        if more < LINES and self.serves:
+            return more > 0 and (at_end or self._clock() >= self._due_at)
+        return more >= LINES
+
+    def draft(self, tree: Frontier) -> Draft:
+        """The line that says what comes before it."""
+        note = self.note(tree)
+        if note is not None:
+            self._unkept = tree.size, note
+        return draft({
+            "type": TYPE,
+            "timestamp_ms": now_ms(),
+            "size": tree.size,
+            "root": tree.root().hex(),
+            "nodes": [node.hex() for node in tree.nodes],
+            "note": note,
+        })  # fmt: skip
+
+    def stands(self, seq: int) -> None:
+        """The line of the last one stands in the ledger, at `seq`."""
+        self._last_seq = seq
+        self._due_at = self._clock() + AFTER_S
+
+    def keep(self) -> None:
+        """Put the note of the last one into the folder. Where that cannot be, it stands in the ledger all the same."""
+        if self._unkept is None:
+            return
+        size, note = self._unkept
+        self._unkept = None
+        try:
+            self._write(size, note)
+            self._prune()
+        except OSError as error:
+            _log.warning("the note of %d lines is not in %s: %s", size, self._folder, error)
+
+    def _write(self, size: int, note: str) -> None:
+        self._folder.mkdir(exist_ok=True)
+        path = self._folder / f"{size:0{_DIGITS}}"
+        temporary = path.with_name(f".{path.name}-{os.getpid()}")
+        temporary.write_text(note, "utf-8")
+        temporary.replace(path)
+
+    def _prune(self) -> None:
+        notes = sorted(name for name in os.listdir(self._folder) if name.isdecimal())  # noqa: PTH208  # names alone
+        for name in notes[:-KEPT]:
+            (self._folder / name).unlink(missing_ok=True)
+
+
+def tree_of(lines_backwards: Iterable[Record]) -> tuple[Frontier, int]:
+    """The tree of all lines, given the last first, and the seq of the last checkpoint; 0 where there is none.
+
+    No line before that is asked for. Raises `BrokenLineError` for a checkpoint whose subtrees have another root.
+    """
+    later: list[bytes] = []
+    tree, last_seq = Frontier(), 0
+    for record in lines_backwards:
+        later.append(bytes.fromhex(record["hash"]))
+        if record["type"] == TYPE:
+            tree, last_seq = tree_in(record), record["seq"]
+            break
+    for leaf in reversed(later):
+        tree.append(leaf)
+    return tree, last_seq
+
+
+def tree_in(record: Record) -> Frontier:
+    """The tree that a checkpoint's line tells of. Raises `BrokenLineError` where it does not make sense."""
+    try:
+        tree = Frontier(_whole(record["size"]), map(bytes.fromhex, record["nodes"]))
+        if tree.root().hex() == record["root"] and tree.size == record["seq"] - 1:
+            return tree
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise BrokenLineError("tree", "its subtrees do not make the root that it names, of the lines before it")
+
+
+def _whole(size: Any) -> int:  # noqa: ANN401
+    if type(size) is not int:
+        raise TypeError(size)
+    return size
