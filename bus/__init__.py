@@ -20,13 +20,14 @@ written to a hash-chained ledger. Read `dispatch` first: `Bus.invoke` is the sto
     runners/            a process or an HTTP service: job in, outcome out
     ledger, provenance  writing and reading the ledger; chain is its file, filesync makes it last, records says what a
                         line is, canonical its JSON; merkle is the tree over its lines, checkpoints what it says of
-                        that now and then, in notes signed with the ledger_key; proofs come from it
+                        that now and then, in notes signed with the ledger_key; proofs come from it,
+                        and verification holds all against all
     replay              a line run again through the same Bus, and the verdict
 
 Around it: plugins and hookspecs (the plugin API), metrics (a plugin); events (what is told to who listens); settings,
 errors, schemas, model, resources, private_file (what only the operator may read); and the command line: cli,
-cli_overlays, cli_profile, cli_runes, cli_ledger, cli_callers, cli_stress (with stress_watch and plot), console, serve
-(serving says where it is), remote (what a server is asked), doctor, templates.
+cli_overlays, cli_profile, cli_runes, cli_ledger, cli_proofs, cli_callers, cli_stress (with stress_watch and plot),
+console, serve (serving says where it is), remote (what a server is asked), doctor, templates.
 """
 
 from bus.hookspecs import hookimpl

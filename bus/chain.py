@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from bus.model import Record
     from bus.records import Draft
 
 FILE_MODE = 0o640
@@ -318,7 +319,7 @@ class Chain:
             backwards = lines_backwards(self._fd, end)
             last = check(next(backwards))
             prev = last["hash"]
-            tree, checkpoint_seq = tree_of(itertools.chain((last,), map(parse, backwards)))
+            tree, checkpoint_seq = tree_of(itertools.chain((last,), map(_told, backwards)))
             if tree.size != last["seq"]:
                 raise BrokenLineError("seq", f"it says seq {last['seq']}, and {tree.size} lines are there")
         self._size, self._tree, self._prev = end, tree, prev
@@ -378,6 +379,12 @@ class Chain:
         except OSError:
             self._cut_back()
             raise
+
+
+def _told(line: bytes) -> Record:
+    """The record of a line, checked where much is built on it. Raises `BrokenLineError`."""
+    record = parse(line)
+    return check(line) if record["type"] == TYPE else record
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:

@@ -18,7 +18,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bus import cli_callers, cli_ledger, cli_overlays, cli_profile, cli_runes, cli_stress, resources, templates
+from bus import (
+    cli_callers,
+    cli_ledger,
+    cli_overlays,
+    cli_profile,
+    cli_proofs,
+    cli_runes,
+    cli_stress,
+    resources,
+    templates,
+)
 from bus.console import (
     AsJson,
     Exit,
@@ -61,7 +71,7 @@ Exit codes: 0 ok, 1 the call or check failed, 2 usage, 3 not replayable, 4 the l
 app = make_app(_ABOUT)
 cli_overlays.app.command()(cli_profile.profile)
 app.add_typer(cli_overlays.app, name="overlays")
-app.add_typer(cli_ledger.app, name="provenance")
+app.add_typer(cli_proofs.app, name="provenance")
 app.add_typer(cli_runes.app, name="runes")
 app.add_typer(cli_callers.tokens, name="token")
 app.add_typer(cli_callers.secrets, name="secret")

@@ -1,4 +1,4 @@
-"""`aal provenance` reads and verifies the ledger; `aal replay` runs its lines again."""
+"""`aal provenance` reads the ledger (cli_proofs has what verifies it); `aal replay` runs its lines again."""
 
 # ruff: noqa: PLC0415  # what is slow to import is imported by the command that needs it: `aal --help` stays quick
 
@@ -18,11 +18,9 @@ import typer
 from bus.console import (
     AsJson,
     Exit,
-    complain,
     err,
     make_app,
     mark,
-    out,
     print_json,
     print_pretty,
     print_table,
@@ -37,7 +35,6 @@ from bus.model import Record
 
 if TYPE_CHECKING:
     from bus.local import LocalBus
-    from bus.provenance import VerifyReport
     from bus.replay import Replay
 
 app = make_app("Read and verify the ledger.")
@@ -123,48 +120,6 @@ def show(
         _print_line(record)
     else:
         print_pretty(record)
-
-
-@app.command()
-def verify(ctx: typer.Context, as_json: AsJson = False) -> None:
-    """Check every line: JSON, hash, number, and the hash of the line before. Exit 4 at the first that is bad.
-
-    Example: aal provenance verify
-    """
-    report = _verify(_ledger(ctx))
-    if as_json:
-        print_json(
-            {
-                "ok": report.ok,
-                "lines": report.lines,
-                "head_hash": report.head_hash,
-                "first_bad": report.first_bad,
-                "fault": report.fault,
-                "reason": report.reason,
-            }
-        )
-    elif report.ok:
-        out().print(mark("ok"), f"{report.lines} lines, head {report.head_hash}", soft_wrap=True)
-    else:
-        hint = f"The {report.lines} before it are good; the last of them has the hash {report.head_hash}."
-        complain("ERR_LEDGER_BROKEN", f"line {report.first_bad}: {report.reason}", hint)
-    if not report.ok:
-        raise typer.Exit(Exit.LEDGER_BROKEN)
-
-
-def _verify(path: Path) -> "VerifyReport":
-    """Verify with a count on the terminal."""
-    from rich.progress import Progress, SpinnerColumn, TextColumn
-
-    from bus import provenance
-
-    console = err()
-    columns = (SpinnerColumn(), TextColumn("{task.completed:,.0f} lines"))
-    if not path.exists():
-        raise NotFoundError("ERR_NOT_FOUND", f"there is no ledger {path}", hint=_NO_CALL_YET)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=None)
-        return provenance.verify(path, lambda lines: progress.update(task, completed=lines))
 
 
 def _read_line(path: Path, seq: int) -> Record:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bus import memory as memory_files
-from bus import provenance, records
+from bus import provenance, records, verification
 from bus.plugins import tiers_of
 from bus.policy import PHASES
 from runners import cgroups, trial
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from bus.overlays import Entry, Registry
-    from bus.provenance import VerifyReport
     from bus.settings import Settings
+    from bus.verification import VerifyReport
     from runners.tiers import Place
     from runners.trial import Findings, Found
 
@@ -223,7 +223,7 @@ def ledger(path: Path) -> Finding:
             return Finding("ledger", "warn", f"{path} is another program's log", hint)
         if size > VERIFY_BYTES:
             return Finding("ledger", "ok", f"{size >> 20} MiB, not verified here", "aal provenance verify")
-        return _verdict(provenance.verify(path))
+        return _verdict(verification.verify(path))
     except FileNotFoundError:
         return Finding("ledger", "ok", "none yet; the first call begins it")
     except OSError as error:

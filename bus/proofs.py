@@ -35,6 +35,18 @@ class Inclusion:
 
 
 @dataclass(frozen=True, slots=True)
+class Tree:
+    """What the ledger is now; the members as in `Inclusion`."""
+
+    tree_size: int
+    root: str
+    checkpoint: str | None
+
+    def body(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
 class Consistency:
     """That the tree of the first `new_size` lines begins with that of the first `old_size`; the rest as `Inclusion`."""
 
@@ -56,6 +68,11 @@ class Prover:
         self._leaves = list(provenance.iter_hashes(path))
         self._signer = signer
         self.size = len(self._leaves)
+
+    def checkpoint(self) -> Tree:
+        """Of all lines."""
+        root = self._root(self.size)
+        return Tree(self.size, root.hex(), self._note(self.size, root))
 
     def inclusion(self, seq: int, size: int | None = None) -> Inclusion:
         """Of line `seq` in the tree of the first `size` lines, or of all. Raises `NotFoundError`."""

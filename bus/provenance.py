@@ -1,4 +1,4 @@
-"""Reading the ledger: one line, the last lines, all lines; and verifying the whole chain.
+"""Reading the ledger: one line, the last lines, all lines.
 
 These functions take no part in writing and work while others write: a line without its newline is simply not yet one.
 """
@@ -9,37 +9,19 @@ import contextlib
 import fcntl
 import os
 import sys
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
 from bus.errors import NotFoundError
-from bus.records import GENESIS, BrokenLineError, check, hash_in, parse, parse_or_none
+from bus.records import check, hash_in, parse, parse_or_none
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
     from pathlib import Path
 
     from bus.model import Record
-    from bus.records import FaultKind
 
 _BLOCK = 1 << 16
 _LARGEST_BLOCK = 1 << 23
-_PROGRESS_LINES = 10_000
-
-
-@dataclass(frozen=True, slots=True)
-class VerifyReport:
-    """What `verify` found: the good lines from the first on, the hash of the last of them, and what ended them."""
-
-    lines: int
-    head_hash: str
-    first_bad: int | None = None
-    fault: FaultKind | None = None
-    reason: str | None = None
-
-    @property
-    def ok(self) -> bool:
-        return self.first_bad is None
 
 
 def read_line(path: Path, seq: int) -> Record:
@@ -73,6 +55,24 @@ def iter_hashes(path: Path) -> Iterator[bytes]:
     """The 32 bytes of the hash that each whole line holds, from line 1 on. Raises `BrokenLineError` at one without."""
     with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
         yield from (hash_in(line) for line in _lines_until(file, _size_at_rest(path, file)) if line.endswith(b"\n"))
+
+
+def raw_lines(path: Path, start: int = 1) -> Iterator[bytes]:
+    """The lines from `start` on as they stand, the last perhaps without its newline; none where there is no ledger.
+
+    As of a moment in which nobody writes.
+    """
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        size = _size_at_rest(path, file)
+        line = _seek_line(file, start)
+        if line:
+            yield line
+            yield from _lines_until(file, size - file.tell())
+
+
+def exists(path: Path) -> bool:
+    """Whether there is a ledger."""
+    return path.exists()
 
 
 def tail(
@@ -110,27 +110,6 @@ def _fits(
         and (since_ms is None or record["timestamp_ms"] >= since_ms)
         and (types is None or record["type"] in types)
     )
-
-
-def verify(path: Path, progress: Callable[[int], None] | None = None) -> VerifyReport:
-    """Check every line: its JSON, hash, members, number, and that it names the line before.
-
-    Stops at the first that is bad. `progress` is called with the number of good lines now and then. Raises
-    `NotFoundError` without a ledger.
-    """
-    seq, prev = 0, GENESIS
-    try:
-        with path.open("rb") as file:
-            for line in _lines_until(file, _size_at_rest(path, file)):
-                prev = check(line, seq + 1, prev)["hash"]
-                seq += 1
-                if progress and seq % _PROGRESS_LINES == 0:
-                    progress(seq)
-    except FileNotFoundError:
-        raise NotFoundError("ERR_NOT_FOUND", f"there is no ledger {path}") from None
-    except BrokenLineError as error:
-        return VerifyReport(seq, prev, seq + 1, error.fault, error.detail)
-    return VerifyReport(seq, prev)
 
 
 def _size(file: BinaryIO) -> int:

@@ -19,7 +19,7 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
-from bus import envelopes, provenance, resources
+from bus import envelopes, provenance, resources, verification
 from bus.app import WATCH_AFTER_S, _Clients, create_app
 from bus.dispatch import Bus
 from bus.hookspecs import hookimpl
@@ -719,7 +719,7 @@ def test_many_clients_at_once_each_get_their_own_answer(server: Server) -> None:
         replies = list(pool.map(lambda n: server.invoke("echo", {"n": n}).json(), range(64)))
     assert [reply["result"]["payload"]["n"] for reply in replies] == list(range(64))
     assert len({reply["provenance"]["seq"] for reply in replies}) == 64
-    assert provenance.verify(server.settings.ledger).ok
+    assert verification.verify(server.settings.ledger).ok
 
 
 def test_the_list_tells_what_runs_for_an_overlay(server: Server) -> None:

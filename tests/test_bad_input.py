@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from bus import provenance
+from bus import verification
 from tests.programs import running
 from tests.support import REPO, Server, add_native, add_overlay, http_service, misfits, write_overlay
 
@@ -324,4 +324,4 @@ def test_a_service_that_answers_well(server: Server) -> None:
 
 def test_after_all_that_the_ledger_is_whole(server: Server) -> None:
     assert server.get("/ready").json() == {"ready": True}
-    assert provenance.verify(server.settings.ledger).ok
+    assert verification.verify(server.settings.ledger).ok

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import pytest
 import typer.main
 
-from bus import cli, doctor, provenance, templates
+from bus import cli, doctor, provenance, templates, verification
 from bus.canonical import canonical
 from bus.console import Exit, printable
 from bus.settings import explain, load, table
@@ -175,7 +175,7 @@ def test_a_folder_that_is_gone_is_told(tmp_path: Path) -> None:
 def test_streams_may_be_closed(overlays: Path, tmp_path: Path, closed: str) -> None:
     ran = run_in_shell(f"AAL invoke fixed {closed}", tmp_path)
     assert (ran.returncode, ran.stderr) == (Exit.OK, b"")
-    assert provenance.verify(tmp_path / LEDGER).ok
+    assert verification.verify(tmp_path / LEDGER).ok
 
 
 def test_output_is_utf_8_whatever_the_locale(overlays: Path, tmp_path: Path) -> None:
@@ -1021,7 +1021,7 @@ def test_serve_answers_until_it_is_told_to_end_and_then_exits_with_0(overlays: P
         out, err = server.communicate(timeout=PATIENCE_S)
     assert (server.returncode, out) == (0, "")
     assert "Traceback" not in err
-    assert provenance.verify(tmp_path / LEDGER).ok
+    assert verification.verify(tmp_path / LEDGER).ok
 
 
 @pytest.mark.parametrize("level", ["info", "debug"])

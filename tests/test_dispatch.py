@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from bus import provenance
+from bus import verification
 from bus.callers import Caller
 from bus.dispatch import Bus
 from bus.errors import DeniedError, SettingError
@@ -193,7 +193,7 @@ async def test_sixty_four_calls_at_once_are_sixty_four_lines_of_one_chain(settin
     assert {line["request_id"] for line in written} == {answer.body["request_id"] for answer in answers}
     assert len(written) == len({line["run_id"] for line in written}) == 64
     assert {answer.body["provenance"]["seq"] for answer in answers} == {line["seq"] for line in written}
-    report = provenance.verify(settings.ledger)
+    report = verification.verify(settings.ledger)
     assert report.ok
     assert report.lines == 65
 
@@ -334,7 +334,7 @@ async def test_what_cannot_be_written_down_does_not_start_and_starts_again_when_
         assert await bus.not_ready() is None
         answers = [await bus.invoke(a_call("echo")) for _ in range(2)]
     assert answers[-1].ok
-    assert provenance.verify(settings.ledger).ok
+    assert verification.verify(settings.ledger).ok
 
 
 async def test_a_call_whose_line_cannot_be_written_answers_500_with_its_outcome(
@@ -362,7 +362,7 @@ async def test_a_call_whose_line_cannot_be_written_answers_500_with_its_outcome(
         runner.answer = lambda _: Outcome(result="again")
         assert await bus.not_ready() is None
         assert (await bus.invoke(a_call("echo"))).body["result"] == "again"
-    assert provenance.verify(settings.ledger).ok
+    assert verification.verify(settings.ledger).ok
     assert [line["ok"] for line in calls(settings)] == [True, True]
 
 

@@ -1,137 +1,25 @@
-"""Reading the ledger and verifying it, while others write and after others changed it."""
+"""Reading the ledger, while others write and after others changed it."""
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
 from typing import TYPE_CHECKING, Any
 
-import orjson
 import pytest
 
 from bus import provenance
-from bus.canonical import canonical
 from bus.errors import NotFoundError
-from bus.provenance import first_line, iter_lines, read_line, tail, verify
-from bus.records import GENESIS, BrokenLineError, environment_hash
-from tests.ledgers import ENVIRONMENT, HASH, appended, call, opened, write
+from bus.provenance import first_line, iter_lines, read_line, tail
+from bus.records import BrokenLineError, environment_hash
+from bus.verification import verify
+from tests.ledgers import ENVIRONMENT, call, write
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "logs" / "provenance.jsonl"
-
-
-# --- Verifying ---
-
-
-def test_a_bit_flipped_at_any_byte_is_found(path: Path) -> None:
-    write(path, call("a", environment_hash=environment_hash(ENVIRONMENT)), call("b", payload={"hash": HASH}))
-    whole = path.read_bytes()
-    assert verify(path).lines == 3
-    for index in range(len(whole)):
-        changed = bytearray(whole)
-        changed[index] ^= 1 << index % 8
-        path.write_bytes(changed)
-        report = verify(path)
-        assert report.first_bad == whole.count(b"\n", 0, index) + 1, (index, report)
-
-
-def _without_line_2(lines: list[bytes]) -> list[bytes]:
-    return [lines[0], *lines[2:]]
-
-
-def _swapped(lines: list[bytes]) -> list[bytes]:
-    return [lines[0], lines[2], lines[1]]
-
-
-def _not_json(lines: list[bytes]) -> list[bytes]:
-    return [lines[0], b"[]\n", lines[2]]
-
-
-def _empty(lines: list[bytes]) -> list[bytes]:
-    return [lines[0], b"\n", *lines[1:]]
-
-
-def _changed(lines: list[bytes]) -> list[bytes]:
-    return [lines[0], lines[1].replace(b'"ok":true', b'"ok":false'), lines[2]]
-
-
-def _cut_off(lines: list[bytes]) -> list[bytes]:
-    return [lines[0], lines[1][:-1]]
-
-
-def _from_another_chain(lines: list[bytes]) -> list[bytes]:
-    record = orjson.loads(lines[1])
-    record["prev"] = HASH
-    del record["hash"]
-    record["hash"] = hashlib.sha256(canonical(record)).hexdigest()
-    return [lines[0], canonical(record) + b"\n", lines[2]]
-
-
-def _without_a_hash(lines: list[bytes]) -> list[bytes]:
-    record = orjson.loads(lines[1])
-    del record["hash"]
-    return [lines[0], canonical(record) + b"\n", lines[2]]
-
-
-@pytest.mark.parametrize(
-    ("damage", "fault"),
-    [
-        (_without_line_2, "seq"),
-        (_swapped, "seq"),
-        (_not_json, "json"),
-        (_empty, "json"),
-        (_changed, "hash"),
-        (_without_a_hash, "hash"),
-        (_cut_off, "torn"),
-        (_from_another_chain, "chain"),
-    ],
-)
-def test_a_damaged_log_is_told_by_what_is_wrong_with_which_line(
-    path: Path, damage: Callable[[list[bytes]], list[bytes]], fault: str
-) -> None:
-    receipts = write(path, call("a"), call("b"), call("c"))
-    path.write_bytes(b"".join(damage(path.read_bytes().splitlines(keepends=True))))
-    report = verify(path)
-    assert (report.lines, report.first_bad, report.fault) == (1, 2, fault)
-    assert report.head_hash == receipts[0].hash
-    assert report.reason
-    assert not report.ok
-
-
-def test_a_whole_log_is_verified_with_progress(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(provenance, "_PROGRESS_LINES", 2)
-    receipts = write(path, *(call() for _ in range(5)))
-    seen: list[int] = []
-    report = verify(path, seen.append)
-    assert (report.ok, report.lines, report.head_hash) == (True, 5, receipts[-1].hash)
-    assert seen == [2, 4]
-
-
-def test_an_empty_log_is_whole_and_a_missing_one_is_an_error(path: Path) -> None:
-    with pytest.raises(NotFoundError):
-        verify(path)
-    write(path)
-    assert verify(path) == provenance.VerifyReport(0, GENESIS)
-
-
-def test_a_log_without_its_lock_file_is_verified(path: Path) -> None:
-    write(path, call())
-    path.with_name("provenance.lock").unlink()
-    assert verify(path).lines == 1
-
-
-async def test_a_log_is_verified_while_it_is_written(path: Path) -> None:
-    with opened(path) as ledger:
-        written = asyncio.gather(*(appended(ledger, call(error="x" * 5000)) for _ in range(500)))
-        reports = [await asyncio.to_thread(verify, path) for _ in range(10)]
-        await written
-    assert all(report.ok for report in reports)
 
 
 # --- Reading ---

@@ -15,7 +15,7 @@ import pytest
 
 from bus import records, resources, schemas
 from bus.canonical import canonical
-from bus.provenance import iter_lines, read_line, verify
+from bus.provenance import iter_lines, read_line
 from bus.records import (
     GENESIS,
     BrokenLineError,
@@ -26,6 +26,7 @@ from bus.records import (
     parse,
     parse_or_none,
 )
+from bus.verification import verify
 from tests.ledgers import ENVIRONMENT, HASH, append, call, opened, write
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from bus import provenance, remote
+from bus import provenance, remote, verification
 from bus.errors import OperatorError, SettingError
 from bus.model import Phase
 from bus.serve import serve
@@ -121,7 +121,7 @@ def test_a_call_that_does_not_finish_in_time_is_ended_answered_and_written_down(
     ledger = settings_in(tmp_path).ledger
     line = provenance.read_line(ledger, 1)
     assert (line["request_id"], line["code"]) == (caller.answer["request_id"], "ERR_SHUTTING_DOWN")
-    assert provenance.verify(ledger).ok
+    assert verification.verify(ledger).ok
 
 
 @pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGHUP, signal.SIGHUP]])
@@ -189,7 +189,7 @@ def test_a_second_signal_ends_a_worker_and_a_service_at_once_too(
     assert [line["request_id"] for line in provenance.iter_lines(ledger) if "request_id" in line] == [
         caller.answer["request_id"]
     ]
-    assert provenance.verify(ledger).ok
+    assert verification.verify(ledger).ok
 
 
 def test_a_second_signal_waits_for_no_request_that_is_still_on_its_way(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from bus import provenance
+from bus import provenance, verification
 from bus.errors import OperatorError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def of_line(call: Call, lines: Mapping[int, Any]) -> Iterator[str]:
 
 def of_ledger(path: Path, start: int, calls: Iterable[Call]) -> Iterator[str]:
     """Whether the whole ledger verifies, and holds from line `start` on what was answered."""
-    report = provenance.verify(path)
+    report = verification.verify(path)
     if not report.ok:
         yield f"line {report.first_bad} of the ledger is bad: {report.reason}"
     try:

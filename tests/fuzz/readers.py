@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 from hypothesis import strategies as st
 
-from bus import envelopes, manifests, provenance, runes, settings
+from bus import envelopes, manifests, provenance, runes, settings, verification
 from bus.canonical import canonical
 from bus.dispatch import Bus
 from bus.errors import CATALOGUE, RequestError, SettingError
@@ -162,7 +162,7 @@ def replies() -> Iterator[Probe]:
             yield Probe(cases, lambda case: loop.run(_reply(bus, given, *case)))
         finally:
             loop.run(bus.close())
-        assert provenance.verify(changed.ledger).ok
+        assert verification.verify(changed.ledger).ok
         assert [misfits("record", line) for line in provenance.tail(changed.ledger, LINES)] == [[]] * LINES
 
 
