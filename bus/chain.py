@@ -42,6 +42,8 @@ CHECKPOINT_MARK = b'"type":"checkpoint"'
 """Stands in every checkpoint's line, and may stand in others."""
 
 _RECENT_BYTES = 1 << 18
+_FEW_BYTES = 1 << 18
+"""How much of what others have appended is taken in without a thread."""
 _log = logging.getLogger(__name__)
 
 Fsync = Literal["always", "batch", "never"]
@@ -136,15 +138,18 @@ class Chain:
             self.unlock()
 
     def try_lock(self) -> bool:
-        """Take the lock of all processes if nobody has it and the file is as we left it. Does not wait."""
+        """Take the lock of all processes if nobody has it and the file is as we left it, or nearly. Does not wait."""
         if self._lock_fd < 0:
             return False
         try:
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:  # somebody has it; or it cannot be taken, which who waits for it will say
             return False
-        if self._is_as_left():
-            return True
+        try:
+            if self._is_as_left() or self._has_only_grown():
+                return True
+        except (OSError, BrokenLineError):  # which who waits for it will say
+            pass
         self.unlock()
         return False
 
@@ -239,16 +244,22 @@ class Chain:
             self._lock_fd = -1
 
     def _is_as_left(self) -> bool:
-        """Whether log and lock bear their names still, and nobody has appended."""
-        try:
-            status = os.stat(self._path)  # noqa: PTH116  # for every group
-            return (
-                _identity(status) == self._identity
-                and status.st_size == self._size
-                and _identity(os.fstat(self._lock_fd)) == _identity_at(self._lock_path)
-            )
-        except OSError:
+        """Whether log and lock bear their names still, and nobody has appended. Raises `OSError`."""
+        return self._size_under_name() == self._size
+
+    def _size_under_name(self) -> int | None:
+        """Of the file; None where log or lock do not bear their names any more."""
+        status = os.stat(self._path)  # noqa: PTH116  # for every group
+        is_ours = _identity(status) == self._identity
+        is_ours = is_ours and _identity(os.fstat(self._lock_fd)) == _identity_at(self._lock_path)
+        return status.st_size if is_ours else None
+
+    def _has_only_grown(self) -> bool:
+        """Take in the few lines that others have appended; False where there is more to do than that."""
+        end = self._size_under_name()
+        if end is None or not self._environment_stands or not 0 < self._size < end <= self._size + _FEW_BYTES:
             return False
+        return self._sound_end(end) == end and self._read_on(end)
 
     def _catch_up(self) -> None:
         """Learn what others did since: appended, died in the middle of a write, moved the file away."""
