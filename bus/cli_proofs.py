@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from bus.notes import Checkpoint, Verifier
     from bus.proofs import Prover
 
+__all__ = ["app"]
+
 key = make_app("Make and show the key that checkpoints are signed with.")
 app.add_typer(key, name="key")
 

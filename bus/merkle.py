@@ -23,10 +23,10 @@ class ProofError(ValueError):
 
 
 class Subtree(NamedTuple):
-    """The perfect subtree over the leaves from `index << level` on, as many as `1 << level`."""
+    """The perfect subtree over the leaves from `number << level` on, as many as `1 << level`."""
 
     level: int
-    index: int
+    number: int
 
 
 def leaf_hash(leaf: bytes) -> bytes:

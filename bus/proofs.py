@@ -103,7 +103,7 @@ class Prover:
         return hash_over(range(size), self._hash_of)
 
     def _hash_of(self, part: Subtree) -> bytes:
-        return root_of(self._leaves[part.index << part.level : part.index + 1 << part.level])
+        return root_of(self._leaves[part.number << part.level : part.number + 1 << part.level])
 
     def _note(self, size: int, root: bytes) -> str | None:
         return None if self._signer is None or not size else self._signer.checkpoint(size, root)

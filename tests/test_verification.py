@@ -225,6 +225,7 @@ def test_a_log_that_was_rewritten_or_cut_off_does_not_hold_against_what_was_kept
 
 
 def test_lines_that_cannot_tell_of_a_checkpoint_are_no_proof_against_it(long: Path) -> None:
-    for part in ({"start": 6, "end": 9}, {"end": 6}, {"start": 9}):
+    parts: tuple[tuple[int, int | None], ...] = ((6, 9), (1, 6), (9, None))
+    for start, end in parts:
         with pytest.raises(OperatorError, match="do not tell the tree of 7 lines"):
-            verify(long, against=Checkpoint("x", 7, root_of(long, 7)), **part)
+            verify(long, start=start, end=end, against=Checkpoint("x", 7, root_of(long, 7)))
