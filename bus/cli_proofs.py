@@ -80,8 +80,8 @@ def verify(
     if as_json:
         print_json({"ok": report.ok} | asdict(report))
     elif report.ok:
-        checked = f"{report.checkpoints} checkpoints, {report.signed} signatures"
-        out().print(mark("ok"), f"{report.lines} lines, head {report.head_hash}, {checked}", soft_wrap=True)
+        checked = f", {report.checkpoints} checkpoints ({report.signed} signatures)" if report.checkpoints else ""
+        out().print(mark("ok"), f"{report.lines} lines, head {report.head_hash}{checked}", soft_wrap=True)
     else:
         hint = f"The {report.lines} before it are good; the last of them has the hash {report.head_hash}."
         complain("ERR_LEDGER_BROKEN", f"line {report.first_bad}: {report.reason}", hint)

@@ -57,12 +57,14 @@ def overlays(tmp_path: Path) -> Path:
 
 
 def commands() -> Iterator[tuple[str, Any]]:
-    group: Any = typer.main.get_command(cli.app)
-    for name, command in group.commands.items():
-        if hasattr(command, "commands"):
-            yield from ((f"{name} {below}", inner) for below, inner in command.commands.items())
-        else:
-            yield name, command
+    """Every command with its whole name, those in groups of groups too."""
+    groups: list[tuple[str, Any]] = [("", typer.main.get_command(cli.app))]
+    for before, group in groups:  # grows while it is walked
+        for name, command in group.commands.items():
+            if hasattr(command, "commands"):
+                groups.append((f"{before}{name} ", command))
+            else:
+                yield f"{before}{name}", command
 
 
 @pytest.mark.parametrize(("name", "command"), [*commands()], ids=lambda value: value if isinstance(value, str) else "")
