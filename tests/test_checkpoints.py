@@ -8,12 +8,20 @@ import orjson
 import pytest
 
 from bus import checkpoints, merkle
+from bus.dispatch import Bus
+from bus.errors import SettingError
 from bus.ledger import Ledger
+from bus.ledger_key import LedgerKey
+from bus.notes import Signer, Verifier, new_key
+from bus.proofs import Prover
 from bus.verification import verify
 from tests.ledgers import ENVIRONMENT, append, call, opened, write
+from tests.support import a_call, add_overlay, misfits, settings_in
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from bus.ledger import Receipt
 
 
 @pytest.fixture
@@ -116,3 +124,95 @@ def test_a_checkpoint_that_lies_makes_the_ledger_unwell(path: Path, monkeypatch:
     with opened(path) as ledger:
         assert not ledger.healthy
         assert "do not have the hash" in str(ledger.reason)
+
+
+# --- Signed ---
+
+
+@pytest.fixture
+def signer() -> Signer:
+    return Signer.read(new_key("example.org/aal"))
+
+
+def signed(path: Path, signer: Signer, *members: dict[str, Any]) -> list[Receipt]:
+    ledger = Ledger(path, fsync="never", environment=ENVIRONMENT, signer=signer)
+    ledger.open(serves=True)
+    try:
+        return [append(ledger, record) for record in members]
+    finally:
+        ledger.close()
+
+
+def test_with_a_key_every_receipt_has_the_note_of_its_tree(path: Path, signer: Signer) -> None:
+    receipts = signed(path, signer, call(), call())
+    verifier = Verifier.read(signer.vkey)
+    leaves = [bytes.fromhex(record["hash"]) for record in records(path)]
+    for receipt in receipts:
+        note = verifier.open(receipt.checkpoint or "")
+        assert (note.origin, note.size) == ("example.org/aal", receipt.tree_size)
+        assert note.root == merkle.root_of(leaves[: receipt.tree_size])
+
+
+def test_the_notes_of_checkpoints_lie_beside_the_ledger_and_in_it(
+    path: Path, signer: Signer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "LINES", 2)
+    monkeypatch.setattr(checkpoints, "KEPT", 2)
+    signed(path, signer, *(call() for _ in range(7)))
+    notes = {record["size"]: record["note"] for record in records(path) if record["type"] == "checkpoint"}
+    assert list(notes) == [2, 5, 8, 10]
+    folder = path.parent / "checkpoints"
+    assert {file.name: file.read_text() for file in folder.iterdir()} == {
+        "000000000008": notes[8],
+        "000000000010": notes[10],
+    }
+    verifier = Verifier.read(signer.vkey)
+    report = verify(path, verifier=verifier)
+    assert (report.ok, report.checkpoints, report.signed) == (True, 4, 4)
+    assert verify(path, against=verifier.open((folder / "000000000008").read_text())).ok
+
+
+def test_a_note_that_another_key_signed_is_found(path: Path, signer: Signer) -> None:
+    signed(path, signer, call())
+    other = Signer.read(new_key("example.org/aal"))
+    report = verify(path, verifier=Verifier.read(other.vkey))
+    assert (report.first_bad, report.fault) == (2, "signature")
+
+
+def test_notes_that_cannot_be_kept_keep_nobody_from_calling(path: Path, signer: Signer) -> None:
+    path.parent.mkdir()
+    (path.parent / "checkpoints").write_text("in the way")
+    [receipt] = signed(path, signer, call())
+    assert receipt.seq == 1
+    assert verify(path, verifier=Verifier.read(signer.vkey)).signed == 1
+
+
+async def test_an_answer_is_a_receipt_that_an_auditor_can_check(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path)
+    add_overlay(settings.overlays)
+    vkey = LedgerKey(settings.state).create("example.org/aal").vkey
+    async with Bus(settings) as bus:
+        answer = await bus.invoke(a_call())
+    receipt = answer.body["provenance"]
+    note = Verifier.read(vkey).open(receipt["checkpoint"])
+    proof = Prover(settings.ledger).inclusion(receipt["seq"], receipt["tree_size"])
+    merkle.check_inclusion(
+        receipt["seq"] - 1,
+        note.size,
+        bytes.fromhex(receipt["hash"]),
+        [bytes.fromhex(node) for node in proof.inclusion],
+        note.root,
+    )
+    assert misfits("outcome", answer.body) == []
+
+
+def test_a_key_that_makes_no_sense_stops_the_start(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path)
+    LedgerKey(settings.state).create("x")
+    file = settings.state / "ledger_key.json"
+    file.write_text('{"key": "PRIVATE+KEY+nonsense"}')
+    with pytest.raises(SettingError, match=r"ledger_key\.json"):
+        Bus(settings)
+    file.chmod(0o644)
+    with pytest.raises(SettingError, match="mode 644"):
+        Bus(settings)
