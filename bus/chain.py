@@ -1,7 +1,8 @@
 """The ledger's file: one lock that every process takes, a chain of lines and their tree, an end that is always whole.
 
-A group of records is written at once. What a failed write left is cut off again, so the file holds whole lines that
-were answered, and at most one group that was not.
+A group of records is written at once, under the lock, and made last without it: meanwhile others write, and their sync
+is for it as well. What a failed write left is cut off again, and so is what could not be synced, unless others went on
+from it. So the file holds whole lines that were answered, and at most one group of each process that was not.
 """
 
 from __future__ import annotations
@@ -156,8 +157,19 @@ class Chain:
     def unlock(self) -> None:
         fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
 
+    def append(self, drafts: Sequence[Draft]) -> list[Receipt]:
+        """Take the lock, write a group, and make it last while others write already. Raises as `locked`."""
+        with self.locked():
+            group = self.write(drafts)
+        try:
+            self.sync(group)
+        except OSError:
+            self.abandon(group)
+            raise
+        return self.settle(group)
+
     def extend(self, drafts: Sequence[Draft], *, with_checkpoint: bool = False) -> list[Receipt]:
-        """Write a group and make it last. All of it is in the file then, or nothing."""
+        """With the lock, write a group and make it last. All of it is in the file then, or nothing."""
         group = self.write(drafts, with_checkpoint=with_checkpoint)
         with self.or_cut_back():
             self.sync(group)
@@ -206,6 +218,23 @@ class Chain:
             self._checkpoints.stands(group.checkpoint_seq)
             self._checkpoints.keep()
         return group.receipts()
+
+    def abandon(self, group: Group) -> None:
+        """Take back a group that was written and could not be synced.
+
+        Where others have gone on from it since, or are about to, it stays, though nobody was answered for it.
+        """
+        is_last = False
+        with contextlib.suppress(OSError):
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                if self._size_under_name() == self._size + len(group.text):
+                    os.ftruncate(self._fd, self._size)
+                    is_last = True
+            finally:
+                self.unlock()
+        if not is_last:
+            self._identity = None  # what the file holds is unknown: open it anew and read its end
 
     def _cut_back(self) -> None:
         """Leave the file as it was before a group that does not count."""

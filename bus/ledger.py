@@ -303,8 +303,9 @@ class Ledger:
         try:
             return self._chain.write(drafts)
         except Exception:  # noqa: BLE001  # the thread tries again, and says what is wrong
-            self._chain.unlock()
             return None
+        finally:
+            self._chain.unlock()
 
     def _sync_by_kernel(self, group: list[_Waiting], written: Group) -> bool:
         """Have a group synced that the loop wrote. False where a thread has to."""
@@ -354,24 +355,23 @@ class Ledger:
         self._settle_after(kernel.end, flight.waiting, flight.written)
 
     def _settle_after(self, sync: Callable[[], None], group: list[_Waiting], written: Group) -> None:
-        """Let a group that the loop wrote count once it is synced; else it is cut off again."""
+        """Let a group that the loop wrote count once it is synced; else it is taken back."""
         error = None
         try:
-            with self._chain.or_cut_back():
-                sync()
+            sync()
         except Exception as failed:  # noqa: BLE001  # as above
+            self._chain.abandon(written)
             error = failed
         self._conclude(group, written, error)
 
     def _conclude(self, group: list[_Waiting], written: Group, error: Exception | None = None) -> None:
-        """Let a group count that the loop wrote, and answer it; with an `error` it was cut off again."""
+        """Let a group count that the loop wrote, and answer it; with an `error` it was taken back."""
         answers: Sequence[Receipt | LedgerError]
         if error is None:
             answers = self._chain.settle(written)
             self.reason = self.hint = None
         else:
             answers = self._failures(error, len(group))
-        self._chain.unlock()
         self._writing.release()
         if not self._answer(group, answers):
             self._flush()
@@ -381,11 +381,10 @@ class Ledger:
         size = 1 if self._fsync == "always" else _GROUP_LIMIT
         parts = [group[start : start + size] for start in range(0, len(group), size)]
         try:
-            with self._chain.locked():
-                while parts:
-                    receipts = self._chain.extend([one.draft for one in parts[0]])
-                    self.reason = self.hint = None
-                    self._answer(parts.pop(0), receipts)
+            while parts:
+                receipts = self._chain.append([one.draft for one in parts[0]])
+                self.reason = self.hint = None
+                self._answer(parts.pop(0), receipts)
         except Exception as error:  # noqa: BLE001  # a dead writer would leave every caller waiting for ever
             rest = [one for part in parts for one in part]
             self._answer(rest, self._failures(error, len(rest)))

@@ -501,6 +501,33 @@ def test_a_failed_sync_leaves_no_line_and_a_later_success_makes_the_ledger_well(
     assert [record["request_id"] for record in iter_lines(path)] == ["good", "again"]
 
 
+def test_what_could_not_be_synced_stays_where_another_has_gone_on_from_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch, syncer: str
+) -> None:
+    end = FileSync.end
+
+    with opened(path, "batch") as ledger, opened(path, "never") as other:
+        append(ledger, call("good"))
+
+        def fail(syncs: int | FileSync) -> None:
+            if isinstance(syncs, FileSync):
+                end(syncs)
+            threading.Thread(target=append, args=(other, call("other"))).start()
+            while other.size < 3:
+                threading.Event().wait(0.001)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        with monkeypatch.context() as patch:
+            owner, name = (FileSync, "end") if syncer == "kernel" else (os, "fdatasync")
+            patch.setattr(owner, name, fail)
+            with pytest.raises(LedgerError, match="Input/output error"):
+                append(ledger, call("unanswered"))
+        assert append(ledger, call("again")).seq == 4
+        assert ledger.healthy
+    assert verify(path).ok
+    assert [record["request_id"] for record in iter_lines(path)] == ["good", "unanswered", "other", "again"]
+
+
 def test_a_tail_that_cannot_be_cut_off_after_a_failed_write_is_healed_at_the_next(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
