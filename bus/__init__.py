@@ -21,7 +21,7 @@ written to a hash-chained ledger. Read `dispatch` first: `Bus.invoke` is the sto
     ledger, provenance  writing and reading the ledger; chain is its file, filesync makes it last, records says what a
                         line is, canonical its JSON; merkle is the tree over its lines, checkpoints what it says of
                         that now and then, in notes signed with the ledger_key; proofs come from it,
-                        and verification holds all against all
+                        and verification holds all against all; starts writes down what may be cut off
     replay              a line run again through the same Bus, and the verdict
 
 Around it: plugins and hookspecs (the plugin API), metrics (a plugin); events (what is told to who listens); settings,

@@ -116,11 +116,26 @@ class Course:
 
     def record(self, outcome: Outcome, environment_hash: str) -> Record:
         """The ledger's line, but for what the ledger itself gives it (seq, prev, hash)."""
-        call, manifest = self.call, self.resolved and self.resolved.manifest
-        capability = self.resolved and self.resolved.capability
         return {
             "type": self._type(),
             "timestamp_ms": self.timestamp_ms,
+            **self.asked(environment_hash),
+            "result_hash": self.result_hash,
+            "ok": outcome.ok,
+            "code": str(outcome.code),
+            "error": _cut(_text(outcome.error)),
+            "exit_code": _figure(outcome.exit_code),
+            **self._measured(outcome),
+            "cpu_ms": _figure(outcome.cpu_ms),
+            "sandbox": self.sandbox,
+            "prev_size": self.told.prev_size if self.told else None,
+        }
+
+    def asked(self, environment_hash: str) -> Record:
+        """What is called, by whom, for what: known before anything runs."""
+        call, manifest = self.call, self.resolved and self.resolved.manifest
+        capability = self.resolved and self.resolved.capability
+        return {
             "request_id": self.request_id,
             "run_id": self.run_id,
             "replay_of": call.replay_of.seq if call and call.replay_of else None,
@@ -138,15 +153,6 @@ class Course:
             "timeout_ms": self.timeout_ms,
             "deterministic": manifest.deterministic if manifest else None,
             "payload_hash": self.payload_hash,
-            "result_hash": self.result_hash,
-            "ok": outcome.ok,
-            "code": str(outcome.code),
-            "error": _cut(_text(outcome.error)),
-            "exit_code": _figure(outcome.exit_code),
-            **self._measured(outcome),
-            "cpu_ms": _figure(outcome.cpu_ms),
-            "sandbox": self.sandbox,
-            "prev_size": self.told.prev_size if self.told else None,
             "environment_hash": environment_hash,
         }
 

@@ -36,6 +36,7 @@ from bus.records import collect_environment, environment_hash
 from bus.scheduler import Scheduler
 from bus.secrets import Secrets
 from bus.settings import stores_payload
+from bus.starts import PHASES, Starts
 from bus.stress import StressMonitor
 from bus.targets import Targets
 from runners.base import LARGE_BYTES, Code, Job, Outcome, Sandbox, shared_by
@@ -125,6 +126,7 @@ class Bus:
             more=lambda: self.scheduler.running > 0,
             signer=self.ledger_key.signer(),
         )
+        self.starts = Starts(self.ledger)
         self._resolved: dict[tuple[str, str | None], Resolved] = {}
         self._sandboxes: dict[Sandbox, Mapping[str, Any]] = {}
         self._served: set[str] = set()
@@ -144,6 +146,8 @@ class Bus:
     async def start(self, *, watch: bool = True) -> None:
         """Load the overlays, open the ledger, begin to sample and to watch. Does nothing the second time.
 
+        Calls that were cut off when another process ended are marked in the ledger.
+
         Raises `SettingError` where the list of disabled overlays cannot be read.
         """
         if self.is_started:
@@ -162,6 +166,7 @@ class Bus:
                 ),
             ]
         self.is_started = True
+        await self.starts.close_left()
 
     def stress_report(self) -> dict[str, Any]:
         """As `schemas/stress.schema.json` has it: how short memory is, and what runs and waits."""
@@ -203,6 +208,7 @@ class Bus:
                 task.cancel()
             await asyncio.gather(*self._tasks, *self._finishing, return_exceptions=True)
             await asyncio.to_thread(self.ledger.close)
+            self.starts.close()
 
     @property
     def is_closing(self) -> bool:
@@ -365,6 +371,8 @@ class Bus:
         )
         async with admission as ticket:
             course.queue_ms = figure(course.queued_before_ms + ticket.queued_s * 1000)
+            if call.phase in PHASES:
+                await self.starts.begin(course.asked(self.environment_hash))
             told = course.told = self._tell(call, capability, profile, str(course.run_id))
             job = self._job(call, resolved, told, rights, ticket)
             outcome = await self.runners[capability.runner].run(job)
@@ -511,6 +519,7 @@ class Bus:
 
     def _tell_plugins(self, record: Record, receipt: Receipt) -> None:
         record |= {"seq": receipt.seq, "hash": receipt.hash}
+        self.starts.end(record["request_id"])
         self.plugins.finished(record)
 
     async def _finish_alone(self, course: Course, outcome: Outcome) -> None:

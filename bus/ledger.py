@@ -23,7 +23,7 @@ from bus.chain import FILE_MODE, PROBE_BYTES, Chain, Fsync, Group, Receipt, writ
 from bus.checkpoints import Checkpoints
 from bus.errors import OverloadError
 from bus.filesync import FileSync
-from bus.records import BrokenLineError, draft_call
+from bus.records import BrokenLineError, draft_record
 from runners.base import running_loop
 
 if TYPE_CHECKING:
@@ -186,15 +186,15 @@ class Ledger:
         """Have one record written; the future is done once it is in the file. Needs a running event loop.
 
         `record` has the members of a call in `schemas/record.schema.json`; those it leaves out are null; `v`, `seq`,
-        `prev` and `hash` are the ledger's. A caller that is cancelled while it waits does not lose the line: `written`
-        is called all the same once it stands, in the loop and before the future is done. `placed` may be called before
-        that, while the disk is waited for: what can be prepared is best prepared then, but the line may come to
-        nothing. Neither raises anything. Raises `LedgerError` where it cannot be written, `ValueError` for an unknown
-        member or a value that is not JSON.
+        `prev` and `hash` are the ledger's. One of another type has all its members. A caller that is cancelled while it
+        waits does not lose the line: `written` is called all the same once it stands, in the loop and before the future
+        is done. `placed` may be called before that, while the disk is waited for: what can be prepared is best prepared
+        then, but the line may come to nothing. Neither raises anything. Raises `LedgerError` where it cannot be
+        written, `ValueError` for an unknown member or a value that is not JSON.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Receipt] = loop.create_future()
-        if self._enqueue(_Waiting(draft_call(record), future, placed, written)):
+        if self._enqueue(_Waiting(draft_record(record), future, placed, written)):
             self._plan(loop)
         return future
 

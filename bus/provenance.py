@@ -91,14 +91,24 @@ def tail(
     No further line is read after `most_bytes`.
     """
     found: list[Record] = []
-    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-        lines = lines_backwards(file.fileno(), end_of_lines(file.fileno(), _size(file)))
-        while len(found) < limit and most_bytes > 0 and (line := next(lines, None)) is not None:
-            most_bytes -= len(line)
+    if limit > 0:
+        for line in backwards(path, most_bytes):
             record = parse_or_none(line)
             if record is not None and _fits(record, overlay, ok, since_ms, types) and shown(record):
                 found.append(record)
+                if len(found) == limit:
+                    break
     return found[::-1]
+
+
+def backwards(path: Path, most_bytes: int = sys.maxsize) -> Iterator[bytes]:
+    """The lines that are whole now, the last first. No further one is read after `most_bytes`."""
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        for line in lines_backwards(file.fileno(), end_of_lines(file.fileno(), _size(file))):
+            yield line
+            most_bytes -= len(line)
+            if most_bytes <= 0:
+                return
 
 
 def _fits(

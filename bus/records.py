@@ -57,7 +57,13 @@ _HASH_MEMBER = b'"hash":'
 _HASH_START = b'"hash":"'
 _HELD_HASH = re.compile(rb'"hash":"([0-9a-f]{64})",')
 _EVERY: Mapping[str, type] = {"seq": int, "type": str, "timestamp_ms": int, "hash": str}
-_CALL_TYPES = frozenset({"invoke", "denied", "replay"})
+CALL_TYPES = frozenset({"invoke", "denied", "replay"})
+"""The lines that say what came of a call."""
+
+_STARTS: Mapping[str, Mapping[str, type]] = {
+    "started": {"request_id": str, "writer": str},
+    "interrupted": {"request_id": str, "started": int},
+}
 
 
 class Draft(NamedTuple):
@@ -93,6 +99,11 @@ def draft_call(record: Record) -> Draft:
         raise ValueError(f"a record has no member {', '.join(sorted(unknown))}")
     is_own = members["replay_of"] is None  # a replay repeats what a line says that anybody may have written
     return _draft(members, canonical_own if is_own else canonical)
+
+
+def draft_record(record: Record) -> Draft:
+    """Of a record that a bus submits: a call, or what has all its members. Raises as `draft_call`."""
+    return draft_call(record) if record["type"] in CALL_TYPES else draft(record)
 
 
 def _draft(members: dict[str, Any], to_text: Callable[[dict[str, Any]], bytes]) -> Draft:
@@ -204,5 +215,8 @@ def _require_form(record: Record) -> None:
     for name, kind in _EVERY.items():
         if type(record.get(name)) is not kind:
             raise BrokenLineError("form", f"its member {name} is missing or of the wrong type")
-    if record["type"] in _CALL_TYPES and not record.keys() >= _CALL.keys():
+    for name, kind in _STARTS.get(record["type"], {}).items():
+        if type(record.get(name)) is not kind:
+            raise BrokenLineError("form", f"its member {name} is missing or of the wrong type")
+    if record["type"] in CALL_TYPES and not record.keys() >= _CALL.keys():
         raise BrokenLineError("form", f"it lacks {', '.join(sorted(_CALL.keys() - record.keys()))}")

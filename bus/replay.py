@@ -77,6 +77,11 @@ def invocation_of(recorded: Record) -> Invocation:
     if recorded["type"] == "replay":
         original = recorded["replay_of"]
         raise ReplayError("ERR_NOT_REPLAYABLE", f"line {seq} is itself a replay", hint=f"Replay line {original}.")
+    if recorded["type"] == "started":
+        hint = f"Replay the later line of type invoke with the request_id {recorded['request_id']}."
+        raise ReplayError("ERR_NOT_REPLAYABLE", f"line {seq} says that a call started, not what came of it", hint=hint)
+    if recorded["type"] == "interrupted":
+        raise ReplayError("ERR_NOT_REPLAYABLE", f"line {seq} is of a call that was cut off; nobody knows its outcome")
     if recorded["type"] != "invoke":
         raise ReplayError("ERR_NOT_REPLAYABLE", f"line {seq} is of type {recorded['type']}; no overlay ran")
     if "payload" not in recorded:

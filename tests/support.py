@@ -24,6 +24,7 @@ from bus.dispatch import Bus
 from bus.envelopes import make_invocation
 from bus.hookspecs import hookimpl
 from bus.model import Capability, Manifest, Permission, Phase
+from bus.records import CALL_TYPES
 from bus.settings import Settings
 from runners.base import Job, Outcome, Share
 
@@ -131,8 +132,8 @@ def lines(settings: Settings) -> list[Record]:
 
 
 def calls(settings: Settings) -> list[Record]:
-    """The lines that tell of calls."""
-    return [line for line in lines(settings) if "request_id" in line]
+    """The lines that say what came of calls."""
+    return [line for line in lines(settings) if line["type"] in CALL_TYPES]
 
 
 def misfits(schema: str, document: Any) -> list[str]:
@@ -267,7 +268,8 @@ class Server:
 
     def line_of(self, request_id: str) -> Record:
         """The ledger's line of a request."""
-        found = [line for line in provenance.tail(self.settings.ledger, 50) if line.get("request_id") == request_id]
+        ends = provenance.tail(self.settings.ledger, 50, types=CALL_TYPES)
+        found = [line for line in ends if line["request_id"] == request_id]
         assert len(found) == 1
         return found[0]
 

@@ -29,7 +29,7 @@ FLOORS = [
     ["admission", "needs", "chain", "ledger_key", "verification", "serving", "envelopes", "tokens", "secrets"],
     ["ledger", "guard", "openapi", "protocol"],
     ["scheduler", "course", "callers", "targets", "plugins", "profiling"],
-    ["balance"],
+    ["balance", "starts"],
     ["dispatch"],
     ["app", "replay"],
     ["local", "remote"],

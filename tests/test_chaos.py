@@ -214,6 +214,20 @@ async def test_two_answers_of_one_line_are_a_fault(settings: Settings, one_call:
     assert "one request_id" in fault
 
 
+@pytest.mark.parametrize(
+    ("closing", "count"),
+    [([], 0), (["end"], 1), (["interrupted"], 1), (["end", "interrupted"], 2), (["interrupted", "interrupted"], 2)],
+)
+def test_a_call_that_started_and_is_not_closed_by_exactly_one_line_is_a_fault(closing: list[str], count: int) -> None:
+    end = {"type": "invoke", "seq": 9, "request_id": "a"}
+    interrupted = {"type": "interrupted", "seq": 10, "request_id": "a", "started": 7}
+    others = [{"type": "started", "seq": 8, "request_id": "b"}, end | {"request_id": "b"}]
+    lines = [{"type": "started", "seq": 7, "request_id": "a"}, *others]
+    lines += [end if line == "end" else interrupted for line in closing]
+    expected = [] if count == 1 else [f"{count} lines close the call that started in line 7"]
+    assert list(verdicts.of_starts(lines)) == expected
+
+
 async def test_a_ledger_that_was_changed_is_a_fault(settings: Settings, one_call: Call) -> None:
     settings.ledger.write_text(settings.ledger.read_text().replace('"ok":true', '"ok":false', 1))
     faults = list(verdicts.of_ledger(settings.ledger, 1, [one_call]))

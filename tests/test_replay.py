@@ -207,13 +207,14 @@ async def test_what_may_write_and_is_not_deterministic_asks_first(settings: Sett
     add_overlay(settings.overlays, "echo")
     runner = InProcessRunner(lambda _: Outcome(result=1))
     async with running_bus(settings, runner) as bus:
-        await bus.invoke(a_call("echo", phase=phase))
+        answer = await bus.invoke(a_call("echo", phase=phase))
+        seq = answer.body["provenance"]["seq"]
         if asks:
             with pytest.raises(ReplayError) as refusal:
-                await replay(bus, 1)
+                await replay(bus, seq)
             assert refusal.value.code == "ERR_NEEDS_LIVE"
             assert len(runner.jobs) == 1
-        assert (await replay(bus, 1, live=asks)).verdict == "MATCH"
+        assert (await replay(bus, seq, live=asks)).verdict == "MATCH"
 
 
 @pytest.mark.usefixtures("overlay")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from bus import provenance
+from bus import provenance, starts
 from tests.chaos import clients, overlays, plans, processes, verdicts
 from tests.chaos.clients import Call, Crowd
 from tests.chaos.overlays import OVERLAYS
@@ -189,11 +189,12 @@ class Game:
     def _held(self, server: Server) -> Counter[str]:
         """What the bus holds open, but for one descriptor of the log of each overlay that ever had something to log.
 
-        The locks of its scratch have other names each time.
+        The locks of its scratch and of its calls that started have other names each time.
         """
+        renamed = (f"{self._place.scratch}/", f"{self._place.ledger.parent / starts.FOLDER}/")
         held = Counter[str]()
         for path, number in processes.held(server.pid).items():
-            held[str(self._place.scratch) if path.startswith(f"{self._place.scratch}/") else path] += number
+            held[next((folder for folder in renamed if path.startswith(folder)), path)] += number
         held.subtract(log for overlay in OVERLAYS if held[log := str(self._place.log_of(overlay.name))])
         return +held
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from bus import provenance, verification
 from bus.errors import OperatorError
+from bus.records import CALL_TYPES
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -53,6 +55,19 @@ def of_line(call: Call, lines: Mapping[int, Any]) -> Iterator[str]:
             yield f"line {told['seq']} has {name} {written!r}, its answer {said!r}"
 
 
+def of_starts(lines: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """After the next start, whether each call that started is closed by one line: its own, or an interrupted one."""
+    lines = list(lines)
+    ended = Counter(line["request_id"] for line in lines if line["type"] in CALL_TYPES)
+    interrupted = Counter(line["started"] for line in lines if line["type"] == "interrupted")
+    for line in lines:
+        if line["type"] != "started":
+            continue
+        closed = ended[line["request_id"]] + interrupted[line["seq"]]
+        if closed != 1:
+            yield f"{closed} lines close the call that started in line {line['seq']}"
+
+
 def of_ledger(path: Path, start: int, calls: Iterable[Call]) -> Iterator[str]:
     """Whether the whole ledger verifies, and holds from line `start` on what was answered."""
     report = verification.verify(path)
@@ -63,6 +78,7 @@ def of_ledger(path: Path, start: int, calls: Iterable[Call]) -> Iterator[str]:
     except OperatorError as error:
         yield f"the ledger cannot be read: {error}"
         return
+    yield from of_starts(lines.values())
     answered = [call for call in calls if call.end == "answered"]
     for call in answered:
         yield from of_line(call, lines)

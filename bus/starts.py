@@ -1,0 +1,258 @@
+"""Calls that may change something: a line says that one starts, and one says so where its end was never written.
+
+Such a call is started only once its `started` line is in the ledger. A line without its call's end may be of a call
+that still runs: several processes share one ledger, and perhaps in containers where each has a numbering of processes
+of its own. So a process that has such calls holds the lock of a file of its own beside the ledger, and names that file
+in these lines. The kernel lets go of the lock at the end of the process, however that came. A file whose lock is free
+is of a process that is no more: the next bus that starts closes what stands open in its name, and removes it.
+
+The file holds the number of lines that the ledger had before the first call that may be open, so that nobody has to
+search further back. It is on the disk before the first of these lines is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import secrets
+from typing import TYPE_CHECKING, Any
+
+from bus import provenance
+from bus.chain import FILE_MODE, write_all
+from bus.ledger import LedgerError
+from bus.model import Phase, now_ms
+from bus.records import CALL_TYPES, parse_or_none
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from bus.ledger import Ledger
+    from bus.model import Record
+
+STARTED = "started"
+INTERRUPTED = "interrupted"
+FOLDER = "started"
+PHASES = frozenset({Phase.ASCEND, Phase.SEAL})
+"""The calls of these are written down before they start."""
+
+SEARCHED_BYTES = 1 << 28
+"""How much of the ledger's end is searched at most for what one process left open."""
+
+_REPEATED = ("request_id", "run_id", "caller", "overlay", "capability", "phase", "replay_of")
+"""What an `interrupted` line repeats of its `started` line."""
+
+_log = logging.getLogger(__name__)
+
+
+class Starts:
+    """The calls of this process that have started and are to be ended by a line; and those that others left open."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._folder = ledger.path.parent / FOLDER
+        self._writer = secrets.token_hex(8)
+        self._marking = asyncio.Lock()
+        self._marker: _Marker | None = None
+        self._open: set[str] = set()
+        self._lines_before = 0
+
+    async def begin(self, record: Record) -> None:
+        """Have it written that a call starts. Does nothing for one that has started and runs again.
+
+        `record` has the members of a started line in `schemas/record.schema.json`, but for those of the writer. Raises
+        `LedgerError` where it cannot be written; then the call is not to start.
+        """
+        request_id = record["request_id"]
+        if request_id in self._open:
+            return
+        async with self._marking:
+            await self._mark()
+            self._open.add(request_id)
+        try:
+            line = {"type": STARTED, "timestamp_ms": now_ms(), "writer": self._writer, **record}
+            receipt = await self._ledger.submit(line)
+        except LedgerError:
+            self._open.discard(request_id)
+            raise
+        if receipt.seq <= self._lines_before and self._marker is not None:  # the log was moved away meanwhile
+            self._lines_before = receipt.seq - 1
+            self._marker.write(self._lines_before)
+
+    def end(self, request_id: str) -> None:
+        """The line of what came of the call stands; of one that was not begun, too."""
+        self._open.discard(request_id)
+
+    async def close_left(self) -> None:
+        """Write an `interrupted` line for each call left open by a process that is no more.
+
+        Where that cannot be done now, the next start does it.
+        """
+        try:
+            for name, marker, lines_before in _left(self._folder):
+                with contextlib.closing(marker):
+                    await self._interrupt(name, lines_before)
+                    marker.remove()
+        except (OSError, ValueError, LedgerError) as error:  # a line that somebody else wrote may say anything
+            _log.warning("calls that were cut off are not marked in the ledger %s: %s", self._ledger.path, error)
+
+    def close(self) -> None:
+        """Let go of the file. It stays where a call is open still: the next start closes that."""
+        if self._marker is not None:
+            if not self._open:
+                with contextlib.suppress(OSError):  # the next start removes it
+                    self._marker.remove()
+            self._marker.close()
+            self._marker = None
+
+    async def _mark(self) -> None:
+        """Have the file say from which line on to search. Raises `LedgerError`."""
+        try:
+            if not self._open:
+                self._lines_before = self._ledger.size
+            if self._marker is None or not self._marker.is_in_place():
+                if self._marker is not None:
+                    self._marker.close()
+                    self._marker = None
+                self._marker = await asyncio.to_thread(_make, self._folder / self._writer, self._lines_before)
+            elif not self._open:
+                self._marker.write(self._lines_before)
+        except OSError as error:
+            raise LedgerError(f"the folder {self._folder} beside the ledger cannot be written: {error}") from None
+
+    async def _interrupt(self, writer: str, lines_before: int) -> None:
+        """Close what stands open in the name of a writer. Raises `OSError`, `LedgerError`."""
+        started = await asyncio.to_thread(_still_open, self._ledger.path, writer, lines_before)
+        closing = [self._ledger.submit(_interrupted(line)) for line in started]
+        for failed in await asyncio.gather(*closing, return_exceptions=True):
+            if isinstance(failed, BaseException):
+                raise failed
+
+
+class _Marker:
+    """A file whose lock its process holds."""
+
+    def __init__(self, path: Path, fd: int) -> None:
+        self._path = path
+        self._fd = fd
+
+    def is_in_place(self) -> bool:
+        """Whether its name is still this file's."""
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(self._fd))  # noqa: PTH116  # for each such call
+        except FileNotFoundError:
+            return False
+
+    def write(self, lines_before: int) -> None:
+        """Not synced: after a power loss an earlier number stands there, and more is searched."""
+        os.pwrite(self._fd, b"%020d\n" % lines_before, 0)
+
+    def read(self) -> int | None:
+        """None where its process had come to write no number, and so no line either."""
+        text = os.pread(self._fd, 21, 0)
+        return int(text) if len(text) == 21 and text.strip().isdigit() else None  # noqa: PLR2004
+
+    def remove(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def _make(path: Path, lines_before: int) -> _Marker:
+    """A locked file on the disk, that bears its name only once it is locked and written. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    while True:
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, FILE_MODE)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            write_all(fd, b"%020d\n" % lines_before)
+            os.fsync(fd)
+            temporary.rename(path)
+            _sync_folders(path.parent)
+        except FileNotFoundError:  # somebody cleaned up before it was locked
+            os.close(fd)
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except BaseException:
+            os.close(fd)
+            raise
+        else:
+            return _Marker(path, fd)
+
+
+def _sync_folders(folder: Path) -> None:
+    for each in (folder, folder.parent):
+        fd = os.open(each, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def _left(folder: Path) -> Iterator[tuple[str, _Marker, int]]:
+    """Of each process that is no more and has left a file: its name, the file, now locked, and the number in it.
+
+    What was left without a number is removed at once. Raises OSError.
+    """
+    try:
+        names = sorted(os.listdir(folder))  # noqa: PTH208  # names alone
+    except FileNotFoundError:
+        return
+    for name in names:
+        path = folder / name
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue
+        marker = _Marker(path, fd)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # its process lives, or another is at it
+            marker.close()
+            continue
+        lines_before = marker.read()
+        if not marker.is_in_place():
+            marker.close()
+        elif name.startswith(".") or lines_before is None:
+            marker.remove()
+            marker.close()
+        else:
+            yield name, marker, lines_before
+
+
+def _still_open(path: Path, writer: str, lines_before: int) -> list[Record]:
+    """The started lines of a writer that no line has ended, oldest first. Reads back to `lines_before`."""
+    ended: set[str] = set()
+    interrupted: set[int] = set()
+    found: list[Record] = []
+    seq = None
+    for line in provenance.backwards(path, SEARCHED_BYTES):
+        if (record := parse_or_none(line)) is None:
+            continue
+        if seq is None and record["seq"] <= lines_before:  # another log bears the name now
+            lines_before = 0
+        seq = record["seq"]
+        if seq <= lines_before:
+            break
+        if record["type"] in CALL_TYPES:
+            ended.add(record["request_id"])
+        elif record["type"] == INTERRUPTED:
+            interrupted.add(record["started"])
+        elif (record["type"], record.get("writer")) == (STARTED, writer) and seq not in interrupted:
+            found.append(record)
+    if seq is not None and seq > lines_before + 1:
+        _log.warning("calls that were cut off before line %d of %s were not searched for", seq, path)
+    return [record for record in found[::-1] if record["request_id"] not in ended]
+
+
+def _interrupted(started: Record) -> dict[str, Any]:
+    return {
+        "type": INTERRUPTED,
+        "timestamp_ms": now_ms(),
+        "started": started["seq"],
+        **{name: started.get(name) for name in _REPEATED},
+    }
