@@ -22,11 +22,13 @@ written to a hash-chained ledger. Read `dispatch` first: `Bus.invoke` is the sto
                         line is, canonical its JSON; merkle is the tree over its lines, checkpoints what it says of
                         that now and then, in notes signed with the ledger_key; proofs come from it,
                         and verification holds all against all; starts writes down what may be cut off
-    replay              a line run again through the same Bus, and the verdict
+    replay              a line run again through the same Bus, and the verdict; drift is what differs, and its cause;
+                        gate tries another version of an overlay with many lines, apart from the live bus
 
 Around it: plugins and hookspecs (the plugin API), metrics (a plugin); events (what is told to who listens); settings,
 errors, schemas, model, resources, private_file (what only the operator may read); and the command line: cli,
-cli_overlays, cli_profile, cli_runes, cli_ledger, cli_proofs, cli_callers, cli_stress (with stress_watch and plot),
+cli_overlays, cli_profile, cli_runes, cli_ledger, cli_proofs, cli_replay, cli_callers, cli_stress (with stress_watch
+and plot),
 console, serve (serving says where it is), remote (what a server is asked), doctor, templates.
 """
 

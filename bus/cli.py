@@ -20,10 +20,10 @@ import typer
 
 from bus import (
     cli_callers,
-    cli_ledger,
     cli_overlays,
     cli_profile,
     cli_proofs,
+    cli_replay,
     cli_runes,
     cli_stress,
     resources,
@@ -300,7 +300,7 @@ def _joined(overlay: str | None, capability: str | None) -> str:
     return ".".join(filter(None, (overlay, capability)))
 
 
-app.command()(cli_ledger.replay)
+app.command()(cli_replay.replay)
 
 
 # --- aal stress, config ------------------------------------------------------------------------------------------

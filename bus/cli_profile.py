@@ -150,7 +150,7 @@ def _require_consent(target: Target, asked: Iterable[Request], live: bool) -> No
     from bus import policy
 
     for used in dict.fromkeys(request.phase for request in asked):
-        if not live and policy.replay_needs_consent(target.manifest, used):
+        if not live and policy.replay_needs_consent(used, deterministic=target.manifest.deterministic):
             told = f"phase {used} may write or exec, and {target.manifest.name} is not declared deterministic"
             raise ReplayError("ERR_NEEDS_LIVE", told)
 

@@ -43,7 +43,8 @@ if TYPE_CHECKING:
 
 EXCLUDED = frozenset({".venv", "node_modules", "__pycache__", ".git"})
 IGNORE_FILE = ".aalignore"
-ALWAYS = frozenset({"manifest.json", IGNORE_FILE})
+MANIFEST = "manifest.json"
+ALWAYS = frozenset({MANIFEST, IGNORE_FILE})
 """What no `.aalignore` leaves out: it says what the rest means."""
 MAX_FILES = 10_000
 MAX_MB = 1024
@@ -294,6 +295,16 @@ class CodeHash:
 def code_hash(folder: Path) -> str:
     """The code hash of a folder, everything read anew. Raises as `Walk.of` does."""
     return CodeHash(folder).get()
+
+
+def code_hash_under(folder: Path, manifest_hash: str) -> str:
+    """What the code hash of a folder would be if its manifest were one with this SHA-256. Raises as `Walk.of` does.
+
+    So it is found whether a folder of which only the manifest has changed is the one that a record names.
+    """
+    codes, walk = CodeHash(folder), Walk.of(folder)
+    records = [codes._record(walk.root, file) for file in walk.files]
+    return _combine(one._replace(digest=manifest_hash) if one.path == MANIFEST else one for one in records)
 
 
 def open_file(path: str | Path) -> BufferedReader:

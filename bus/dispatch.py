@@ -85,7 +85,10 @@ class _Line:
 class Bus:
     """Owns the registry, the scheduler, the ledger, the plugins and their runners. One event loop, one Bus."""
 
-    def __init__(self, settings: Settings, *, plugins: Iterable[object] = ()) -> None:
+    def __init__(
+        self, settings: Settings, *, plugins: Iterable[object] = (), environment: Mapping[str, Any] | None = None
+    ) -> None:
+        """`environment` is what its calls run in; of the folder that the overlays lie in where it is not given."""
         self.settings = settings
         self.callers = Callers(
             settings.state, local_phases=settings.listed("local_phases"), needs_token=not settings.is_loopback
@@ -116,7 +119,7 @@ class Bus:
         self.balance.between(self.stress, self.scheduler)
         self.needs = Needs()
         self.events = Events()
-        self.environment = collect_environment(settings.overlays.parent)
+        self.environment = environment or collect_environment(settings.overlays.parent)
         self.environment_hash = environment_hash(self.environment)
         self.ledger_key = LedgerKey(settings.state)
         self.ledger = Ledger(

@@ -15,10 +15,12 @@ from bus.errors import RequestError
 from bus.model import Phase
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from bus.course import Answer
+    from bus.model import Record
     from bus.overlays import Registry
+    from bus.replay import Replay, Trial
     from bus.settings import Settings
 
 
@@ -71,9 +73,27 @@ class LocalBus:
         request = {"phase": phase, "data": payload, "profile": profile, "seed": seed, "timeout_ms": timeout_ms}
         return self.invoke(request, capability).body
 
-    def replay(self, seq: int, *, live: bool = False) -> replay.Replay:
+    def replay(self, seq: int, *, live: bool = False) -> Replay:
         """Run line `seq` of the ledger again; see `bus.replay.replay`."""
         return self._runner.run(replay.replay(self._bus, seq, live=live))
+
+    def replay_all(
+        self,
+        records: Iterable[Record],
+        *,
+        jobs: int = 1,
+        live: bool = False,
+        done: Callable[[Trial], object],
+    ) -> None:
+        """Run the lines of these records again, `jobs` at once; `done` is told of each trial as it ends.
+
+        Raises `BrokenLineError`, and `KeyboardInterrupt` once what was running has ended.
+        """
+
+        async def attempt(record: Record) -> Replay:
+            return await replay.replay(self._bus, record["seq"], live=live)
+
+        self._runner.run(replay.try_all(records, attempt, jobs=jobs, done=done))
 
     def rest(self, seconds: float) -> None:
         """Let the event loop run without a call: what the bus looks at every now and then is looked at."""

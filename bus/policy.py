@@ -96,10 +96,10 @@ def _union(paths: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(path for some in paths for path in some))
 
 
-def replay_needs_consent(manifest: Manifest, phase: Phase) -> bool:
+def replay_needs_consent(phase: Phase, *, deterministic: bool) -> bool:
     """Whether to run a recorded call again could change something."""
     rule = PHASES[phase]
-    return (rule.write or rule.exec) and not manifest.deterministic
+    return (rule.write or rule.exec) and not deterministic
 
 
 def _authorize_op(manifest: Manifest, op_policy: Mapping[str, tuple[str, ...]], op: object) -> None:

@@ -23,7 +23,7 @@ FLOORS = [
     ["stress", "runes", "canonical", "redaction", "events", "notes"],
     ["model"],
     ["settings", "hookspecs", "schemas", "purges"],
-    ["codehash", "filesync", "manifest_form", "metrics", "overlay_entry", "records"],
+    ["codehash", "drift", "filesync", "manifest_form", "metrics", "overlay_entry", "records"],
     ["manifests", "overlay_files", "overlay_packages", "overlay_programs", "profiles", "provenance"],
     ["overlays", "policy", "claims", "degradation", "checkpoints", "proofs", "private_file"],
     ["admission", "needs", "chain", "ledger_key", "verification", "serving", "envelopes", "tokens", "secrets"],
@@ -32,10 +32,10 @@ FLOORS = [
     ["balance", "starts"],
     ["dispatch"],
     ["app", "replay"],
-    ["local", "remote"],
+    ["local", "remote", "gate"],
     ["console", "templates", "doctor", "serve", "stress_watch", "plot"],
     ["cli_ledger"],
-    ["cli_overlays", "cli_profile", "cli_proofs", "cli_callers", "cli_runes", "cli_stress"],
+    ["cli_overlays", "cli_profile", "cli_proofs", "cli_replay", "cli_callers", "cli_runes", "cli_stress"],
     ["cli"],
 ]
 FLOOR = {f"bus.{name}": floor for floor, names in enumerate(FLOORS, 1) for name in names} | {"bus": 6}
