@@ -122,6 +122,9 @@ async def replay(bus: Bus, seq: int, *, live: bool = False, caller: Caller | Non
 async def run_again(bus: Bus, recorded: Record, *, live: bool = False, caller: Caller | None = None) -> Replay:
     """Run a call again that a record of some ledger tells of. Raises as `replay`."""
     call = invocation_of(recorded)
+    if sha256_hex(call.payload_json) != recorded["payload_hash"]:  # only here, where the line is known to be whole
+        detail = f"line {recorded['seq']} had a secret in its payload, which is not stored"
+        raise ReplayError("ERR_NOT_REPLAYABLE", detail)
     resolved = bus.registry.resolve(call.overlay, call.capability)
     if not live and policy.replay_needs_consent(call.phase, deterministic=resolved.manifest.deterministic):
         raise ReplayError(
@@ -189,8 +192,6 @@ def invocation_of(recorded: Record) -> Invocation:
     request = {"data": recorded["payload"], "profile": recorded["profile"]}
     request |= {name: recorded[name] for name in _KEPT}
     call = make_invocation(request, recorded["overlay"], recorded["capability"])
-    if sha256_hex(call.payload_json) != recorded["payload_hash"]:
-        raise ReplayError("ERR_NOT_REPLAYABLE", f"line {seq} had a secret in its payload, which is not stored")
     told = Told(
         request_id=recorded["request_id"],
         run_id=recorded["run_id"],
