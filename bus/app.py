@@ -10,7 +10,7 @@ import asyncio
 import logging
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 import orjson
@@ -20,7 +20,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Match, Route
 
-from bus import envelopes, events, guard, openapi, provenance, resources
+from bus import envelopes, events, guard, openapi, provenance, replay, resources
 from bus import settings as bus_settings
 from bus.dispatch import Bus
 from bus.errors import BusError, CallerError, NotFoundError, RequestError
@@ -28,7 +28,7 @@ from bus.guard import Guard
 from bus.model import new_request_id
 from bus.plugins import cases_of, scratch_of
 from bus.schemas import show
-from runners.base import LARGE_BYTES
+from runners.base import LARGE_BYTES, JsonError, parse_json
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from bus.settings import Settings
 
 log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 WATCH_AFTER_S = 0.02
 """How long a call runs at least before the bus listens for its client's leaving, in seconds; at most twice as long."""
@@ -178,7 +180,8 @@ class Api:
     def __init__(self, bus: Bus, door: Guard) -> None:
         self._bus = bus
         self._guard = door
-        self.invoke = _Invoke(bus, door)
+        self._clients = _Clients()
+        self.invoke = _Invoke(bus, door, self._clients)
 
     def routes(self) -> list[BaseRoute]:
         """In the order in which a path is held against them: calls first."""
@@ -193,6 +196,7 @@ class Api:
             Route("/overlays/{name}/purge", self.purge, methods=["POST"]),
             Route("/provenance", self.provenance),
             Route("/provenance/{seq}", self.record),
+            Route("/provenance/{seq}/replay", self.replay, methods=["POST"]),
             Route("/stress", self.stress),
             Route("/events", self.events),
             Route("/openapi.json", self.openapi),
@@ -289,13 +293,36 @@ class Api:
         return JsonResponse({"events": events, "count": len(events)})
 
     async def record(self, request: Request) -> Response:
+        return JsonResponse(await self._record(request))
+
+    async def replay(self, request: Request) -> Response:
+        """Run a line again, as a call of the caller's: the body is {} or {"live": true}. A phase refused has its line.
+
+        The answer is 200 whatever the verdict.
+        """
+        await self._bus.start()
+        caller: Caller = request.user
+        try:
+            live = _read_live(await _read_body(request.scope[_FIELDS], request.receive, self._bus.settings))
+            recorded = await self._record(request)
+            again = replay.run_again(self._bus, recorded, live=live, caller=caller)
+            done = await self._clients.unless_gone(request.receive, again)
+        except CallerError as refusal:
+            await self._bus.refuse(refusal, recorded["overlay"], recorded["capability"], caller.name)
+            raise
+        except ClientDisconnect:
+            return Response(status_code=_CLIENT_GONE)
+        return JsonResponse(done.body())
+
+    async def _record(self, request: Request) -> Record:
+        """The line that is asked for. Raises `NotFoundError` where there is none that the caller may see."""
         seq = request.path_params["seq"]
         if not _is_number(seq):
             raise NotFoundError("ERR_NOT_FOUND", f"the ledger has no line {show(seq)}")
         record = await asyncio.to_thread(provenance.read_line, self._bus.settings.ledger, int(seq))
         if not _is_shown(request.user, record):
             raise NotFoundError("ERR_NOT_FOUND", f"line {seq} of the ledger is of no overlay of the token")
-        return JsonResponse(record)
+        return record
 
     async def stress(self, _: Request) -> Response:
         await self._bus.start()
@@ -356,10 +383,10 @@ class _Invoke:
     A bare ASGI application: the request and response objects of a function's route cost as much as all checks together.
     """
 
-    def __init__(self, bus: Bus, door: Guard) -> None:
+    def __init__(self, bus: Bus, door: Guard, clients: _Clients) -> None:
         self._bus = bus
         self._guard = door
-        self._clients = _Clients()
+        self._clients = clients
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._bus.start()
@@ -378,7 +405,7 @@ class _Invoke:
         """Raises `ClientDisconnect` once nobody waits for an answer, `CallerError` for what is only counted."""
         try:
             self._guard.allow(caller, "invoke")  # before the body, which then need not be read
-            body = await self._body(fields, receive)
+            body = await _read_body(fields, receive, self._bus.settings)
             read = envelopes.read_invocation
             if len(body) > LARGE_BYTES:
                 call = await asyncio.to_thread(read, body, name, capability, caller=caller.name)
@@ -390,24 +417,37 @@ class _Invoke:
             return await self._bus.refuse(error, name, capability, caller.name)
         return await self._clients.unless_gone(receive, self._bus.invoke(call, caller))
 
-    async def _body(self, fields: guard.Fields, receive: Receive) -> bytes:
-        """The body, read no further than it may be long. Raises `RequestError` for its type or its size."""
-        limit = self._bus.settings.max_body_bytes
-        guard.require_json(fields)
-        declared = fields.get(b"content-length", b"").decode("latin-1")
-        if declared.isdecimal() and int(declared) > limit:
-            raise _too_large(declared, limit)
-        chunks, size, more = [], 0, True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":  # in the middle of its request, so no call was made
-                raise ClientDisconnect
-            chunks.append(message.get("body", b""))
-            size += len(chunks[-1])
-            if size > limit:
-                raise _too_large(f"more than {limit}", limit)
-            more = message.get("more_body", False)
-        return b"".join(chunks)
+
+async def _read_body(fields: guard.Fields, receive: Receive, settings: Settings) -> bytes:
+    """The body, read no further than it may be long. Raises `RequestError` for its type or its size."""
+    limit = settings.max_body_bytes
+    guard.require_json(fields)
+    declared = fields.get(b"content-length", b"").decode("latin-1")
+    if declared.isdecimal() and int(declared) > limit:
+        raise _too_large(declared, limit)
+    chunks, size, more = [], 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":  # in the middle of its request, so no call was made
+            raise ClientDisconnect
+        chunks.append(message.get("body", b""))
+        size += len(chunks[-1])
+        if size > limit:
+            raise _too_large(f"more than {limit}", limit)
+        more = message.get("more_body", False)
+    return b"".join(chunks)
+
+
+def _read_live(body: bytes) -> bool:
+    """Whether the body of a replay says `live`; no body is the same as {}. Raises `RequestError`."""
+    try:
+        wish = parse_json(body) if body else {}
+    except JsonError as error:
+        raise RequestError("ERR_BAD_JSON", str(error)) from None
+    if not isinstance(wish, dict) or wish.keys() - {"live"} or not isinstance(wish.get("live", False), bool):
+        hint = 'Send {}, or {"live": true} where running the line again may change something.'
+        raise RequestError("ERR_BAD_REQUEST", f"the body is {show(wish)}, allowed: live, true or false", hint=hint)
+    return bool(wish.get("live"))
 
 
 def _is_shown(caller: Caller, record: Record) -> bool:
@@ -475,7 +515,7 @@ class _Clients:
         self._loop: asyncio.AbstractEventLoop | None = None
         """The one with the timer, where that is set."""
 
-    async def unless_gone(self, receive: Receive, call: Coroutine[Any, Any, Answer]) -> Answer:
+    async def unless_gone(self, receive: Receive, call: Coroutine[Any, Any, Result]) -> Result:
         """Raises `ClientDisconnect` once the client has gone; then the call was cancelled and has left its line."""
         client = _Client(receive)
         self._new.add(client)

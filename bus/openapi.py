@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 
-SHIPPED = {"Invocation": "invocation", "Outcome": "outcome", "Record": "record", "Stress": "stress"}
+SHIPPED = {"Invocation": "invocation", "Outcome": "outcome", "Record": "record", "Replay": "replay", "Stress": "stress"}
 """The components that are shipped schemas."""
 
 _COMPONENTS = "#/components/schemas/"
@@ -54,6 +54,8 @@ class _Operation(NamedTuple):
     unwell: bool = False
     """Whether its answer comes with 503, too."""
     media_type: str = "application/json"
+    body: Json | None = None
+    """The schema of the body of its request, None where it needs none."""
 
 
 def _object(required: Iterable[str] = (), **properties: Json) -> Json:
@@ -113,6 +115,13 @@ OPERATIONS = {
         _LEDGER_QUERY,
     ),
     "/provenance/{seq}": _Operation("One record.", "ledger", _ref("Record")),
+    "/provenance/{seq}/replay": _Operation(
+        "Run a line again, as a call of the caller's, and say whether the same came of it.",
+        "ledger",
+        _ref("Replay"),
+        body=_object(live=_TRUTH | {"description": "Also where that could change something.", "default": False})
+        | {"additionalProperties": False},
+    ),
     "/stress": _Operation("How short memory is, and what waits for it.", "machine", _ref("Stress")),
     "/events": _Operation(
         "What happens, as it does (server-sent events). The data of the event stress is as that of /stress.",
@@ -167,6 +176,8 @@ def _operation(route: Route, path: str, method: str) -> Json:
     }
     if known.open:
         found["security"] = []
+    if known.body is not None:
+        found["requestBody"] = _body(known.body)
     if known.tag == "calls":
         found |= {"requestBody": _body(_ref("Invocation")), "responses": _call_responses(_ref("Outcome"))}
     return found

@@ -120,8 +120,14 @@ async def replay(bus: Bus, seq: int, *, live: bool = False, caller: Caller | Non
 
 
 async def run_again(bus: Bus, recorded: Record, *, live: bool = False, caller: Caller | None = None) -> Replay:
-    """Run a call again that a record of some ledger tells of. Raises as `replay`."""
+    """Run a call again that a record of some ledger tells of.
+
+    Raises as `replay`, and `CallerError` for a call that `caller` could not make.
+    """
     call = invocation_of(recorded)
+    if caller is not None:
+        caller.require_call(call.overlay, call.phase)
+        call = call._replace(caller=caller.name)
     if sha256_hex(call.payload_json) != recorded["payload_hash"]:  # only here, where the line is known to be whole
         detail = f"line {recorded['seq']} had a secret in its payload, which is not stored"
         raise ReplayError("ERR_NOT_REPLAYABLE", detail)

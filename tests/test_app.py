@@ -25,6 +25,7 @@ from bus.dispatch import Bus
 from bus.hookspecs import hookimpl
 from bus.model import Phase
 from bus.tokens import SCOPES, Rate, Tokens
+from runners.base import Outcome
 from runners.kernel import Kernel
 from tests.programs import running
 from tests.support import (
@@ -226,6 +227,95 @@ def test_a_query_that_cannot_be_is_refused_with_what_is_allowed(client: TestClie
     response = client.get(f"/provenance?{query}")
     assert (response.status_code, response.json()["code"]) == (400, "ERR_BAD_QUERY")
     assert said in response.json()["detail"]
+
+
+# --- Replay over HTTP --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def steady(settings: Settings) -> Iterator[TestClient]:
+    """A bus whose overlays answer the same each time; `pure` says so, `plain` does not."""
+    add_overlay(settings.overlays, "pure", policy={"deterministic": True})
+    add_overlay(settings.overlays, "plain")
+    runner = InProcessRunner(lambda job: Outcome(result=json.loads(job.envelope)["payload"]))
+    with TestClient(create_app(bus=Bus(settings, plugins=[runner]))) as client:
+        yield client
+
+
+def test_a_line_is_run_again_over_http_and_leaves_its_own(steady: TestClient, settings: Settings) -> None:
+    steady.post("/invoke/pure", json={"phase": "OPEN", "data": {"n": 1}})
+    for sent in ({"json": {}}, {"json": {"live": False}}, {"headers": JSON}):
+        response = steady.post("/provenance/1/replay", **sent)  # type: ignore[arg-type]
+        body = response.json()
+        assert (response.status_code, body["verdict"], body["outcome"]["result"]) == (200, "MATCH", {"n": 1})
+        assert misfits("replay", body) == []
+    assert [(line["type"], line["replay_of"]) for line in calls(settings)] == [("invoke", None), *[("replay", 1)] * 3]
+
+
+def test_a_drift_over_http_has_its_difference_and_its_cause(settings: Settings) -> None:
+    folder = add_script(settings.overlays, "pure", "echo '{\"n\": 1}'", policy={"deterministic": True})
+    with TestClient(create_app(settings)) as client:
+        client.post("/invoke/pure", json=OPEN)
+        (folder / "run.sh").write_text("echo '{\"n\": 2}'")
+        body = client.post("/provenance/1/replay", json={}).json()
+    assert misfits("replay", body) == []
+    assert (body["verdict"], body["diff"]) == ("DRIFT", [{"path": "/n", "was": "1", "is": "2"}])
+    assert body["cause"]["names"] == ["code"]
+
+
+def test_what_could_change_something_is_run_again_only_where_that_is_said(
+    steady: TestClient, settings: Settings
+) -> None:
+    steady.post("/invoke/plain", json=OPEN)
+    response = steady.post("/provenance/1/replay", json={})
+    assert (response.status_code, response.json()["code"]) == (409, "ERR_NEEDS_LIVE")
+    assert '{"live": true}' in response.json()["hint"]
+    assert len(calls(settings)) == 1
+    assert steady.post("/provenance/1/replay", json={"live": True}).json()["verdict"] == "MATCH"
+
+
+@pytest.mark.parametrize(
+    ("seq", "content", "status", "code"),
+    [
+        ("1", b'{"live": 1}', 400, "ERR_BAD_REQUEST"),
+        ("1", b'{"liv": true}', 400, "ERR_BAD_REQUEST"),
+        ("1", b"[]", 400, "ERR_BAD_REQUEST"),
+        ("1", b"{", 400, "ERR_BAD_JSON"),
+        ("1", b" " * 2_000_000, 413, "ERR_TOO_LARGE"),
+        ("2", b"{}", 409, "ERR_NOT_REPLAYABLE"),
+        ("9", b"{}", 404, "ERR_NOT_FOUND"),
+        ("x", b"{}", 404, "ERR_NOT_FOUND"),
+    ],
+)
+def test_a_replay_that_cannot_be_is_refused_with_its_reason(
+    settings: Settings, seq: str, content: bytes, status: int, code: str
+) -> None:
+    add_overlay(settings.overlays, "pure", policy={"deterministic": True})
+    bus = Bus(replace(settings, max_body_mb=1), plugins=[InProcessRunner()])
+    with TestClient(create_app(bus=bus)) as client:
+        client.post("/invoke/pure", json=OPEN)
+        response = client.post(f"/provenance/{seq}/replay", content=content, headers=JSON)
+        assert (response.status_code, response.json()["code"]) == (status, code)
+        assert client.post("/provenance/1/replay", content=b"live=1").status_code == 415
+    assert len(calls(settings)) == 1
+
+
+def test_a_token_runs_again_what_it_may_call_and_nothing_else(steady: TestClient, settings: Settings) -> None:
+    steady.post("/invoke/pure", json=OPEN)
+    own = make_token(settings, "own", overlays=("pure",), scopes=("replay",))
+    for name, limits, status, code in (
+        ("reader", {"scopes": ("invoke", "read-ledger")}, 403, "ERR_FORBIDDEN"),
+        ("other", {"overlays": ("plain",)}, 404, "ERR_NOT_FOUND"),
+        ("clear", {"phases": (Phase.CLEAR,)}, 403, "ERR_FORBIDDEN"),
+    ):
+        response = steady.post(
+            "/provenance/1/replay", json={"live": True}, headers=make_token(settings, name, **limits)
+        )
+        assert (response.status_code, response.json()["code"]) == (status, code)
+    assert steady.post("/provenance/1/replay", json={}).status_code == 401
+    assert steady.post("/provenance/1/replay", json={}, headers=own).json()["verdict"] == "MATCH"
+    told = [(line["type"], line["caller"], line["code"]) for line in calls(settings)[1:]]
+    assert told == [("denied", "clear", "ERR_FORBIDDEN"), ("replay", "own", "OK")]
 
 
 # --- Errors ------------------------------------------------------------------------------------------------------

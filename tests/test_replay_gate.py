@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from bus import gate, provenance
+from bus import provenance
 from bus.console import Exit
+from bus.dispatch import Bus
 from bus.errors import BusError
 from bus.gate import Gate
 from bus.replay import try_all
@@ -229,7 +230,7 @@ async def test_a_call_that_was_degraded_is_tried_degraded(settings: Settings, mo
     (record,) = provenance.tail(settings.ledger, 1, types=("invoke",))
     assert record["memory"]["applied"]
     stress.value = 0.0
-    monkeypatch.setattr(gate, "Bus", with_plugins(gate.Bus, runner, stress))
+    monkeypatch.setattr("bus.gate.Bus", with_plugins(Bus, runner, stress))
     async with Gate(settings, folder, "echo") as tried:
         again = await tried.attempt(record)
     assert (again.verdict, again.differs) == ("MATCH", ())
