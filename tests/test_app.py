@@ -244,8 +244,9 @@ def steady(settings: Settings) -> Iterator[TestClient]:
 
 def test_a_line_is_run_again_over_http_and_leaves_its_own(steady: TestClient, settings: Settings) -> None:
     steady.post("/invoke/pure", json={"phase": "OPEN", "data": {"n": 1}})
-    for sent in ({"json": {}}, {"json": {"live": False}}, {"headers": JSON}):
-        response = steady.post("/provenance/1/replay", **sent)  # type: ignore[arg-type]
+    ways: tuple[dict[str, Any], ...] = ({"json": {}}, {"json": {"live": False}}, {"headers": JSON})
+    for sent in ways:
+        response = steady.post("/provenance/1/replay", **sent)
         body = response.json()
         assert (response.status_code, body["verdict"], body["outcome"]["result"]) == (200, "MATCH", {"n": 1})
         assert misfits("replay", body) == []

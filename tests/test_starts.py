@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from bus import provenance, replay, starts
+from bus import provenance, replay, starts, verification
 from bus.dispatch import Bus
 from bus.errors import ReplayError
 from bus.ledger import LedgerError
@@ -234,7 +234,7 @@ def test_the_call_of_a_process_that_was_killed_is_closed_once_and_one_that_ended
     (line,) = provenance.tail(settings.ledger, 1)
     assert (line["started"], line["phase"], line["overlay"]) == (2, "SEAL", "o")
     assert left(settings.ledger) == []
-    assert provenance.verify(settings.ledger).ok
+    assert verification.verify(settings.ledger).ok
 
 
 def test_the_call_of_a_process_that_lives_is_left_alone(path: Path) -> None:
