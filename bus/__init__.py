@@ -4,8 +4,9 @@ A folder with a manifest becomes callable; every call is authorized by phase, ad
 written to a hash-chained ledger. Read `dispatch` first: `Bus.invoke` is the story. Then, in the order of a call:
 
     protocol, guard     who may speak to the bus, from where, and how slowly; with callers and tokens
-    app, local          how a call comes in: HTTP, or Python without an event loop; openapi describes it, and events are
-                        what HTTP tells while they happen
+    app, local          how a call comes in: HTTP, or Python without an event loop; app_ledger is what HTTP reads of the
+                        ledger, web what all endpoints share; openapi describes them, and events are what HTTP tells
+                        while they happen
     envelopes, course   what is said (request, overlay's request, reply), and what is known of one call so far
     overlays            which overlays there are, now; with codehash, overlay_entry, overlay_files; overlay_programs and
                         overlay_packages are what an overlay needs and what it brings along

@@ -13,32 +13,32 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
-import orjson
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Match, Route
 
-from bus import envelopes, events, guard, openapi, provenance, replay, resources
+from bus import envelopes, events, guard, openapi, replay, resources
 from bus import settings as bus_settings
+from bus.app_ledger import LedgerApi
 from bus.dispatch import Bus
 from bus.errors import BusError, CallerError, NotFoundError, RequestError
 from bus.guard import Guard
 from bus.model import new_request_id
 from bus.plugins import cases_of, scratch_of
 from bus.schemas import show
+from bus.web import JsonResponse, Query
 from runners.base import LARGE_BYTES, JsonError, parse_json
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+    from collections.abc import AsyncIterator, Coroutine
 
     from starlette.routing import BaseRoute
     from starlette.types import Receive, Scope, Send
 
     from bus.callers import Caller
     from bus.course import Answer
-    from bus.model import Record
     from bus.overlay_entry import Entry
     from bus.settings import Settings
 
@@ -64,18 +64,7 @@ _CHALLENGE = (b"www-authenticate", b"Bearer")
 _POLICY_VIOLATION = 1008
 """Why a web socket is closed (RFC 6455 section 7.4.1)."""
 
-_LIMIT_DEFAULT, _LIMIT_MOST = 100, 10_000
-_DIGITS_MOST = 16
 _PATH_SHOWN = 200
-
-
-class JsonResponse(Response):
-    """JSON by orjson, with a line's end for people at a terminal."""
-
-    media_type = "application/json"
-
-    def render(self, content: object) -> bytes:
-        return orjson.dumps(content, option=orjson.OPT_APPEND_NEWLINE)
 
 
 def create_app(settings: Settings | None = None, bus: Bus | None = None) -> Starlette:
@@ -181,6 +170,7 @@ class Api:
         self._bus = bus
         self._guard = door
         self._clients = _Clients()
+        self.ledger = LedgerApi(bus)
         self.invoke = _Invoke(bus, door, self._clients)
 
     def routes(self) -> list[BaseRoute]:
@@ -194,8 +184,7 @@ class Api:
             Route("/overlays", self.overlays),
             Route("/overlays/{name}", self.overlay),
             Route("/overlays/{name}/purge", self.purge, methods=["POST"]),
-            Route("/provenance", self.provenance),
-            Route("/provenance/{seq}", self.record),
+            *self.ledger.routes(),
             Route("/provenance/{seq}/replay", self.replay, methods=["POST"]),
             Route("/stress", self.stress),
             Route("/events", self.events),
@@ -280,21 +269,6 @@ class Api:
         told: dict[str, Any] = self._bus.secrets.redactor.json(kept)
         return told
 
-    async def provenance(self, request: Request) -> Response:
-        """The last records, oldest first: `?limit=&overlay=&ok=&since=` (milliseconds since the epoch)."""
-        query = _Query(request.query_params)
-        limit, since_ms = query.integer("limit", _LIMIT_DEFAULT, 1, _LIMIT_MOST), query.integer("since", None, 0, 2**53)
-        overlay, ok = query.text("overlay"), query.boolean("ok")
-        query.refuse_unknown()
-        ledger, shown = self._bus.settings.ledger, partial(_is_shown, request.user)
-        events = await asyncio.to_thread(
-            provenance.tail, ledger, limit, overlay=overlay, ok=ok, since_ms=since_ms, shown=shown
-        )
-        return JsonResponse({"events": events, "count": len(events)})
-
-    async def record(self, request: Request) -> Response:
-        return JsonResponse(await self._record(request))
-
     async def replay(self, request: Request) -> Response:
         """Run a line again, as a call of the caller's: the body is {} or {"live": true}. A phase refused has its line.
 
@@ -304,7 +278,7 @@ class Api:
         caller: Caller = request.user
         try:
             live = _read_live(await _read_body(request.scope[_FIELDS], request.receive, self._bus.settings))
-            recorded = await self._record(request)
+            recorded = await self.ledger.record_of(request)
             again = replay.run_again(self._bus, recorded, live=live, caller=caller)
             done = await self._clients.unless_gone(request.receive, again)
         except CallerError as refusal:
@@ -314,23 +288,13 @@ class Api:
             return Response(status_code=_CLIENT_GONE)
         return JsonResponse(done.body())
 
-    async def _record(self, request: Request) -> Record:
-        """The line that is asked for. Raises `NotFoundError` where there is none that the caller may see."""
-        seq = request.path_params["seq"]
-        if not _is_number(seq):
-            raise NotFoundError("ERR_NOT_FOUND", f"the ledger has no line {show(seq)}")
-        record = await asyncio.to_thread(provenance.read_line, self._bus.settings.ledger, int(seq))
-        if not _is_shown(request.user, record):
-            raise NotFoundError("ERR_NOT_FOUND", f"line {seq} of the ledger is of no overlay of the token")
-        return record
-
     async def stress(self, _: Request) -> Response:
         await self._bus.start()
         return JsonResponse(self._bus.stress_report() | {"history": self._bus.stress.history()})
 
     async def events(self, request: Request) -> Response:
         """What happens, as it does: `?types=` names the types of events, separated by commas; all by default."""
-        query = _Query(request.query_params)
+        query = Query(request.query_params)
         types = query.members("types", events.TYPES)
         query.refuse_unknown()
         await self._bus.start()
@@ -448,58 +412,6 @@ def _read_live(body: bytes) -> bool:
         hint = 'Send {}, or {"live": true} where running the line again may change something.'
         raise RequestError("ERR_BAD_REQUEST", f"the body is {show(wish)}, allowed: live, true or false", hint=hint)
     return bool(wish.get("live"))
-
-
-def _is_shown(caller: Caller, record: Record) -> bool:
-    """Whether a line of the ledger is of an overlay that the caller may call, or of none."""
-    return record.get("overlay") is None or caller.has_overlay(record["overlay"])
-
-
-class _Query:
-    """Reads a query string; everything wrong in it is ERR_BAD_QUERY."""
-
-    def __init__(self, params: Mapping[str, str]) -> None:
-        self._params = params
-        self._known: list[str] = []
-
-    def text(self, name: str) -> str | None:
-        self._known.append(name)
-        return self._params.get(name)
-
-    def integer(self, name: str, default: int | None, low: int, high: int) -> Any:  # noqa: ANN401
-        raw = self.text(name)
-        if raw is None:
-            return default
-        if not (_is_number(raw) and low <= int(raw) <= high):
-            raise RequestError("ERR_BAD_QUERY", f"{name}={show(raw)}, allowed: a whole number, {low} to {high}")
-        return int(raw)
-
-    def boolean(self, name: str) -> bool | None:
-        raw = self.text(name)
-        if raw is None:
-            return None
-        if raw.lower() not in {"true", "false", "1", "0"}:
-            raise RequestError("ERR_BAD_QUERY", f"{name}={show(raw)}, allowed: true or false")
-        return raw.lower() in {"true", "1"}
-
-    def members(self, name: str, allowed: Sequence[str]) -> Sequence[str]:
-        """Some of `allowed`, separated by commas; all of them by default."""
-        raw = self.text(name)
-        if raw is None:
-            return allowed
-        found = raw.split(",")
-        if unknown := [member for member in found if member not in allowed]:
-            raise RequestError("ERR_BAD_QUERY", f"{name} has {show(unknown)}, allowed: {', '.join(allowed)}")
-        return found
-
-    def refuse_unknown(self) -> None:
-        if unknown := [name for name in self._params if name not in self._known]:
-            raise RequestError("ERR_BAD_QUERY", f"unknown: {show(unknown)}; known: {', '.join(self._known)}")
-
-
-def _is_number(text: str) -> bool:
-    """Whether `int` reads it, and quickly."""
-    return text.isascii() and text.isdecimal() and len(text) <= _DIGITS_MOST
 
 
 class _Clients:

@@ -174,7 +174,7 @@ def right_for(scope: Scope) -> Right | None:
     match segments:
         case ("",) | ("overlays",) | ("overlays", _) | ("openapi.json",) if method in READING:
             return None
-        case ("provenance",) | ("provenance", _) if method in READING:
+        case ("provenance",) | ("provenance", _) | ("provenance", _, "proof") if method in READING:
             return "read-ledger"
         case ("provenance", _, "replay") if method == "POST":
             return "replay"

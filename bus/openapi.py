@@ -73,6 +73,8 @@ def _query(name: str, text: str, **schema: Any) -> Json:  # noqa: ANN401
 _TEXT: Json = {"type": "string"}
 _TRUTH: Json = {"type": "boolean"}
 _LIST: Json = {"type": "array", "items": _TEXT}
+_COUNT: Json = {"type": "integer", "minimum": 0}
+_NOTE: Json = {"type": ["string", "null"], "description": "The signed note of the tree; null without a key."}
 _STATUS = _object(["status"], status=_TEXT)
 _LEDGER_QUERY = (
     _query("limit", "How many records, of the last.", type="integer", minimum=1, maximum=10_000, default=100),
@@ -115,6 +117,38 @@ OPERATIONS = {
         _LEDGER_QUERY,
     ),
     "/provenance/{seq}": _Operation("One record.", "ledger", _ref("Record")),
+    "/provenance/{seq}/proof": _Operation(
+        "That a line is in the ledger's Merkle tree (RFC 9162).",
+        "ledger",
+        _object(
+            ["seq", "hash", "tree_size", "root", "inclusion", "checkpoint"],
+            **dict.fromkeys(("seq", "tree_size"), _COUNT),
+            **dict.fromkeys(("hash", "root"), _TEXT),
+            inclusion=_LIST,
+            checkpoint=_NOTE,
+        ),
+        (_query("size", "In the tree of so many first lines; of all by default.", type="integer", minimum=1),),
+    ),
+    "/provenance/consistency": _Operation(
+        "That the ledger's Merkle tree has only grown (RFC 9162).",
+        "ledger",
+        _object(
+            ["old_size", "old_root", "new_size", "new_root", "consistency", "checkpoint"],
+            **dict.fromkeys(("old_size", "new_size"), _COUNT),
+            **dict.fromkeys(("old_root", "new_root"), _TEXT),
+            consistency=_LIST,
+            checkpoint=_NOTE,
+        ),
+        (
+            _query("old", "Lines of the smaller tree.", type="integer", minimum=0, default=0),
+            _query("new", "Lines of the larger; all by default.", type="integer", minimum=1),
+        ),
+    ),
+    "/provenance/checkpoint": _Operation(
+        "How many lines the ledger has, and the root of their Merkle tree.",
+        "ledger",
+        _object(["tree_size", "root", "checkpoint"], tree_size=_COUNT, root=_TEXT, checkpoint=_NOTE),
+    ),
     "/provenance/{seq}/replay": _Operation(
         "Run a line again, as a call of the caller's, and say whether the same came of it.",
         "ledger",
