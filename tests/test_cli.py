@@ -713,6 +713,20 @@ def test_replay_tells_what_drifted_and_exits_with_1(aal: Callable[..., Ran], led
     assert (ran.code, ran.out.splitlines()[-1]) == (Exit.FAILED, "verdict: DRIFT (result, code)")
 
 
+def test_a_drift_has_its_difference_and_its_cause(aal: Callable[..., Ran], ledger: Path, overlays: Path) -> None:
+    (overlays / "fixed/run.sh").write_text(FIXED.replace("42", "43"))
+    told = aal("replay", "1").out.splitlines()
+    assert told[-4:-1] == ["recorded -> now:", "  /answer: 42 -> 43", "cause: code (nothing else differs)"]
+    body = aal("replay", "1", "--json").json
+    assert (body["diff"], body["cause"]["names"]) == ([{"path": "/answer", "was": "42", "is": "43"}], ["code"])
+
+
+def test_several_lines_run_at_once_where_that_is_said(aal: Callable[..., Ran], ledger: Path) -> None:
+    ran = aal("replay", "1-4", "4", "1", "--live", "--jobs", "3", "--json")
+    assert (ran.code, [row["seq"] for row in ran.json["replays"]]) == (Exit.FAILED, [1, 2, 3, 4])
+    assert [verdicts(ran)[seq] for seq in (1, 4)] == ["MATCH", "DRIFT"]
+
+
 def test_replay_notes_what_else_changed_beside_a_match(aal: Callable[..., Ran], ledger: Path, overlays: Path) -> None:
     (overlays / "fixed/run.sh").write_text(f"{FIXED} # the same\n")
     ran = aal("replay", "1")

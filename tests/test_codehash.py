@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from bus import codehash
-from bus.codehash import RACY_NS, CodeHash, Stamp, TooLargeError, Walk, code_hash
+from bus.codehash import RACY_NS, CodeHash, Stamp, TooLargeError, Walk, code_hash, code_hash_under
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -334,3 +334,15 @@ def test_what_is_no_regular_file_is_never_opened_and_costs_no_descriptor(
 def test_a_regular_file_is_opened_and_read(folder: Path) -> None:
     with codehash.open_file(folder / "src" / "run.py") as file:
         assert file.read() == b"print(1)"
+
+
+def test_a_folder_whose_manifest_alone_has_changed_is_known_by_the_hash_of_the_old_one(tmp_path: Path) -> None:
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text("old")
+    (tmp_path / "run.sh").write_text("echo 1")
+    before, of_old = code_hash(tmp_path), hashlib.sha256(b"old").hexdigest()
+    manifest.write_text("new")
+    assert code_hash(tmp_path) != before
+    assert code_hash_under(tmp_path, of_old) == before
+    (tmp_path / "run.sh").write_text("echo 2")
+    assert code_hash_under(tmp_path, of_old) != before

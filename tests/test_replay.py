@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import pytest
 
+from bus.drift import Change, Difference
 from bus.errors import BusError, NotFoundError, ReplayError
 from bus.local import LocalBus
 from bus.records import BrokenLineError
 from bus.replay import replay
-from runners.base import Outcome
+from bus.secrets import Secrets
+from runners.base import Outcome, Sandbox
 from tests.support import (
     FixedStress,
     InProcessRunner,
@@ -132,8 +134,7 @@ async def test_a_changed_manifest_is_told(settings: Settings, overlay: Path) -> 
         await bus.invoke(a_call("pure", data={"n": 1}))
         manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"version": "2.0.0"}))
         again = await replay(bus, 1)
-    assert again.verdict == "MATCH"
-    assert "manifest" in again.differs
+    assert (again.verdict, again.differs) == ("MATCH", ("manifest",))
 
 
 async def test_a_call_that_was_cut_off_cannot_be_replayed(settings: Settings) -> None:
@@ -163,6 +164,44 @@ async def test_a_failure_that_fails_alike_is_a_match(settings: Settings) -> None
         for line in [line for line in calls(settings) if line["type"] == "invoke"]:
             again = await replay(bus, line["seq"])
             assert (again.verdict, again.answer.ok) == ("MATCH", False)
+
+
+async def test_the_difference_is_told_without_secrets_and_a_payload_with_one_cannot_be_replayed(
+    settings: Settings,
+) -> None:
+    add_overlay(settings.overlays, "echo", **DETERMINISTIC)
+    results = iter([{"n": 1, "key": "the old secret"}, {"n": 2, "key": "the old secret"}, {}])
+    Secrets(settings.state).set("KEY", ["echo"], value="the old secret")
+    async with running_bus(settings, InProcessRunner(lambda _: Outcome(result=next(results)))) as bus:
+        bus.secrets.stamp()
+        await bus.invoke(a_call("echo"))
+        again = await replay(bus, 1)
+        hidden = await bus.invoke(a_call("echo", data={"key": "the old secret"}))
+        with pytest.raises(ReplayError, match="had a secret in its payload"):
+            await replay(bus, hidden.body["provenance"]["seq"])
+    assert again.difference == Difference((Change("/n", "1", "2"),))
+    assert again.cause is not None
+    assert again.cause.names == ("none",)
+
+
+async def test_a_refusal_is_no_drift_but_has_failed(settings: Settings, overlay: Path) -> None:
+    async with running_bus(settings) as bus:
+        await bus.invoke(a_call("pure", data={"n": 1}))
+        manifest = overlay / "manifest.json"
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"phases": ["CLEAR"]}))
+        again = await replay(bus, 1)
+    assert (again.verdict, again.cause) == ("FAILED", None)
+    assert again.why.startswith("ERR_PHASE_DENIED: ")
+    assert misfits("replay", again.body()) == []
+
+
+async def test_what_held_the_call_belongs_to_its_environment(settings: Settings) -> None:
+    add_overlay(settings.overlays, "echo", **DETERMINISTIC)
+    held = iter([Sandbox("call", ("read", "write")), Sandbox("call", ("read",))])
+    async with running_bus(settings, InProcessRunner(lambda _: Outcome(result=1, sandbox=next(held)))) as bus:
+        await bus.invoke(a_call("echo"))
+        again = await replay(bus, 1)
+    assert (again.verdict, again.differs) == ("MATCH", ("environment",))
 
 
 # --- What cannot be replayed -------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from tests.support import (
     add_overlay,
     add_script,
     eventually,
+    misfits,
     running_bus,
     settings_in,
 )
@@ -109,6 +110,7 @@ def test_a_candidate_that_is_the_same_matches_whatever_its_folder_is_called(
     told = ran.json["against"]
     assert (told["overlay"], told["version"], told["folder"]) == ("pure", "1.0.0", str(candidate))
     assert {row["outcome"]["provenance"] for row in ran.json["replays"]} == {None}
+    assert [misfits("replay", row) for row in ran.json["replays"]] == [[]] * 3
 
 
 @pytest.mark.usefixtures("recorded")
@@ -118,6 +120,7 @@ def test_another_result_is_a_drift_of_the_code_with_what_differs(aal: Callable[.
     assert (ran.code, verdicts(ran)) == (Exit.FAILED, ["DRIFT"] * 3)
     row = ran.json["replays"][0]
     assert row["differs"] == ["result", "code"]
+    assert misfits("replay", row) == []
     assert row["cause"]["names"] == ["code"]
     assert "the recorded result" in row["cause"]["why"]
     assert row["diff"] == [{"path": "/n", "was": "0", "is": "7"}, {"path": "/more", "was": None, "is": '{"n": 0}'}]
@@ -186,6 +189,27 @@ def test_without_the_recorded_version_what_differs_is_all_that_is_known(
     shutil.rmtree(live)
     ran = aal("replay", "--against", str(candidate), "--json")
     assert [row["cause"] for row in ran.json["replays"]] == [{"names": ["code"], "why": "nothing else differs"}] * 3
+
+
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize("hangs_on_it", [True, False])
+def test_another_environment_is_told_apart_from_the_code(
+    aal: Callable[..., Ran], live: Path, candidate: Path, monkeypatch: pytest.MonkeyPatch, hangs_on_it: bool
+) -> None:
+    """The live overlay runs beside the candidate: what both give is of the environment that they share."""
+    if hangs_on_it:
+        monkeypatch.setenv("LANG", "first")
+        (live / "run.sh").write_text("""echo "{\\"lang\\": \\"$LANG\\"}\"""")
+        assert aal("invoke", "pure").code == Exit.OK
+        shutil.copy(live / "run.sh", candidate)
+        monkeypatch.setenv("LANG", "second")
+    else:
+        (candidate / "run.sh").write_text("echo 5")
+    (candidate / "note.txt").write_text("so that the code differs")
+    monkeypatch.setattr("bus.gate.collect_environment", lambda _: {"python": "another"})
+    (row,) = aal("replay", "--last", "1", "--against", str(candidate), "--json").json["replays"]
+    assert (row["verdict"], row["differs"]) == ("DRIFT", ["result", "code", "environment"])
+    assert row["cause"]["names"] == (["environment"] if hangs_on_it else ["code"])
 
 
 @pytest.mark.parametrize(
