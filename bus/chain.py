@@ -155,7 +155,12 @@ class Chain:
         return False
 
     def unlock(self) -> None:
-        fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
+        """Let go of the lock, whatever the file system says: its descriptor's end takes the lock with it."""
+        try:
+            fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
+        except OSError:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
 
     def append(self, drafts: Sequence[Draft]) -> list[Receipt]:
         """Take the lock, write a group, and make it last while others write already. Raises as `locked`."""

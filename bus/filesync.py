@@ -6,6 +6,7 @@ of Python would cost is not its own time but the interpreter's lock: each return
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -72,8 +73,7 @@ class FileSync:
             raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
         self._numbers = numbers
         self._syscall = ctypes.CDLL(None, use_errno=True).syscall
-        self._context = ctypes.c_ulong(0)
-        self._call(numbers.io_setup, 1, ctypes.byref(self._context))
+        self._open()
         self._request = _Request(opcode=IOCB_CMD_FDSYNC, flags=IOCB_FLAG_RESFD)
         self._requests = (ctypes.POINTER(_Request) * 1)(ctypes.pointer(self._request))
         self._event = _Event()
@@ -85,13 +85,23 @@ class FileSync:
 
     def end(self) -> None:
         """Wait for what was begun, unless that is done. Raises OSError, as `os.fdatasync` does."""
-        self._call(self._numbers.io_getevents, self._context, 1, 1, ctypes.byref(self._event), None)
+        try:
+            self._call(self._numbers.io_getevents, self._context, 1, 1, ctypes.byref(self._event), None)
+        except OSError:  # what was begun would pass for the next sync, once it ends
+            self.close()
+            self._open()
+            raise
         if self._event.result:
             raise OSError(-self._event.result, os.strerror(-self._event.result))
 
     def close(self) -> None:
         """Nothing that was begun may be left: it would be waited for here."""
-        self._call(self._numbers.io_destroy, self._context)
+        with contextlib.suppress(OSError):  # the end of the process gives it back, too
+            self._call(self._numbers.io_destroy, self._context)
+
+    def _open(self) -> None:
+        self._context = ctypes.c_ulong(0)
+        self._call(self._numbers.io_setup, 1, ctypes.byref(self._context))
 
     def _call(self, number: int, *arguments: object) -> int:
         while True:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import select
 from typing import TYPE_CHECKING
@@ -47,6 +49,32 @@ def test_the_end_is_waited_for(sync: FileSync, eventfd: int, tmp_path: Path) -> 
         file.write(bytes(1 << 20))
         sync.begin(file.fileno(), eventfd)
         sync.end()
+
+
+def test_a_sync_whose_end_was_not_learned_does_not_pass_for_the_next(
+    sync: FileSync, eventfd: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = FileSync._call
+
+    def fail(self: FileSync, number: int, *arguments: object) -> int:
+        if number == self._numbers.io_getevents:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(self, number, *arguments)
+
+    with (tmp_path / "file").open("wb", buffering=0) as file:
+        sync.begin(file.fileno(), eventfd)
+        with monkeypatch.context() as patch:
+            patch.setattr(FileSync, "_call", fail)
+            with pytest.raises(OSError, match="Input/output"):
+                sync.end()
+        sync.begin(file.fileno(), eventfd)
+        sync.end()
+        ended = 0
+        while ended < 2:
+            select.select([eventfd], [], [])
+            ended += os.eventfd_read(eventfd)
+    at_once = (ctypes.c_int64 * 2)()
+    assert sync._call(sync._numbers.io_getevents, sync._context, 0, 1, ctypes.byref(sync._event), at_once) == 0
 
 
 def test_what_cannot_be_synced_is_refused(sync: FileSync, eventfd: int) -> None:

@@ -27,7 +27,7 @@ from bus.provenance import iter_lines, read_line
 from bus.records import environment_hash
 from bus.verification import verify
 from tests.ledgers import ENVIRONMENT, append, appended, call, opened, write
-from tests.support import eventually
+from tests.support import PATIENCE_S, eventually
 
 if TYPE_CHECKING:
     from bus.model import Record
@@ -243,6 +243,27 @@ def test_two_processes_write_one_chain_and_lose_nothing(path: Path) -> None:
     assert verify(path).ok
     assert verify(path).lines == 640
     assert_all_there(path, [line for output, _ in outputs for line in output.splitlines()])
+
+
+async def test_a_lock_that_cannot_be_let_go_of_is_closed_and_stops_nobody(
+    path: Path, monkeypatch: pytest.MonkeyPatch, syncer: str
+) -> None:
+    real = fcntl.flock
+
+    def flock(fd: int, operation: int) -> None:
+        if operation == fcntl.LOCK_UN:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(fd, operation)
+
+    with opened(path, "batch") as ledger, opened(path, "batch") as other:
+        with monkeypatch.context() as patch:
+            patch.setattr(fcntl, "flock", flock)
+            async with asyncio.timeout(PATIENCE_S):
+                for _ in range(2):
+                    await appended(ledger, call())
+                    await appended(other, call())
+        assert (await appended(ledger, call())).seq == 5
+    assert verify(path).lines == 5
 
 
 def test_two_ledgers_on_one_file_take_turns(path: Path) -> None:
