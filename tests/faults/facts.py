@@ -1,0 +1,81 @@
+"""The three facts: what was answered for is there, nothing is double, the chain and its tree verify."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from bus import provenance
+from bus.errors import BusError
+from bus.ledger import LedgerError
+from bus.records import CALL_TYPES
+from bus.starts import Starts
+from bus.verification import verify
+from tests.chaos.verdicts import of_starts
+from tests.ledgers import appended, call, opened
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+    from pathlib import Path
+    from typing import Any
+
+    from bus.ledger import Ledger
+
+AFTER = "after"
+"""The call that is written to the ledger that was opened again."""
+
+
+def after_reopening(path: Path, said: Iterable[str]) -> Iterator[str]:
+    """What is wrong, in words for people, once the next process has opened the ledger and written to it."""
+    with opened(path) as ledger:
+        try:
+            asyncio.run(_next_start(ledger))
+        except LedgerError as error:
+            yield f"the ledger cannot be written any more: {error}"
+    yield from of_file(path, said)
+
+
+async def _next_start(ledger: Ledger) -> None:
+    await Starts(ledger).close_left()
+    await appended(ledger, call(AFTER))
+
+
+def of_file(path: Path, said: Iterable[str], *, closed: bool = True) -> Iterator[str]:
+    """As the file stands. `closed`: nobody has a call under way, and what was cut off is marked."""
+    report = verify(path)
+    if not report.ok:
+        yield f"line {report.first_bad} is bad ({report.fault}): {report.reason}"
+        return
+    try:
+        lines = list(provenance.iter_lines(path))
+    except BusError as error:
+        yield f"the ledger cannot be read: {error}"
+        return
+    yield from of_lines(lines, said)
+    if closed:
+        yield from of_starts(lines)
+
+
+def of_lines(lines: Iterable[Mapping[str, Any]], said: Iterable[str]) -> Iterator[str]:
+    """Of those of a ledger that anything was said of: missing or other than was answered, and double."""
+    by_seq = {line["seq"]: line for line in lines}
+    for receipt in said:
+        seq, hash_, name = _receipt(receipt)
+        line = by_seq.get(seq)
+        if line is None:
+            yield f"{name} was answered with line {seq}, which is not there"
+        elif (line["hash"], line.get("request_id")) != (hash_, name):
+            yield f"{name} was answered with line {seq}, which is of {line.get('request_id') or line['type']}"
+    names = Counter(line["request_id"] for line in by_seq.values() if line["type"] in CALL_TYPES)
+    yield from (f"{name} is there {count} times" for name, count in names.items() if count > 1)
+
+
+def stands(said: Iterable[str]) -> list[str]:
+    """The lines by which a writer has said that the ledger answered for a call."""
+    return [line for line in said if line.startswith("stands ")]
+
+
+def _receipt(line: str) -> tuple[int, str, str]:
+    _, seq, hash_, name = line.split(" ")
+    return int(seq), hash_, name

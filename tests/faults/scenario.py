@@ -1,0 +1,128 @@
+"""What the writers do. For each line that the ledger has answered for they say so at once."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import itertools
+from typing import TYPE_CHECKING, Any
+
+from bus.errors import OperatorError
+from bus.ledger import Fsync, Ledger, LedgerError
+from bus.notes import Signer, new_key
+from bus.records import environment_hash
+from bus.starts import Starts
+from tests.ledgers import ENVIRONMENT, call, write
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.faults.children import Say
+
+BEGINNINGS = ("new", "torn", "foreign")
+"""What lies there when a writer opens the ledger: nothing, a chain with a torn end, or another program's log."""
+
+CALLERS = 16
+STARTING = 3
+"""So many of the callers make calls that write a line before they start."""
+
+_LARGE = 300_000
+"""Characters: more than the event loop writes by itself."""
+
+_FOREIGN = b'{"request_id":"0","overlay":"of another program"}\n'
+_TORN = b'{"caller":null,"cap'
+
+
+@functools.cache
+def signer() -> Signer | None:
+    """The same for all writers; None where signatures cannot be made here."""
+    try:
+        return Signer.read(new_key("faults.test"))
+    except OperatorError:
+        return None
+
+
+def prepare(path: Path, beginning: str) -> list[str]:
+    """Lay a beginning; gives what writers have said of the lines that are in it."""
+    said: list[str] = []
+    if beginning == "torn":
+        said += [_stands(receipt, name) for name in ("before-1", "before-2") for receipt in write(path, call(name))]
+        with path.open("ab") as file:
+            file.write(_TORN)
+    elif beginning == "foreign":
+        path.parent.mkdir(parents=True)
+        path.write_bytes(_FOREIGN)
+    return said
+
+
+def every_way(path: Path, fsync: Fsync, say: Say, *, large: bool = True) -> None:
+    """Open a ledger, append in each way that there is, close it."""
+    asyncio.run(_every_way(path, fsync, say, large))
+
+
+async def _every_way(path: Path, fsync: Fsync, say: Say, large: bool) -> None:
+    ledger = Ledger(path, fsync=fsync, environment=ENVIRONMENT, signer=signer())
+    ledger.open(serves=True)
+    starts = Starts(ledger)
+    await starts.close_left()
+    for number in range(2):
+        await _append(ledger, f"single-{number}", say)
+    await asyncio.gather(*(_append(ledger, f"group-{number}", say) for number in range(4)))
+    if large:
+        await _append(ledger, "large", say, error="x" * _LARGE)
+    await _append_started(ledger, starts, "starting", say)
+    await asyncio.to_thread(ledger.probe)
+    await _append(ledger, "last", say)
+    await asyncio.to_thread(ledger.close)
+    starts.close()
+
+
+def crowd(path: Path, fsync: Fsync, name: str, say: Say) -> None:
+    """Append from many callers until somebody kills the process."""
+    asyncio.run(_crowd(path, fsync, name, say))
+
+
+async def _crowd(path: Path, fsync: Fsync, name: str, say: Say) -> None:
+    ledger = Ledger(path, fsync=fsync, environment=ENVIRONMENT, signer=None)
+    ledger.open()
+    starts = Starts(ledger)
+    await starts.close_left()
+
+    async def caller(number: int) -> None:
+        for turn in itertools.count():
+            if number < STARTING:
+                await _append_started(ledger, starts, f"{name}-{number}-{turn}", say)
+            else:
+                await _append(ledger, f"{name}-{number}-{turn}", say)
+
+    await asyncio.gather(*map(caller, range(CALLERS)))
+
+
+async def _append_started(ledger: Ledger, starts: Starts, name: str, say: Say) -> None:
+    """As the bus does it: nothing runs where the first line is not there."""
+    try:
+        await starts.begin(_members(name, phase="SEAL"))
+    except LedgerError:
+        say(f"refused {name}")
+        return
+    if await _append(ledger, name, say, phase="SEAL"):
+        starts.end(name)
+
+
+async def _append(ledger: Ledger, name: str, say: Say, **members: Any) -> bool:
+    record = call(**_members(name, **members))
+    try:
+        receipt = await ledger.submit(record)
+    except LedgerError:
+        say(f"refused {name}")
+        return False
+    say(_stands(receipt, name))
+    return True
+
+
+def _members(name: str, **members: Any) -> dict[str, Any]:
+    return {"request_id": name, "environment_hash": environment_hash(ENVIRONMENT), **members}
+
+
+def _stands(receipt: Any, name: str) -> str:
+    return f"stands {receipt.seq} {receipt.hash} {name}"
