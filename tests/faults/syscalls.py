@@ -34,6 +34,7 @@ _OTHERS = ("openat", "unlink", "unlinkat", "read", "pread64", "pwrite64", "lseek
 _LOOKS = ("stat", "lstat", "fstat", "newfstatat", "statx")
 _SYNCS = ("io_setup", "io_submit", "io_getevents", "io_destroy")
 TRACED = (*_CHANGING, *_OTHERS, *_LOOKS, *_SYNCS)
+_TAKEN_BACK = frozenset({"write", "fdatasync", "io_getevents"})
 _NO_SPACE = frozenset({*_CHANGING, "openat", "pwrite64"})
 SAMPLED = 15
 """How many kinds of fault (which system call, in which way) a sample takes of each setting."""
@@ -54,21 +55,35 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """The `number`th `syscall` of a thread: `what` is an error's name, or `KILL`; `lasting` is all from there on."""
+    """The `number`th `syscall` of a thread: `what` is an error's name, or `KILL`; `lasting` is all from there on.
+
+    `then` is what becomes of every ftruncate(2), by which a writer takes back what failed: None where it works.
+    """
 
     setting: Setting
     syscall: str
     number: int
     what: str
     lasting: bool = False
+    then: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.setting}: {self.syscall} {self.number}{'+' if self.lasting else ''} {self.what}"
+        then = f", then ftruncate {self.then}" if self.then else ""
+        return f"{self.setting}: {self.syscall} {self.number}{'+' if self.lasting else ''} {self.what}{then}"
 
     @property
-    def injection(self) -> str:
-        how = "signal=KILL" if self.what == "KILL" else f"error={self.what}"
-        return f"inject={self.syscall}:{how}:when={self.number}{'+' if self.lasting else ''}"
+    def injections(self) -> list[str]:
+        """As options of strace."""
+        first = f"inject={self.syscall}:{_how(self.what)}:when={self.number}{'+' if self.lasting else ''}"
+        return ["-e", first, *(["-e", f"inject=ftruncate:{_how(self.then)}"] if self.then else [])]
+
+    @property
+    def kind(self) -> tuple[str, str, bool, str | None]:
+        return self.syscall, self.what, self.lasting, self.then
+
+
+def _how(what: str) -> str:
+    return "signal=KILL" if what == "KILL" else f"error={what}"
 
 
 SETTINGS = tuple(
@@ -103,9 +118,9 @@ def draw(rng: Random | None) -> Iterator[Fault]:
         if rng is None:
             yield from every
             continue
-        by_kind: dict[tuple[str, str, bool], list[Fault]] = {}
+        by_kind: dict[tuple[str, str, bool, str | None], list[Fault]] = {}
         for fault in every:
-            by_kind.setdefault((fault.syscall, fault.what, fault.lasting), []).append(fault)
+            by_kind.setdefault(fault.kind, []).append(fault)
         kinds = list(by_kind.values())
         yield from (rng.choice(faults) for faults in rng.sample(kinds, min(SAMPLED, len(kinds))))
 
@@ -117,6 +132,9 @@ def _faults(setting: Setting) -> Iterator[Fault]:
             yield place("KILL")
             yield place("EIO")
             yield place("EIO", lasting=True)
+            if syscall in _TAKEN_BACK:
+                yield place("EIO", then="EIO")
+                yield place("EIO", then="KILL")
             if syscall in _NO_SPACE:
                 yield place("ENOSPC")
                 yield place("ENOSPC", lasting=True)
@@ -153,13 +171,14 @@ def numbers(trace: str, folder: str) -> dict[str, set[int]]:
 def run(fault: Fault) -> Iterator[str]:
     """What is wrong after a run with it."""
     with _writer(fault.setting) as (path, before, child):
-        with _strace(child, ["-o", "/dev/null", "-e", f"trace={fault.syscall}", "-e", fault.injection]):
+        trace = f"trace={fault.syscall},ftruncate"
+        with _strace(child, ["-o", "/dev/null", "-e", trace, *fault.injections]):
             child.go()
             said = child.lines()
         refused = [line for line in said if line.startswith("refused ")]
         if said[-1:] == [HUNG]:
             yield "the writer hangs"
-        elif fault.what != "KILL" and child.status != 0:
+        elif "KILL" not in {fault.what, fault.then} and child.status != 0:
             yield f"the writer ended with {child.status}: {' '.join(said[-1:])}"
         if fault.what == "EINTR" and refused:
             yield f"a call that was interrupted is not made again: {', '.join(refused)}"
