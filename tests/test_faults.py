@@ -176,7 +176,7 @@ def _write_or_not(fd: int, data: bytes) -> None:
 def test_an_answer_for_a_line_whose_write_failed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chain, "write_all", _write_or_not)
     fault = Fault(Setting("new", "always"), "write", 2, "EIO", lasting=True)
-    assert any("which is not there" in wrong for wrong in syscalls.run(fault))
+    assert any("was answered with line" in wrong for wrong in syscalls.run(fault))
 
 
 @pytest.mark.usefixtures("strace")
