@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from bus.checkpoints import TYPE, Checkpoints, tree_of
 from bus.merkle import Frontier
 from bus.model import now_ms
-from bus.provenance import end_of_lines, first_line, lines_backwards, lock_path
 from bus.records import (
     GENESIS,
     BrokenLineError,
@@ -29,6 +28,19 @@ from bus.records import (
     parse,
     parse_or_none,
 )
+from bus.segments import (
+    FILE_MODE,
+    closed_backwards,
+    closed_firsts,
+    end_of_lines,
+    finish_rotation,
+    identity,
+    identity_at,
+    lines_backwards,
+    lock_path,
+    rotate,
+    sync_folder,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -37,7 +49,6 @@ if TYPE_CHECKING:
     from bus.model import Record
     from bus.records import Draft
 
-FILE_MODE = 0o640
 PROBE_BYTES = 4096
 CHECKPOINT_MARK = b'"type":"checkpoint"'
 """Stands in every checkpoint's line, and may stand in others."""
@@ -45,6 +56,10 @@ CHECKPOINT_MARK = b'"type":"checkpoint"'
 _RECENT_BYTES = 1 << 18
 _FEW_BYTES = 1 << 18
 """How much of what others have appended is taken in without a thread."""
+
+_UNREAD = -1
+"""The size of a file whose end is not read yet, be it empty: the chain goes on from the segment before."""
+
 _log = logging.getLogger(__name__)
 
 Fsync = Literal["always", "batch", "never"]
@@ -98,13 +113,22 @@ class Chain:
     """
 
     def __init__(
-        self, path: Path, fsync: Fsync, environment: Mapping[str, Any], checkpoints: Checkpoints | None = None
+        self,
+        path: Path,
+        fsync: Fsync,
+        environment: Mapping[str, Any],
+        checkpoints: Checkpoints | None = None,
+        *,
+        segment_bytes: int = 0,
     ) -> None:
+        """A segment of `segment_bytes` or more is closed before the next group; 0 is never."""
         self._tree = Frontier()
         self._checkpoints = checkpoints or Checkpoints(path)
         self._path = path
         self._lock_path = lock_path(path)
         self._fsync = fsync
+        self._segment_bytes = segment_bytes
+        self._closed = 0
         self._environment_hash = environment_hash(environment)
         self._environment = draft({
             "type": "environment",
@@ -147,7 +171,7 @@ class Chain:
         except OSError:  # somebody has it; or it cannot be taken, which who waits for it will say
             return False
         try:
-            if self._is_as_left() or self._has_only_grown():
+            if (self._is_as_left() or self._has_only_grown()) and not self._is_full():
                 return True
         except (OSError, BrokenLineError):  # which who waits for it will say
             pass
@@ -185,8 +209,16 @@ class Chain:
         return self._checkpoints.are_due(self.seq, at_end=at_end)
 
     def write(self, drafts: Sequence[Draft], *, with_checkpoint: bool = False) -> Group:
-        """Write a group; it counts only once it is settled."""
+        """With the lock, write a group; it counts only once it is settled.
+
+        Where the segment is full, the group begins a new one.
+        """
+        if self._is_full() and (drafts or self._owed or with_checkpoint):
+            rotate(self._path, self._fd, self.seq)
+            self._catch_up()
         group = Group(self._tree.copy(), self._prev, environment_stands=self._environment_stands)
+        if self._size == 0 and self.seq:  # so that who opens a new segment need not read the one before
+            group.checkpoint_seq, _ = group.add(self._checkpoints.draft(group.tree))
         for owed in self._owed:
             group.add(owed)
         for one in drafts:
@@ -194,7 +226,7 @@ class Chain:
             if not group.environment_stands and one.environment_hash == self._environment_hash:
                 group.add(self._environment)
                 group.environment_stands = True
-        if with_checkpoint or self._checkpoints.are_due(group.seq):
+        if with_checkpoint or (group.checkpoint_seq is None and self._checkpoints.are_due(group.seq)):
             group.checkpoint_seq, _ = group.add(self._checkpoints.draft(group.tree))
         if group.places:
             group.note = self._checkpoints.note(group.tree)
@@ -208,7 +240,7 @@ class Chain:
             return
         os.fdatasync(self._fd)
         if self._size == 0:
-            _sync_folder(self._path.parent)
+            sync_folder(self._path.parent)
 
     def fd_to_sync(self) -> int | None:
         """The descriptor whose fdatasync is all that a written group wants; None where it wants more, or nothing."""
@@ -272,7 +304,7 @@ class Chain:
                 self._lock_path.parent.mkdir(parents=True, exist_ok=True)
                 self._lock_fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX)
-            if _identity(os.fstat(self._lock_fd)) == _identity_at(self._lock_path):
+            if identity(os.fstat(self._lock_fd)) == identity_at(self._lock_path):
                 return
             os.close(self._lock_fd)
             self._lock_fd = -1
@@ -284,8 +316,8 @@ class Chain:
     def _size_under_name(self) -> int | None:
         """Of the file; None where log or lock do not bear their names any more."""
         status = os.stat(self._path)  # noqa: PTH116  # for every group
-        is_ours = _identity(status) == self._identity
-        is_ours = is_ours and _identity(os.fstat(self._lock_fd)) == _identity_at(self._lock_path)
+        is_ours = identity(status) == self._identity
+        is_ours = is_ours and identity(os.fstat(self._lock_fd)) == identity_at(self._lock_path)
         return status.st_size if is_ours else None
 
     def _has_only_grown(self) -> bool:
@@ -301,23 +333,30 @@ class Chain:
             status = self._path.stat()
         except FileNotFoundError:
             status = None
-        if status is None or _identity(status) != self._identity:
+        if status is None or identity(status) != self._identity:
             status = self._open()
         if status.st_size != self._size:
             self._read_end(status.st_size)
 
+    def _is_full(self) -> bool:
+        return 0 < self._segment_bytes <= self._size
+
     def _open(self) -> os.stat_result:
-        if self._identity is not None:
-            _log.warning("%s was removed or replaced; its name now holds a new chain", self._path)
         if self._fd >= 0:
             os.close(self._fd)
-        self._fd, self._identity = -1, None
-        if is_foreign(first_line(self._path)):
+        was_lost = finish_rotation(self._path)
+        closed = len(closed_firsts(self._path))
+        if was_lost or (self._identity is not None and closed <= self._closed):
+            _log.warning("%s was removed or replaced; its name now holds something else", self._path)
+        if was_lost:
+            self._owe_recovered(None, None)
+        self._fd, self._identity, self._closed = -1, None, closed
+        if is_foreign(_first_line(self._path)):
             self._move_aside()
         self._fd = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
         status = os.fstat(self._fd)
-        self._identity = _identity(status)
-        self._size, self._tree, self._prev = 0, Frontier(), GENESIS
+        self._identity = identity(status)
+        self._size, self._tree, self._prev = _UNREAD if closed else 0, Frontier(), GENESIS
         self._checkpoints.stands(0)
         self._environment_stands = False
         return status
@@ -358,11 +397,11 @@ class Chain:
         return True
 
     def _read_back(self, end: int) -> None:
-        """Learn from the end of the file what the ledger is."""
+        """Learn from the end of the file what the ledger is; where that says too little, from the segments before."""
         tree, prev, checkpoint_seq = Frontier(), GENESIS, 0
-        if end > 0:
-            backwards = lines_backwards(self._fd, end)
-            last = check(next(backwards))
+        backwards = itertools.chain(lines_backwards(self._fd, end), closed_backwards(self._path))
+        if (line := next(backwards, None)) is not None:
+            last = check(line)
             prev = last["hash"]
             tree, checkpoint_seq = tree_of(itertools.chain((last,), map(_told, backwards)))
             if tree.size != last["seq"]:
@@ -386,8 +425,8 @@ class Chain:
         _log.warning("cut %d bytes of an unfinished line off %s; they are in %s", size - end, self._path, kept)
         self._owe_recovered(size - end, kept)
 
-    def _owe_recovered(self, size: int, kept: str) -> None:
-        """Have the next group begin with a record of the `size` bytes that lie in the file `kept`."""
+    def _owe_recovered(self, size: int | None, kept: str | None) -> None:
+        """Have the next group begin with a record of the `size` bytes that lie in the file `kept`; None where lost."""
         members = {"type": "recovered", "timestamp_ms": now_ms(), "cut_bytes": size, "kept_as": kept}
         self._owed.append(draft(members))
 
@@ -432,26 +471,14 @@ def _told(line: bytes) -> Record:
     return check(line) if record["type"] == TYPE else record
 
 
-def _identity(status: os.stat_result) -> tuple[int, int]:
-    return status.st_dev, status.st_ino
-
-
-def _identity_at(path: Path) -> tuple[int, int] | None:
-    try:
-        return _identity(os.stat(path))  # noqa: PTH116  # for every group
-    except FileNotFoundError:
-        return None
-
-
 def write_all(fd: int, data: bytes | bytearray) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
 
 
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def _first_line(path: Path) -> bytes:
+    """Of one file."""
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        return file.readline()
+    return b""

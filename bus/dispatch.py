@@ -128,6 +128,7 @@ class Bus:
             environment=self.environment,
             more=lambda: self.scheduler.running > 0,
             signer=self.ledger_key.signer(),
+            segment_bytes=settings.ledger_segment_bytes,
         )
         self.starts = Starts(self.ledger)
         self._resolved: dict[tuple[str, str | None], Resolved] = {}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bus import memory as memory_files
-from bus import provenance, records, verification
+from bus import provenance, records, segments, verification
 from bus.plugins import tiers_of
 from bus.policy import PHASES
 from runners import cgroups, trial
@@ -217,15 +217,15 @@ def writable(name: str, folder: Path) -> Finding:
 
 def ledger(path: Path) -> Finding:
     try:
-        size = path.stat().st_size
+        size = segments.total_bytes(path)
+        if not provenance.exists(path):
+            return Finding("ledger", "ok", "none yet; the first call begins it")
         if records.is_foreign(provenance.first_line(path)):
             hint = "The next start keeps it under another name and begins a new chain."
             return Finding("ledger", "warn", f"{path} is another program's log", hint)
         if size > VERIFY_BYTES:
             return Finding("ledger", "ok", f"{size >> 20} MiB, not verified here", "aal provenance verify")
         return _verdict(verification.verify(path))
-    except FileNotFoundError:
-        return Finding("ledger", "ok", "none yet; the first call begins it")
     except OSError as error:
         return Finding("ledger", "fail", f"{path} cannot be read: {error.strerror}", "Mend its permissions.")
 

@@ -19,11 +19,13 @@ from collections import defaultdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from bus.chain import FILE_MODE, PROBE_BYTES, Chain, Fsync, Group, Receipt, write_all
+from bus.chain import PROBE_BYTES, Chain, Fsync, Group, Receipt, write_all
 from bus.checkpoints import Checkpoints
 from bus.errors import OverloadError
 from bus.filesync import FileSync
 from bus.records import BrokenLineError, draft_record
+from bus.segments import FILE_MODE
+from bus.upkeep import Upkeep
 from runners.base import running_loop
 
 if TYPE_CHECKING:
@@ -110,10 +112,12 @@ class Ledger:
         environment: Mapping[str, Any],
         more: Callable[[], bool] = lambda: True,
         signer: Signer | None = None,
+        segment_bytes: int = 0,
     ) -> None:
         """`more` says whether records may be on their way: where none are, a group is not kept waiting for any.
 
-        With a `signer` every answer's receipt has a signed note of the tree that its line is in.
+        With a `signer` every answer's receipt has a signed note of the tree that its line is in. A file of
+        `segment_bytes` or more is closed, compressed, and followed by another; 0 is never.
         """
         self.path = path
         self.reason: str | None = "the ledger is not open"
@@ -121,7 +125,8 @@ class Ledger:
         self._fsync = fsync
         self._more = more
         self._checkpoints = Checkpoints(path, signer)
-        self._chain = Chain(path, fsync, environment, self._checkpoints)
+        self._chain = Chain(path, fsync, environment, self._checkpoints, segment_bytes=segment_bytes)
+        self._upkeep = Upkeep(path)
         self._writing = threading.Lock()
         self._gate = threading.Lock()
         self._waiting: list[_Waiting] = []
@@ -148,7 +153,7 @@ class Ledger:
         """Make the folder and the file, heal a torn tail, move another program's log aside, start the writer.
 
         A failure leaves it unhealthy, and trying. A forked child opens a ledger of its own. One that `serves` writes
-        checkpoints also when time has passed, and when it is closed.
+        checkpoints also when time has passed, and when it is closed; and it compresses closed segments.
         """
         self._pid = os.getpid()
         self._checkpoints.serves = serves
@@ -158,6 +163,8 @@ class Ledger:
         self._thread = threading.Thread(target=self._run, name="ledger", daemon=True)
         self._attempt(self._recover)
         self._thread.start()
+        if serves:
+            self._upkeep.open()
 
     def close(self) -> None:
         """Write what still waits, answer it, and let go of the file. Blocks until then."""
@@ -168,6 +175,7 @@ class Ledger:
             self._steps.put(self._write_rest)  # behind the sync that may be under way
             self._steps.put(None)
         thread.join()
+        self._upkeep.close()
         with self._writing:
             self._chain.close()
             self._close_ear()

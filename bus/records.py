@@ -32,7 +32,7 @@ GENESIS = "0" * 64
 
 _GIT_TIMEOUT_S = 2
 
-FaultKind = Literal["torn", "json", "hash", "form", "seq", "chain", "tree", "signature"]
+FaultKind = Literal["torn", "json", "hash", "form", "seq", "chain", "tree", "signature", "gzip"]
 
 
 class BrokenLineError(OperatorError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import ipaddress
+import math
 import os
 import re
 import tomllib
@@ -112,6 +113,12 @@ class Settings:
     fsync: Literal["always", "batch", "never"] = _setting(
         "batch", "when a ledger line is on the disk: each, each group, or as the kernel likes"
     )
+    ledger_segment_mb: float = _number(
+        64,
+        "size at which the ledger's file is closed, compressed and followed by another, in MiB; 0 is never",
+        0,
+        1_048_576,
+    )
     degrade: Literal["progressive", "all"] = _setting(
         "progressive", "degradation steps under stress: more as it rises, or all at once"
     )
@@ -160,6 +167,10 @@ class Settings:
     @property
     def ledger(self) -> Path:
         return self.logs / "provenance.jsonl"
+
+    @property
+    def ledger_segment_bytes(self) -> int:
+        return math.ceil(self.ledger_segment_mb * 2**20)
 
     @property
     def overlay_logs(self) -> Path:

@@ -21,10 +21,11 @@ import secrets
 from typing import TYPE_CHECKING, Any
 
 from bus import provenance
-from bus.chain import FILE_MODE, write_all
+from bus.chain import write_all
 from bus.ledger import LedgerError
 from bus.model import Phase, now_ms
 from bus.records import CALL_TYPES, parse_or_none
+from bus.segments import FILE_MODE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -7,9 +7,11 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 from bus.ledger import Fsync, Ledger, Receipt
+from bus.records import GENESIS, draft_call
+from bus.segments import closed_path
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
 ENVIRONMENT = {
@@ -30,11 +32,14 @@ def call(request_id: str = "r", **members: Any) -> dict[str, Any]:
 def opened(
     path: Path,
     fsync: Fsync = "never",
+    *,
     environment: dict[str, Any] = ENVIRONMENT,
     more: Callable[[], bool] = lambda: True,
+    segment_bytes: int = 0,
+    serves: bool = False,
 ) -> Iterator[Ledger]:
-    ledger = Ledger(path, fsync=fsync, environment=environment, more=more)
-    ledger.open()
+    ledger = Ledger(path, fsync=fsync, environment=environment, more=more, segment_bytes=segment_bytes)
+    ledger.open(serves=serves)
     try:
         yield ledger
     finally:
@@ -51,6 +56,23 @@ def append(ledger: Ledger, record: dict[str, Any]) -> Receipt:
     return asyncio.run(appended(ledger, record))
 
 
-def write(path: Path, *records: dict[str, Any]) -> list[Receipt]:
-    with opened(path) as ledger:
+def write(path: Path, *records: dict[str, Any], segment_bytes: int = 0) -> list[Receipt]:
+    with opened(path, segment_bytes=segment_bytes) as ledger:
         return [append(ledger, record) for record in records]
+
+
+def synthesize(path: Path, records: Iterable[dict[str, Any]], segment_lines: int) -> int:
+    """A ledger of these calls in closed segments of so many lines, and an open one; gives the number of lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    prev, seq, first = GENESIS, 0, 1
+    text = bytearray()
+    for record in records:
+        if seq - first + 1 == segment_lines:
+            closed_path(path, first).write_bytes(text)
+            text, first = bytearray(), seq + 1
+        seq += 1
+        line, digest = draft_call(record).line(seq, prev)
+        text += line
+        prev = digest.hex()
+    path.write_bytes(text)
+    return seq

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from bus import provenance
+from bus import segments
 from bus.errors import NotFoundError
 from bus.provenance import first_line, iter_lines, read_line, tail
 from bus.records import BrokenLineError, environment_hash
@@ -28,7 +28,7 @@ def path(tmp_path: Path) -> Path:
 def test_a_line_is_found_by_its_number(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(path, *(call(str(number), error="x" * number) for number in range(1, 41)))
     for block in (1, 7, 1000, 1 << 20):
-        monkeypatch.setattr(provenance, "_LARGEST_BLOCK", block)
+        monkeypatch.setattr(segments, "_LARGEST_BLOCK", block)
         assert [read_line(path, seq)["request_id"] for seq in range(1, 41)] == [str(n) for n in range(1, 41)]
 
 
@@ -103,8 +103,8 @@ def test_the_tail_is_read_backwards_through_blocks_of_any_size(
     path: Path, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
     write(path, *(call(str(number), error="x" * (number * 97 % 1500)) for number in range(30)))
-    monkeypatch.setattr(provenance, "_BLOCK", block)
-    monkeypatch.setattr(provenance, "_LARGEST_BLOCK", 2 * block)
+    monkeypatch.setattr(segments, "_BLOCK", block)
+    monkeypatch.setattr(segments, "_LARGEST_BLOCK", 2 * block)
     assert [record["request_id"] for record in tail(path, 100)] == [str(number) for number in range(30)]
     assert [record["request_id"] for record in tail(path, 3)] == ["27", "28", "29"]
 

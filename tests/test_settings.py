@@ -33,6 +33,7 @@ EXAMPLES: dict[str, tuple[str, str, Any, list[str]]] = {
     "max_output_mb": ("32", "32", 32.0, ["0", "1025"]),
     "pass_env": ('"A, B"', "A, B", "A, B", ["1", "[]"]),
     "fsync": ('"never"', "never", "never", ['"sometimes"', "true"]),
+    "ledger_segment_mb": ("0.5", "0.5", 0.5, ["-1", "1048577", "nan"]),
     "degrade": ('"all"', "all", "all", ['"none"', "1"]),
     "stress_period_s": ("0.1", "0.1", 0.1, ["0", "61"]),
     "dev_log_payload": ("true", "1", True, ['"maybe"', "2"]),
