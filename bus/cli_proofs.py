@@ -200,7 +200,9 @@ def checkpoint(ctx: typer.Context, as_json: AsJson = False) -> None:
 def _prover(ctx: typer.Context) -> "Prover":
     from bus.proofs import Prover
 
-    return Prover(workplace(ctx).settings().ledger, _key(ctx).signer())
+    path = workplace(ctx).settings().ledger
+    with _progress(path) as told:
+        return ctx.with_resource(Prover(path, _key(ctx).signer(), progress=told))
 
 
 def _key(ctx: typer.Context) -> "LedgerKey":

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from bus import provenance
 from bus.errors import NotFoundError
-from bus.merkle import consistency_proof, hash_over, inclusion_proof, root_of
+from bus.index import UnfitError, index_of
+from bus.merkle import Subtree, consistency_proof, hash_over, inclusion_proof, node_hash, root_of
+from bus.records import hash_in
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
-    from bus.merkle import Subtree
+    from bus.index import View
     from bus.notes import Signer
 
 
@@ -62,12 +67,38 @@ class Consistency:
 
 
 class Prover:
-    """Makes proofs from the ledger as it is now, of the hashes of all lines. Raises as `provenance.iter_hashes`."""
+    """Makes proofs from the ledger as it is now.
 
-    def __init__(self, path: Path, signer: Signer | None = None) -> None:
-        self._leaves = list(provenance.iter_hashes(path))
+    Of the hashes that its index holds, which it brings up to date first, and of those of the lines behind. A context
+    manager, for as long as nobody is to change that index. Raises as `provenance.iter_hashes`.
+    """
+
+    def __init__(
+        self, path: Path, signer: Signer | None = None, *, progress: Callable[[int], None] | None = None
+    ) -> None:
+        """`progress` is called with the number of lines that the index holds, while it takes them in."""
+        self._path = path
         self._signer = signer
-        self.size = len(self._leaves)
+        self._kept = ExitStack()
+        index = index_of(path)
+        if index is not None:
+            index.refresh(progress)
+        self._view = None if index is None else self._kept.enter_context(index.reading(at_rest=True))
+        self._held = self._view.size if self._view else 0
+        later = self._view.lines_behind() if self._view else provenance.raw_lines(path)
+        self._leaves = [hash_in(line) for line in later if line.endswith(b"\n")]
+        """Those of the lines that the index does not hold."""
+        self.size = self._held + len(self._leaves)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the index."""
+        self._kept.close()
 
     def checkpoint(self) -> Tree:
         """Of all lines."""
@@ -81,7 +112,7 @@ class Prover:
             raise NotFoundError("ERR_NOT_FOUND", f"the first {size} lines of the ledger have no line {seq}")
         proof = inclusion_proof(seq - 1, size, self._hash_of)
         root = self._root(size)
-        return Inclusion(seq, self._leaves[seq - 1].hex(), size, root.hex(), _hex(proof), self._note(size, root))
+        return Inclusion(seq, self._leaf(seq).hex(), size, root.hex(), _hex(proof), self._note(size, root))
 
     def consistency(self, old: int, new: int | None = None) -> Consistency:
         """Between the trees of the first `old` and the first `new` lines, or all. Raises `NotFoundError`."""
@@ -102,8 +133,30 @@ class Prover:
     def _root(self, size: int) -> bytes:
         return hash_over(range(size), self._hash_of)
 
+    def _leaf(self, seq: int) -> bytes:
+        if seq > self._held:
+            return self._leaves[seq - 1 - self._held]
+        return self._of_index(lambda view: view.record_hash(seq), lambda: self._leaf(seq))
+
     def _hash_of(self, part: Subtree) -> bytes:
-        return root_of(self._leaves[part.number << part.level : part.number + 1 << part.level])
+        start, end = part.number << part.level, part.number + 1 << part.level
+        if start >= self._held:
+            return root_of(self._leaves[start - self._held : end - self._held])
+        if end <= self._held:
+            return self._of_index(lambda view: view.hash_of(part), lambda: self._hash_of(part))
+        left = Subtree(part.level - 1, 2 * part.number)
+        return node_hash(self._hash_of(left), self._hash_of(Subtree(left.level, left.number + 1)))
+
+    def _of_index(self, asked: Callable[[View], bytes], without: Callable[[], bytes]) -> bytes:
+        """What the index says; where that turns out to be wrong, all lines are read."""
+        try:
+            if self._view is not None:
+                return asked(self._view)
+        except UnfitError:
+            pass
+        self._view, self._held = None, 0
+        self._leaves = list(itertools.islice(provenance.iter_hashes(self._path), self.size))
+        return without()
 
     def _note(self, size: int, root: bytes) -> str | None:
         return None if self._signer is None or not size else self._signer.checkpoint(size, root)

@@ -1,0 +1,352 @@
+"""The index of the ledger: it finds what reading all lines finds, and where it is wrong or not there, they are read."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bus import index as index_module
+from bus import provenance, segments
+from bus.index import Index, Wanted
+from bus.merkle import Subtree, root_of
+from bus.proofs import Prover
+from bus.provenance import iter_hashes, iter_lines, raw_lines, read_line, tail
+from bus.segments import closed_path, compress
+from tests.ledgers import append, call, opened, synthesize, write
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+NARROWED: list[dict[str, Any]] = [
+    {"overlay": "a"},
+    {"overlay": "nobody"},
+    {"phase": "CLEAR", "ok": True},
+    {"code": "ERR_TIMEOUT"},
+    {"caller": "ann", "since_ms": 1100},
+    {"until_ms": 1050},
+    {"since_ms": 1010, "until_ms": 1020, "ok": False},
+    {"types": ("denied", "replay")},
+]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "logs" / "provenance.jsonl"
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks, batches and tiles so small that a short log has many, and an index is worth it."""
+    sizes = {"WORTH_BYTES": 0, "BATCH_LINES": 37, "_BLOCK_LINES": 16, "_BLOCKS_AT_ONCE": 3, "_EVERY": 4, "_KEPT": 2}
+    for name, value in (sizes | {"_TILE_LEVELS": 2, "_TILE": 4}).items():
+        monkeypatch.setattr(index_module, name, value)
+    monkeypatch.setattr(segments, "MEMBER_BYTES", 3000)
+
+
+def records(count: int) -> Iterator[dict[str, Any]]:
+    """Calls of all sorts, not quite in the order of their times."""
+    for number in range(count):
+        ok = number % 3 > 0
+        yield call(
+            str(number),
+            type=("invoke", "invoke", "replay", "denied")[number % 4],
+            overlay=(None, "a", "b", "é\x00'")[number % 4],
+            phase=("OPEN", "CLEAR", None)[number % 3],
+            ok=ok,
+            code="OK" if ok else ("ERR_TIMEOUT", "ERR_CRASH")[number % 2],
+            caller=("ann", None, "bob")[number // 7 % 3],
+            timestamp_ms=1000 + number - 5 * (number % 2),
+            error="x" * (number % 90),
+        )
+
+
+def slowly(path: Path, limit: int, **narrowed: Any) -> list[dict[str, Any]]:
+    """What a tail is, by all lines."""
+    wanted = Wanted(**narrowed)
+    return [record for record in iter_lines(path) if wanted.fits(record)][-limit:]
+
+
+def seqs(found: list[dict[str, Any]]) -> list[int]:
+    return [record["seq"] for record in found]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_line_is_found_by_its_number(path: Path, packed: bool) -> None:
+    count = synthesize(path, records(200), segment_lines=45)
+    if packed:
+        compress(path)
+    assert Index(path).refresh() == count
+    lines = list(raw_lines(path))
+    with Index(path).reading() as view:
+        assert view is not None
+        assert view.size == count
+        assert [view.line(seq) for seq in range(1, count + 1)] == lines
+        assert [list(view.lines(seq, 9)) for seq in (1, 40, 88)] == [lines[s - 1 : s + 8] for s in (1, 40, 88)]
+    assert read_line(path, 120)["seq"] == 120
+
+
+def test_an_index_outlives_the_compression_of_its_segments(path: Path) -> None:
+    synthesize(path, records(100), segment_lines=30)
+    Index(path).refresh()
+    before = path.with_suffix(".index").stat().st_ino
+    compress(path)
+    with Index(path).reading() as view:
+        assert view is not None
+        assert [view.line(seq) for seq in range(1, 101)] == list(raw_lines(path))
+    Index(path).refresh()
+    assert path.with_suffix(".index").stat().st_ino == before
+
+
+@pytest.mark.parametrize("narrowed", NARROWED)
+@pytest.mark.parametrize("held", [0, 37, 200])
+def test_a_narrowed_tail_is_what_reading_all_lines_finds(
+    path: Path, narrowed: dict[str, Any], held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synthesize(path, records(200), segment_lines=45)
+    compress(path)
+    Index(path).refresh(most_lines=held)
+    monkeypatch.setattr(provenance, "_CAUGHT_UP_LINES", 0)
+    for limit in (1, 7, 1000):
+        assert tail(path, limit, **narrowed) == slowly(path, limit, **narrowed)
+    assert (
+        seqs(tail(path, 3, **narrowed, shown=lambda record: record["seq"] < 90))
+        == [seq for seq in seqs(slowly(path, 1000, **narrowed)) if seq < 90][-3:]
+    )
+
+
+calls: st.SearchStrategy[dict[str, Any]] = st.builds(
+    dict,
+    overlay=st.sampled_from([None, "a", "b", "", "c" * 300, "c" * 299 + "d"]),
+    phase=st.sampled_from(["OPEN", "SEAL", None]),
+    ok=st.booleans(),
+    code=st.sampled_from(["OK", "ERR_TIMEOUT"]),
+    caller=st.sampled_from([None, "ann", "bob"]),
+    timestamp_ms=st.integers(0, 30),
+    type=st.sampled_from(["invoke", "denied", "replay"]),
+)
+narrowings = st.fixed_dictionaries(
+    {},
+    optional={
+        "overlay": st.sampled_from(["a", "", "c" * 300, "nobody"]),
+        "phase": st.sampled_from(["OPEN", "SEAL"]),
+        "ok": st.booleans(),
+        "code": st.sampled_from(["OK", "ERR_TIMEOUT"]),
+        "caller": st.sampled_from(["ann", "bob"]),
+        "since_ms": st.integers(0, 30),
+        "until_ms": st.integers(0, 30),
+        "types": st.sampled_from([("invoke",), ("denied", "replay"), ()]),
+    },
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    log=st.lists(calls, max_size=60),
+    lines=st.integers(1, 40),
+    batches=st.lists(st.integers(1, 30), max_size=3),
+    narrowed=narrowings,
+    limit=st.integers(1, 70),
+    packed=st.booleans(),
+)
+def test_an_index_agrees_with_a_slow_reader_whatever_the_log_and_the_question(
+    *,
+    log: list[dict[str, Any]],
+    lines: int,
+    batches: list[int],
+    narrowed: dict[str, Any],
+    limit: int,
+    packed: bool,
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "provenance.jsonl"
+        synthesize(path, (call(str(number), **members) for number, members in enumerate(log)), lines)
+        for most in batches:
+            Index(path).refresh(most_lines=most)
+        if packed:
+            compress(path)
+        assert tail(path, limit, **narrowed) == slowly(path, limit, **narrowed)
+        assert Index(path).refresh() == len(log)
+        with Index(path).reading() as view:
+            assert (view.size if view else 0) == len(log)
+            if view:
+                assert seqs(slowly(path, 1000, **narrowed)) == [
+                    seq
+                    for seq in reversed(list(view.newest(Wanted(**narrowed))))
+                    if Wanted(**narrowed).fits(read_line(path, seq))
+                ]
+
+
+# --- The tree ---
+
+
+def test_the_hash_of_every_perfect_subtree_is_that_of_its_leaves(path: Path) -> None:
+    synthesize(path, records(150), segment_lines=40)
+    compress(path)
+    for most in (3, 50, 60, 1000):
+        Index(path).refresh(most_lines=most)
+    leaves = list(iter_hashes(path))
+    with Index(path).reading() as view:
+        assert view is not None
+        for level in range(8):
+            for number in range(150 >> level):
+                part = Subtree(level, number)
+                assert view.hash_of(part) == root_of(leaves[number << level : number + 1 << level]), part
+            with pytest.raises(ValueError, match="150 lines"):
+                view.hash_of(Subtree(level, 150 >> level))
+
+
+@pytest.mark.parametrize("held", [0, 64, 90, 150])
+def test_proofs_are_the_same_with_an_index_and_without(path: Path, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    synthesize(path, records(150), segment_lines=40)
+    Index(path).refresh(most_lines=held)
+    monkeypatch.setattr(Index, "refresh", lambda *_, **__: 0)
+    with monkeypatch.context() as without:
+        without.setattr(index_module, "WORTH_BYTES", 1 << 40)
+        slow = Prover(path)
+    with Prover(path) as quick:
+        assert quick.size == slow.size == 150
+        for size in (1, 63, 64, 65, 100, 150):
+            for seq in {1, size // 2 + 1, size}:
+                assert quick.inclusion(seq, size) == slow.inclusion(seq, size)
+            assert quick.consistency(size // 3, size) == slow.consistency(size // 3, size)
+        assert quick.checkpoint() == slow.checkpoint()
+
+
+def test_a_proof_is_made_though_the_index_lacks_what_it_should_hold(path: Path) -> None:
+    synthesize(path, records(150), segment_lines=40)
+    Index(path).refresh()
+    with Prover(path) as prover:
+        right = prover.inclusion(3)
+    base = sqlite3.connect(path.with_suffix(".index"))
+    base.execute("DELETE FROM tiles")
+    base.commit()
+    base.close()
+    with Prover(path) as prover:
+        assert prover.inclusion(3) == right
+
+
+# --- When it does not fit ---
+
+
+def held(path: Path) -> int:
+    """How many lines an index holds that fits the log; 0 without one."""
+    with Index(path).reading() as view:
+        return view.size if view else 0
+
+
+def test_new_lines_are_taken_in_and_no_others(path: Path) -> None:
+    with opened(path, segment_bytes=5000) as ledger:
+        for number in range(30):
+            append(ledger, call(str(number)))
+            assert Index(path).refresh() == sum(1 for _ in raw_lines(path))
+    seen: list[int] = []
+    write(path, *(call() for _ in range(80)), segment_bytes=5000)
+    before, count = held(path), sum(1 for _ in raw_lines(path))
+    assert Index(path).refresh(seen.append) == count
+    assert seen == [before + 37, before + 74, count]
+
+
+def test_an_index_of_a_log_that_was_cut_back_is_built_anew(path: Path) -> None:
+    synthesize(path, records(60), segment_lines=25)
+    Index(path).refresh()
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+    assert held(path) == 0
+    assert seqs(tail(path, 3, ok=True)) == seqs(slowly(path, 3, ok=True))
+    assert Index(path).refresh() == 59
+
+
+def test_an_index_of_another_chain_is_built_anew(path: Path) -> None:
+    synthesize(path, records(60), segment_lines=25)
+    Index(path).refresh()
+    synthesize(path, (call(str(number), overlay="a") for number in range(60)), segment_lines=25)
+    assert held(path) == 0
+    assert Index(path).refresh() == 60
+    assert seqs(tail(path, 100, overlay="a")) == list(range(1, 61))
+
+
+def test_an_index_whose_places_are_wrong_is_not_believed(path: Path) -> None:
+    synthesize(path, records(60), segment_lines=25)
+    Index(path).refresh()
+    first = closed_path(path, 1)
+    first.write_bytes(first.read_bytes().replace(b'"request_id":"1"', b'"request_id":"10000"', 1))
+    assert held(path) == 60
+    assert read_line(path, 20)["seq"] == 20
+    assert seqs(tail(path, 100, ok=True)) == seqs(slowly(path, 100, ok=True))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda whole: b"",
+        lambda whole: os.urandom(len(whole)),
+        lambda whole: whole[:100] + os.urandom(len(whole) - 100),
+        lambda whole: whole[: len(whole) // 2],
+        lambda whole: whole[:-5000] + os.urandom(5000),
+        lambda whole: b"SQLite format 3\x00" + bytes(5000),
+    ],
+)
+def test_a_damaged_index_is_done_without_and_heals(path: Path, damage: Any) -> None:
+    synthesize(path, records(200), segment_lines=45)
+    Index(path).refresh()
+    file = path.with_suffix(".index")
+    file.write_bytes(damage(file.read_bytes()))
+    for narrowed in NARROWED:
+        assert tail(path, 1000, **narrowed) == slowly(path, 1000, **narrowed)
+    assert [read_line(path, seq)["seq"] for seq in (1, 77, 200)] == [1, 77, 200]
+    Index(path).drop()
+    assert Index(path).refresh() == 200
+
+
+def test_an_index_of_another_form_is_built_anew(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synthesize(path, records(60), segment_lines=25)
+    Index(path).refresh()
+    monkeypatch.setattr(index_module, "SCHEMA", 99)
+    assert held(path) == 0
+    assert Index(path).refresh() == held(path) == 60
+
+
+def test_where_no_index_can_be_written_all_is_read_as_without_one(path: Path) -> None:
+    synthesize(path, records(60), segment_lines=25)
+    path.with_suffix(".index").mkdir()
+    assert Index(path).refresh() == held(path) == 0
+    assert seqs(tail(path, 100, ok=True)) == seqs(slowly(path, 100, ok=True))
+    assert read_line(path, 3)["seq"] == 3
+
+
+def test_the_index_stops_at_a_line_that_is_no_record_and_the_tail_does_not(path: Path) -> None:
+    synthesize(path, records(60), segment_lines=25)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:4], b"{}\n", *lines[5:]]))
+    assert Index(path).refresh() == 54
+    assert seqs(tail(path, 1000, ok=True)) == [n + 1 for n in range(60) if n % 3 and n != 54]
+
+
+def test_a_log_that_is_small_gets_no_index(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_module, "WORTH_BYTES", 1 << 20)
+    write(path, call())
+    assert seqs(tail(path, 1, ok=True)) == [1]
+    assert not path.with_suffix(".index").exists()
+
+
+def test_an_index_is_no_more_open_to_others_than_the_log(path: Path) -> None:
+    write(path, call())
+    Index(path).refresh()
+    assert path.with_suffix(".index").stat().st_mode & 0o777 == 0o640
+
+
+def test_one_process_takes_lines_in_at_a_time_and_none_while_others_read(path: Path) -> None:
+    synthesize(path, records(60), segment_lines=25)
+    Index(path).refresh(most_lines=30)
+    with Index(path).reading() as view:
+        assert view is not None
+        assert Index(path).refresh() == 0
+        Index(path).drop()
+        assert view.line(3)
+    assert Index(path).refresh() == 60
