@@ -10,6 +10,7 @@ from starlette.routing import Route
 
 from bus import provenance
 from bus.errors import NotFoundError
+from bus.model import Phase
 from bus.proofs import Prover
 from bus.schemas import show
 from bus.web import JsonResponse, Query, is_number
@@ -42,15 +43,21 @@ class LedgerApi:
         ]
 
     async def provenance(self, request: Request) -> Response:
-        """The last records, oldest first: `?limit=&overlay=&ok=&since=` (milliseconds since the epoch)."""
+        """The last records, oldest first: `?limit=&overlay=&phase=&ok=&code=&caller=&since=&until=` (times in ms)."""
         query = Query(request.query_params)
-        limit, since_ms = query.integer("limit", _LIMIT_DEFAULT, 1, _LIMIT_MOST), query.integer("since", None, 0, 2**53)
-        overlay, ok = query.text("overlay"), query.boolean("ok")
+        limit = query.integer("limit", _LIMIT_DEFAULT, 1, _LIMIT_MOST)
+        wanted = {
+            "overlay": query.text("overlay"),
+            "phase": query.one_of("phase", tuple(Phase)),
+            "ok": query.boolean("ok"),
+            "code": query.text("code"),
+            "caller": query.text("caller"),
+            "since_ms": query.integer("since", None, 0, 2**53),
+            "until_ms": query.integer("until", None, 0, 2**53),
+        }
         query.refuse_unknown()
         ledger, shown = self._bus.settings.ledger, partial(_is_shown, request.user)
-        events = await asyncio.to_thread(
-            provenance.tail, ledger, limit, overlay=overlay, ok=ok, since_ms=since_ms, shown=shown
-        )
+        events = await asyncio.to_thread(provenance.tail, ledger, limit, **wanted, shown=shown)
         return JsonResponse({"events": events, "count": len(events)})
 
     async def record(self, request: Request) -> Response:

@@ -13,6 +13,7 @@ from bus.console import (
     AsJson,
     make_app,
     mark,
+    one_of,
     print_pretty,
     print_table,
     printable,
@@ -21,7 +22,7 @@ from bus.console import (
     workplace,
 )
 from bus.errors import BusError, OperatorError
-from bus.model import Record
+from bus.model import Phase, Record
 
 app = make_app("Read and verify the ledger.")
 
@@ -29,12 +30,34 @@ _HASH_SHOWN = 8
 _NO_CALL_YET = "No call was made here yet."
 
 
+def _moment(text: str) -> int:
+    """Milliseconds since the epoch, written as such, or as ISO 8601 in the local time where it names no zone."""
+    try:
+        if text.isascii() and text.isdecimal():
+            return int(text)
+        return int(datetime.fromisoformat(text).timestamp() * 1000)
+    except (ValueError, OverflowError, OSError):
+        raise typer.BadParameter(f"{text!r} is no time, as 2025-01-31 or 2025-01-31T12:00:00+00:00") from None
+
+
+Since = Annotated[int | None, typer.Option(parser=_moment, metavar="TIME", help="Only from this time on.")]
+Until = Annotated[int | None, typer.Option(parser=_moment, metavar="TIME", help="Only up to this time.")]
+
+
 @app.command()
 def tail(
     ctx: typer.Context,
+    *,
     count: Annotated[int, typer.Option("-n", parser=whole(1), metavar="N", help="How many lines.")] = 10,
     overlay: Annotated[str | None, typer.Option(metavar="NAME", help="Only this overlay's.")] = None,
+    phase: Annotated[
+        Phase | None, typer.Option(parser=one_of(Phase), metavar="|".join(Phase), help="Only calls in this phase.")
+    ] = None,
     ok: Annotated[bool | None, typer.Option("--ok/--failed", help="Only what succeeded, or failed.")] = None,
+    code: Annotated[str | None, typer.Option(metavar="CODE", help="Only what ended with it, as ERR_TIMEOUT.")] = None,
+    caller: Annotated[str | None, typer.Option(metavar="NAME", help="Only calls with the token of this name.")] = None,
+    since: Since = None,
+    until: Until = None,
     as_json: AsJson = False,
 ) -> None:
     """The last lines, oldest first; with --json one record a line.
@@ -44,8 +67,18 @@ def tail(
     from bus import provenance
 
     path = _ledger(ctx)
-    records = provenance.tail(path, count, overlay=overlay, ok=ok)
-    if not as_json and not path.exists():
+    records = provenance.tail(
+        path,
+        count,
+        overlay=overlay,
+        phase=phase,
+        ok=ok,
+        code=code,
+        caller=caller,
+        since_ms=since,
+        until_ms=until,
+    )
+    if not as_json and not provenance.exists(path):
         say(_NO_CALL_YET, "dim")
     elif not as_json:
         print_table(("seq", "time", "type", "overlay", "phase", "code", "ms", "hash"), map(_tail_row, records))

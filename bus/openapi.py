@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bus import resources
 from bus.errors import CATALOGUE
+from bus.model import Phase
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -80,7 +81,11 @@ _LEDGER_QUERY = (
     _query("limit", "How many records, of the last.", type="integer", minimum=1, maximum=10_000, default=100),
     _query("overlay", "Only those of this overlay.", type="string"),
     _query("ok", "Only those of calls that succeeded, or that did not.", type="boolean"),
+    _query("phase", "Only those of calls in this phase.", type="string", enum=[str(phase) for phase in Phase]),
+    _query("code", "Only those of calls that ended with this code: OK, or one of an error.", type="string"),
+    _query("caller", "Only those of calls with the token of this name.", type="string"),
     _query("since", "Only those from this time on, in ms since the epoch.", type="integer", minimum=0, maximum=2**53),
+    _query("until", "Only those up to this time, in ms since the epoch.", type="integer", minimum=0, maximum=2**53),
 )
 
 OPERATIONS = {

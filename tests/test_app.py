@@ -190,6 +190,10 @@ def test_the_ledger_is_told_oldest_first_with_its_count(client: TestClient) -> N
     assert [event["seq"] for event in client.get("/provenance?limit=2").json()["events"]] == [3, 4]
     assert [event["seq"] for event in client.get("/provenance?overlay=two").json()["events"]] == [4]
     assert [event["seq"] for event in client.get("/provenance?ok=false").json()["events"]] == [3]
+    (failed,) = client.get("/provenance?ok=false&phase=OPEN&until=9007199254740992").json()["events"]
+    assert client.get(f"/provenance?code={failed['code']}").json()["events"] == [failed]
+    assert client.get("/provenance?caller=nobody").json()["count"] == 0
+    assert client.get("/provenance?until=1").json()["count"] == 0
     since = body["events"][-1]["timestamp_ms"] + 1
     assert client.get(f"/provenance?since={since}").json() == {"events": [], "count": 0}
 
@@ -220,7 +224,9 @@ def test_a_body_that_is_encoded_is_refused_with_what_is_allowed(client: TestClie
         ("limit=٣", 'limit="٣"'),
         ("ok=maybe", 'ok="maybe", allowed: true or false'),
         ("since=yesterday", 'since="yesterday"'),
-        ("limt=1", 'unknown: ["limt"]; known: limit, since, overlay, ok'),
+        ("until=-1", 'until="-1"'),
+        ("phase=open", 'phase="open", allowed: OPEN, ALIGN'),
+        ("limt=1", 'unknown: ["limt"]; known: limit, overlay, phase, ok, code, caller, since, until'),
     ],
 )
 def test_a_query_that_cannot_be_is_refused_with_what_is_allowed(client: TestClient, query: str, said: str) -> None:

@@ -132,6 +132,8 @@ def test_version_names_the_distribution(aal: Callable[..., Ran]) -> None:
         ["replay", "1", "--all"],
         ["replay", "--last", "0"],
         ["provenance", "tail", "-n", "0"],
+        ["provenance", "tail", "--since", "yesterday"],
+        ["provenance", "tail", "--phase", "DOOR"],
         ["overlays", "new", "Not A Name"],
         ["serve", "--port", "65536"],
         ["serve", "--log-level", "loud"],
@@ -602,6 +604,10 @@ def test_tail_filters_and_gives_programs_the_lines_themselves(aal: Callable[...,
     assert aal("provenance", "tail", "-n", "1", "--json").out.splitlines() == written[-1:]
     assert aal("provenance", "tail", "--overlay", "fixed", "--ok", "--json").out.splitlines() == written[:1]
     assert aal("provenance", "tail", "--failed", "--json").out.splitlines() == [written[2]]
+    for option, value in (("--code", "ERR_PERMISSION_DENIED"), ("--since", "2001-01-01"), ("--until", "9" * 13)):
+        assert written[2] in aal("provenance", "tail", option, value, "--json").out.splitlines(), option
+    for option, value in (("--caller", "nobody"), ("--until", "2001-01-01T00:00:00+00:00"), ("--phase", "seal")):
+        assert aal("provenance", "tail", option, value, "--json").out == "", option
 
 
 def test_tail_shows_people_one_row_a_line(aal: Callable[..., Ran], ledger: Path) -> None:
