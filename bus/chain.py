@@ -239,12 +239,10 @@ class Chain:
         if group.seq == self.seq or self._fsync == "never":
             return
         os.fdatasync(self._fd)
-        if self._size == 0:
-            sync_folder(self._path.parent)
 
     def fd_to_sync(self) -> int | None:
-        """The descriptor whose fdatasync is all that a written group wants; None where it wants more, or nothing."""
-        return None if self._fsync == "never" or self._size == 0 else self._fd
+        """The descriptor whose fdatasync is all that a written group wants; None where it wants nothing."""
+        return None if self._fsync == "never" else self._fd
 
     def settle(self, group: Group) -> list[Receipt]:
         """A group that was written and synced counts from now on. Gives where each record stands."""
@@ -355,6 +353,8 @@ class Chain:
             self._move_aside()
         self._fd = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
         status = os.fstat(self._fd)
+        if status.st_size == 0 and self._fsync != "never":  # now: others may soon be answered for lines in it
+            sync_folder(self._path.parent)
         self._identity = identity(status)
         self._size, self._tree, self._prev = _UNREAD if closed else 0, Frontier(), GENESIS
         self._checkpoints.stands(0)
