@@ -260,14 +260,15 @@ class Chain:
         Where others have gone on from it since, or are about to, it stays, though nobody was answered for it.
         """
         is_last = False
-        with contextlib.suppress(OSError):
-            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            try:
-                if self._size_under_name() == self._size + len(group.text):
-                    os.ftruncate(self._fd, self._size)
-                    is_last = True
-            finally:
-                self.unlock()
+        if self._lock_fd >= 0:  # it is closed where it could not be let go of
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                try:
+                    if self._size_under_name() == self._size + len(group.text):
+                        os.ftruncate(self._fd, self._size)
+                        is_last = True
+                finally:
+                    self.unlock()
         if not is_last:
             self._identity = None  # what the file holds is unknown: open it anew and read its end
 

@@ -266,6 +266,38 @@ async def test_a_lock_that_cannot_be_let_go_of_is_closed_and_stops_nobody(
     assert verify(path).lines == 5
 
 
+async def test_a_group_that_is_neither_synced_nor_taken_back_for_want_of_the_lock_is_refused_and_stops_nobody(
+    path: Path, monkeypatch: pytest.MonkeyPatch, syncer: str
+) -> None:
+    real = fcntl.flock
+
+    def flock(fd: int, operation: int) -> None:
+        if operation == fcntl.LOCK_UN:
+            fail()
+        real(fd, operation)
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    end = FileSync.end
+
+    def end_and_fail(sync: FileSync) -> None:
+        end(sync)
+        fail()
+
+    with opened(path, "batch") as ledger:
+        await appended(ledger, call("before"))
+        with monkeypatch.context() as patch:
+            patch.setattr(fcntl, "flock", flock)
+            patch.setattr(os, "fdatasync", fail)
+            patch.setattr(FileSync, "end", end_and_fail)
+            async with asyncio.timeout(PATIENCE_S):
+                with pytest.raises(LedgerError, match="Input/output"):
+                    await appended(ledger, call("refused"))
+        assert (await appended(ledger, call("after"))).seq == 3
+    assert verify(path).ok
+
+
 def test_two_ledgers_on_one_file_take_turns(path: Path) -> None:
     with opened(path) as one, opened(path) as other:
         assert [append(one, call()).seq, append(other, call()).seq, append(one, call()).seq] == [1, 2, 3]
