@@ -120,6 +120,10 @@ class Index:
         self._file = path.with_suffix(".index")
         self._lock_path = path.with_suffix(".indexing")
 
+    def exists(self) -> bool:
+        """Whether there is one, be it of this log or not."""
+        return self._file.exists()
+
     def refresh(
         self,
         progress: Callable[[int], None] | None = None,
@@ -154,7 +158,7 @@ class Index:
         """
         with contextlib.ExitStack() as stack:
             view = None
-            if self._file.exists() and stack.enter_context(self._locked(exclusive=False)):
+            if self.exists() and stack.enter_context(self._locked(exclusive=False)):
                 view = self._guarded(lambda: self._view(stack, at_rest=at_rest))
             try:
                 yield view
@@ -566,6 +570,6 @@ def _root(hashes: bytes) -> bytes:
 
 
 def index_of(path: Path) -> Index | None:
-    """The index of a ledger; None of one that is too small to need any."""
+    """The index of a ledger; None of one that has none and is too small to need any."""
     index = Index(path)
-    return index if segments.total_bytes(path) >= WORTH_BYTES else None
+    return index if index.exists() or segments.total_bytes(path) >= WORTH_BYTES else None

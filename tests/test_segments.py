@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gzip
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from bus import chain, members, schemas, segments, upkeep
+from bus import index as index_module
 from bus.errors import NotFoundError
 from bus.ledger import LedgerError
 from bus.merkle import check_inclusion, root_of
@@ -368,6 +371,40 @@ def test_a_server_compresses_what_is_closed(path: Path, monkeypatch: pytest.Monk
         append(ledger, call())
     assert closed_firsts(path)
     assert_one_chain(path)
+
+
+def test_a_server_keeps_an_index_of_a_log_that_is_worth_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upkeep, "PERIOD_S", 0.01)
+    monkeypatch.setattr(index_module, "WORTH_BYTES", 5000)
+
+    def held() -> int:
+        with index_module.Index(path).reading() as view:
+            return view.size if view else 0
+
+    with opened(path, serves=True) as ledger:
+        append(ledger, call())
+        assert held() == 0
+        last = [append(ledger, call()) for _ in range(12)][-1]
+        eventually(lambda: held() >= last.seq, "indexed")
+
+
+def test_upkeep_that_fails_is_said_and_tried_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(path, *(call() for _ in range(8)), segment_bytes=SMALL)
+    lines = list(raw_lines(path))
+    with monkeypatch.context() as full:
+        full.setattr(segments, "pack", _no_room)
+        upkeep.Upkeep(path).look()
+    assert "No space left" in caplog.text
+    assert not [name for name in names(path) if name.endswith((".part", ".gz"))]
+    upkeep.Upkeep(path).look()
+    assert list(raw_lines(path)) == lines
+    assert not any(closed_path(path, first).exists() for first in closed_firsts(path))
+
+
+def _no_room(_: bytes) -> bytes:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 # --- Killed in between ---
