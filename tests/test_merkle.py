@@ -91,7 +91,7 @@ def sides(m: int, n: int) -> list[bool]:
 
 
 def hash_of(part: Subtree) -> bytes:
-    return mth(part.index << part.level, part.index + 1 << part.level)
+    return mth(part.number << part.level, part.number + 1 << part.level)
 
 
 def flips(nodes: Sequence[bytes]) -> list[list[bytes]]:
@@ -136,7 +136,9 @@ def test_a_frontier_goes_on_from_its_size_and_hashes(size: int) -> None:
     for leaf in LEAVES[:size]:
         tree.append(leaf)
     resumed = Frontier(tree.size, tree.nodes)
-    assert resumed.nodes == [mth(part.index << part.level, part.index + 1 << part.level) for part in subtrees(0, size)]
+    assert resumed.nodes == [
+        mth(part.number << part.level, part.number + 1 << part.level) for part in subtrees(0, size)
+    ]
     for leaf in LEAVES[size : size + 9]:
         resumed.append(leaf)
     assert (resumed.size, resumed.root()) == (size + 9, mth(0, size + 9))
@@ -162,7 +164,7 @@ def test_a_frontier_of_other_hashes_than_its_size_has_is_refused(size: int, node
 
 @pytest.mark.parametrize("end", [1, 6, 7, 8, 64, 69])
 def test_the_subtrees_of_leaves_are_perfect_and_stand_in_a_row(end: int) -> None:
-    row = [range(part.index << part.level, part.index + 1 << part.level) for part in subtrees(0, end)]
+    row = [range(part.number << part.level, part.number + 1 << part.level) for part in subtrees(0, end)]
     assert list(itertools.chain(*row)) == list(range(end))
     assert [len(leaves) for leaves in row] == sorted({len(leaves) for leaves in row}, reverse=True)
 
