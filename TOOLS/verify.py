@@ -27,9 +27,10 @@ What is checked of a line, in this order; the first line that is wrong ends the 
     signature   its note is a signed note (C2SP) that says the same, and what a given key is said to have signed it
                 has signed
 
-That a line is RFC 8785, the JSON that the bus writes, is not asked: the hash is of the bytes as they stand, and with
-no key twice, bytes have one meaning. Everything is checked of every line; nothing is sampled. With `--from` the lines
-before are not looked at: the first line's `prev` is taken as it stands, and so are the nodes of the first checkpoint.
+That a line is RFC 8785, the JSON that the bus writes, is not asked, nor which other members it has: the hash is of the
+bytes as they stand, and with no key twice, bytes have one meaning. Everything is checked of every line; nothing is
+sampled. With `--from` the lines before are not looked at: the first line's `prev` is taken as it stands, and so are the
+nodes of the first checkpoint.
 
 A chain and a tree that are right say that the log fits itself. Whoever can write it can make another that fits as
 well, so hold it against what it cannot change: a checkpoint that was kept elsewhere (`--against`), or a key (`--key`).
@@ -67,11 +68,13 @@ TICK_LINES = 5000
 TICK_S = 0.2
 BAR = 30
 BLOCK = 1 << 20
+MOST_SHOWN = 80
 
 NOTE = re.compile(
-    "(?P<text>(?P<origin>[^\n]+)\n(?P<size>0|[1-9][0-9]*)\n(?P<root>[A-Za-z0-9+/]{43}=)\n(?:[^\n]+\n)*)"
+    "(?P<text>(?P<origin>[^\n]+)\n(?P<size>0|[1-9][0-9]{0,18})\n(?P<root>[A-Za-z0-9+/]{43}=)\n(?:[^\n]+\n)*)"
     "\n(?P<signatures>(?:\N{EM DASH} [^ \n]+ [^ \n]+\n){1,100})"
 )
+SURROGATE = re.compile("[\ud800-\udfff]")
 VKEY = re.compile(r"(?P<name>[^+\s]+)\+(?P<id>[0-9a-f]{8})\+(?P<key>[A-Za-z0-9+/]{44})")
 ED25519 = b"\x01"
 
@@ -91,6 +94,12 @@ class Wrong(Exception):  # noqa: N818  # it is a finding
 
 class Unusable(Exception):  # noqa: N818
     """What was asked for cannot be checked."""
+
+
+def shown(value: object) -> str:
+    """What somebody else wrote, for a terminal."""
+    text = ascii(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
 
 # --- Lines ---
@@ -141,7 +150,7 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> None:
     names = [name for name, _ in pairs]
     if len(names) != len(set(names)):
         twice = next(name for name in names if names.count(name) > 1)
-        raise Wrong("json", f"an object in it has the key {twice!r} twice")
+        raise Wrong("json", f"an object in it has the key {shown(twice)} twice")
 
 
 def _checked_hash(line: bytes, record: dict[str, Any]) -> bytes:
@@ -306,7 +315,7 @@ def read_key(given: str) -> Key:
 def read_note(note: str, keys: list[Key]) -> Checkpoint:
     """A signed checkpoint. Raises `Wrong` for what is none, and where a key is said to have signed it and has not."""
     found = NOTE.fullmatch(note)
-    if found is None or any(sign < " " and sign != "\n" for sign in note):
+    if found is None or any(sign < " " and sign != "\n" for sign in note) or SURROGATE.search(note):
         raise Wrong("signature", "its note is not a checkpoint: origin, size, root, an empty line, signatures")
     signed_by = []
     for line in found["signatures"].splitlines():
@@ -321,7 +330,7 @@ def read_note(note: str, keys: list[Key]) -> Checkpoint:
                 signed_by.append(key.label)
     origin = found["origin"]
     if signed_by and not any(label.startswith(f"{origin}+") for label in signed_by):
-        raise Wrong("signature", f"it is a checkpoint of {origin}, signed by {signed_by[0]}")
+        raise Wrong("signature", f"it is a checkpoint of {shown(origin)}, signed by {signed_by[0]}")
     return Checkpoint(origin, int(found["size"]), plain_base64(found["root"]), tuple(signed_by))
 
 
@@ -541,9 +550,11 @@ class Log:
         for line in lines:
             record, digest = read(line)
             if record.get("seq") != seq + 1 or type(record["seq"]) is not int:
-                raise Wrong("seq", f"it is line {seq + 1} and says seq {record.get('seq')!r}")
+                raise Wrong("seq", f"it is line {seq + 1} and says seq {shown(record.get('seq'))}")
             if record.get("prev") != self._prev and (self._prev is not None or not is_hash(record.get("prev"))):
-                raise Wrong("chain", f"prev is {record.get('prev')!r}, and the line before has the hash {self._prev}")
+                raise Wrong(
+                    "chain", f"prev is {shown(record.get('prev'))}, and the line before has the hash {self._prev}"
+                )
             if record.get("type") == "checkpoint":
                 tree = self._tree = self._check_checkpoint(record)
             if tree is not None:
@@ -558,12 +569,12 @@ class Log:
         """Gives the tree of the lines before it."""
         size, root, nodes, note = (record.get(name) for name in ("size", "root", "nodes", "note"))
         if type(size) is not int or size != self._seq:
-            raise Wrong("tree", f"it is a checkpoint of size {size!r}, and {self._seq} lines come before it")
+            raise Wrong("tree", f"it is a checkpoint of size {shown(size)}, and {self._seq} lines come before it")
         if not isinstance(nodes, list) or len(nodes) != size.bit_count() or not all(map(is_hash, nodes)):
             raise Wrong("tree", f"its nodes are not the subtrees of a tree of size {size}")
         tree = self._tree or Tree(size, map(bytes.fromhex, nodes))
         if root != tree.root().hex():
-            raise Wrong("tree", f"it says the root {root!r}, and what it is of makes {tree.root().hex()}")
+            raise Wrong("tree", f"it says the root {shown(root)}, and what it is of makes {tree.root().hex()}")
         if [node.hex() for node in tree.largest_first()] != nodes:
             raise Wrong("tree", "its nodes are not those that the lines before it make")
         if note is not None:
@@ -788,7 +799,7 @@ def check_checkpoints(given: argparse.Namespace, keys: list[Key]) -> Answer:
     require_signed([old], keys)
     require_signed([new], keys)
     if old.origin != new.origin:
-        raise Wrong("signature", f"they are checkpoints of two logs, {old.origin} and {new.origin}")
+        raise Wrong("signature", f"they are checkpoints of two logs, {shown(old.origin)} and {shown(new.origin)}")
     if old.size > new.size:
         raise Wrong("tree", f"the newer checkpoint is of {new.size} lines, and the older of {old.size}")
     if given.proof is not None:
@@ -854,6 +865,9 @@ def _line(text: str) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no text
     whole = parser()
     given = whole.parse_args(arguments)
     if getattr(given, "needs_either", False) and not (given.log or given.proof):
@@ -874,4 +888,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

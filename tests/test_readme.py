@@ -101,7 +101,9 @@ def test_every_later_command_works_while_the_bus_serves(
     assert "Hello, Ada." in "\n".join(said)
     assert "Replaying event from line 1" in said[0]
     assert any("verdict: MATCH" in text for text in said[1:])
-    assert "\nok " in said[-1]
+    assert "\nok " in said[-2]
+    assert said[-1].startswith("lines 1 to ")
+    assert "line 1 with the hash " in said[-1]
 
 
 def test_the_python_of_the_readme_runs(checkout: Path, environment: dict[str, str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import gzip
 import importlib.util
 import json
@@ -16,6 +17,8 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bus import checkpoints
 from bus.canonical import canonical
@@ -425,8 +428,8 @@ def test_signatures_are_checked_with_the_key_that_is_given(logs: Path, tmp_path:
     put(logs, log_of(10, signer=SIGNER))
     key = tmp_path / "key"
     key.write_text(SIGNER.vkey + "\n")
-    for given in (SIGNER.vkey, key):
-        found = run("log", logs, "--key", given, "--json", packages=True).found
+    for vkey in (SIGNER.vkey, key):
+        found = run("log", logs, "--key", vkey, "--json", packages=True).found
         assert (found["ok"], found["checkpoints"], found["signed"], found["signed_size"]) == (True, 2, 2, 7)
     assert "the first 7 lines are signed for" in run("log", logs, "--key", key, packages=True).said
     found = run("log", logs, "--key", OTHER.vkey, "--json", packages=True).found
@@ -868,6 +871,44 @@ def test_a_file_that_is_no_checkpoint_is_told(logs: Path, tmp_path: Path) -> Non
         junk.write_text(text)
         assert run("growth", junk, new, "--log", logs, "--json").found["fault"] == "signature"
     assert run("growth", tmp_path / "missing", new, "--log", logs).status == 2
+
+
+# --- Whatever else it is given ---
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just(HASH),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=8,
+)
+NOTE = SIGNER.checkpoint(10, bytes(32))
+
+
+@given(st.sampled_from(["seq", "hash", "tree_size", "root", "inclusion", "checkpoint"]), JSON)
+def test_no_member_of_a_proof_is_more_than_wrong(tool: ModuleType, name: str, member: Any) -> None:
+    body = {"seq": 1, "hash": HASH, "tree_size": 1, "root": HASH, "inclusion": [], "checkpoint": None, name: member}
+    with pytest.raises(tool.Wrong):
+        tool._check_inclusion(body, [])
+
+
+@given(st.text(alphabet="\n—+ =09Aé\ud800\x00", max_size=40), st.integers(0, len(NOTE)), st.integers(0, len(NOTE)))
+def test_no_text_is_more_than_no_note(tool: ModuleType, text: str, start: int, end: int) -> None:
+    changed = NOTE[:start] + text + NOTE[end:]
+    found = None
+    with contextlib.suppress(tool.Wrong):
+        found = tool.read_note(changed, [tool.read_key(SIGNER.vkey)])
+    assert found is None or not found.signed_by or changed.startswith(NOTE[: NOTE.index("—")])
+
+
+@given(JSON, st.sampled_from(["seq", "prev", "type", "size", "root", "nodes", "note", "x"]))
+def test_no_member_of_a_line_is_more_than_wrong(
+    tmp_path_factory: pytest.TempPathFactory, tool: ModuleType, member: Any, name: str
+) -> None:
+    lines = log_of(8)
+    text = json.dumps({key: value for key, value in json.loads(lines[7]).items() if key != "hash"} | {name: member})
+    path = put(tmp_path_factory.getbasetemp(), [*lines[:7], held(text.encode())], "any.jsonl")
+    found = tool.Log(path, tool.Wanted()).check()
+    assert found.first_bad in {None, 8}
+    assert json.dumps(tool.asdict(found))
 
 
 # --- People ---
