@@ -32,6 +32,10 @@ bytes as they stand, and with no key twice, bytes have one meaning. Everything i
 sampled. With `--from` the lines before are not looked at: the first line's `prev` is taken as it stands, and so are the
 nodes of the first checkpoint.
 
+Of a receipt that came with a whole answer, the line in the log is to be that of the answer (`answer` if not): its ids,
+capability, phase, time, code, and the hashes of payload and result. That `result_hash` is the SHA-256 of the result, as
+RFC 8785, is left to whoever has a writer of that.
+
 A chain and a tree that are right say that the log fits itself. Whoever can write it can make another that fits as
 well, so hold it against what it cannot change: a checkpoint that was kept elsewhere (`--against`), or a key (`--key`).
 """
@@ -460,12 +464,14 @@ class Found:
 class Wanted:
     """What a log is held against: the roots of its first so many lines, the hashes of single lines, and keys.
 
-    With `a_signature` it is wrong where no checkpoint in it is signed with one of the keys.
+    Every line in `hashes` is to have the `members`, too. With `a_signature` it is wrong where no checkpoint in it is
+    signed with one of the keys.
     """
 
     keys: list[Key] = field(default_factory=list)
     roots: dict[int, set[bytes]] = field(default_factory=dict)
     hashes: dict[int, str] = field(default_factory=dict)
+    members: dict[str, Any] = field(default_factory=dict)
     a_signature: bool = False
 
     def root(self, size: int, root: bytes) -> None:
@@ -492,7 +498,7 @@ class Log:
         """Raises `Unusable` where what is wanted lies outside of what is read."""
         found = self._found
         try:
-            self._hold_against(0)
+            self._hold_against(0, {})
             self._read()
             self._require_all_was_held_against()
         except Wrong as wrong:
@@ -562,7 +568,7 @@ class Log:
             self._seq = seq = seq + 1
             self._prev = record["hash"]
             if seq in wanted:
-                self._hold_against(seq)
+                self._hold_against(seq, record)
         return seq > before
 
     def _check_checkpoint(self, record: dict[str, Any]) -> Tree:
@@ -592,11 +598,15 @@ class Log:
             self._found.signed += 1
             self._found.signed_size = tree.size
 
-    def _hold_against(self, seq: int) -> None:
+    def _hold_against(self, seq: int, record: dict[str, Any]) -> None:
         """Compare what is wanted of the first `seq` lines with what is there, where that is known."""
         hash_ = self._wanted.hashes.pop(seq, None)
         if hash_ not in (None, self._prev):
             raise Wrong("hash", f"line {seq} has the hash {self._prev}, and not {hash_}", is_line=False)
+        for name, member in self._wanted.members.items() if hash_ is not None else ():
+            if record.get(name) != member:
+                reason = f"the answer's {name} is {shown(member)}, and that of line {seq} is {shown(record.get(name))}"
+                raise Wrong("answer", reason, is_line=False)
         if self._tree is not None and (roots := self._wanted.roots.pop(seq, None)):
             root = self._tree.root()
             if roots != {root}:
@@ -699,6 +709,10 @@ def hold_against_log(place: str, wanted: Wanted, end: int = 0) -> None:
 # --- Commands: each gives what it found for programs, and what it says to people ---
 
 Answer = tuple[dict[str, Any], str]
+SAID_BY_BOTH = (
+    "request_id", "run_id", "capability", "phase", "timestamp_ms", "ok", "code", "payload_hash", "result_hash"
+)  # fmt: skip
+"""What an answer and its line both say of a call."""
 
 
 def check_log(given: argparse.Namespace, keys: list[Key]) -> Answer:
@@ -787,7 +801,8 @@ def check_receipt(given: argparse.Namespace, keys: list[Key]) -> Answer:
         vouching = [other, own if proof["tree_size"] == size else None]
     require_signed(vouching, keys)
     if given.log is not None:
-        wanted = Wanted(hashes={seq: leaf.hex()})
+        said = {name: members[name] for name in SAID_BY_BOTH if name in members}
+        wanted = Wanted(hashes={seq: leaf.hex()}, members=said if receipt is not members else {})
         if own is not None:
             wanted.root(size, own.root)
         hold_against_log(given.log, wanted, size)

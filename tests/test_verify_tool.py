@@ -16,19 +16,22 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bus import checkpoints
 from bus.canonical import canonical
+from bus.dispatch import Bus
 from bus.ledger import Ledger
+from bus.ledger_key import LedgerKey
 from bus.merkle import Frontier
 from bus.notes import Checkpoint, Signer, new_key
 from bus.proofs import Prover
 from bus.records import GENESIS, draft
 from tests.ledgers import ENVIRONMENT, HASH, append, call, write
-from tests.support import REPO
+from tests.support import REPO, a_call, add_overlay, settings_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -777,6 +780,32 @@ def test_a_wrong_receipt_is_told_by_what_is_wrong(
     put(logs, lines)
     ran = run("receipt", as_file(tmp_path, "answer", receipt_of(lines, 6, 7) | changes), "--log", logs, "--json")
     assert (ran.status, ran.found["fault"]) == (1, fault)
+
+
+def test_an_answer_says_of_the_call_what_its_line_says(logs: Path, tmp_path: Path) -> None:
+    lines = log_of(10, result_hash=HASH)
+    put(logs, lines)
+    whole = {"ok": True, "code": "OK", "request_id": "r6", "result_hash": HASH, "duration_ms": 5}
+    answer = whole | {"provenance": receipt_of(lines, 6, 7)}
+    assert run("receipt", as_file(tmp_path, "answer", answer), "--log", logs).status == 0
+    for changes in ({"ok": False}, {"code": "ERR_X"}, {"request_id": "r5"}, {"result_hash": HASH[::-1]}):
+        ran = run("receipt", as_file(tmp_path, "answer", answer | changes), "--log", logs, "--json")
+        assert (ran.status, ran.found["fault"]) == (1, "answer")
+
+
+async def test_every_answer_of_a_bus_is_a_receipt_for_its_line(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path)
+    add_overlay(settings.overlays)
+    add_overlay(settings.overlays, "failing", "false")
+    vkey = LedgerKey(settings.state).create(NAME).vkey
+    async with Bus(settings) as bus:
+        answers = [await bus.invoke(a_call(name)) for name in ("echo", "failing", "missing")]
+    assert [answer.body["ok"] for answer in answers] == [True, False, False]
+    for answer in answers:
+        receipt = tmp_path / "answer"
+        receipt.write_bytes(orjson.dumps(answer.body))
+        ran = run("receipt", receipt, "--log", settings.logs, "--key", vkey, packages=True)
+        assert ran.status == 0, ran
 
 
 def test_a_receipt_shows_that_its_line_was_changed_or_taken_away(logs: Path, tmp_path: Path) -> None:
