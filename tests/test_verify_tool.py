@@ -30,6 +30,7 @@ from bus.merkle import Frontier
 from bus.notes import Checkpoint, Signer, new_key
 from bus.proofs import Prover
 from bus.records import GENESIS, draft
+from bus.segments import compress
 from tests.ledgers import ENVIRONMENT, HASH, append, call, write
 from tests.support import REPO, a_call, add_overlay, settings_in
 
@@ -525,6 +526,25 @@ def test_segments_are_one_log(logs: Path) -> None:
     found = run("log", logs, "--json").found
     assert (found["ok"], found["last"], found["checkpoints"]) == (True, 12, 3)
     assert found["root"] == root_at(lines, 12).hex()
+
+
+def test_segments_that_the_bus_closed_and_compressed_are_one_log(logs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "LINES", 5)
+    path = logs / "provenance.jsonl"
+    ledger = Ledger(path, fsync="never", environment=ENVIRONMENT, signer=SIGNER, segment_bytes=3000)
+    ledger.open()
+    receipts = [append(ledger, call(f"r{number}")) for number in range(30)]
+    ledger.close()
+    plain = run("log", logs, "--key", SIGNER.vkey, "--json", packages=True).found
+    assert compress(path) >= 3
+    assert len(list(logs.glob("*.jsonl.gz"))) >= 3
+    found = run("log", logs, "--key", SIGNER.vkey, "--json", packages=True).found
+    assert found == plain
+    assert (found["ok"], found["last"]) == (True, receipts[-1].tree_size)
+    assert found["signed"] >= 5
+    middle = receipts[len(receipts) // 2]
+    part = run("log", logs, "--from", middle.seq, "--key", SIGNER.vkey, "--json", packages=True).found
+    assert (part["ok"], part["first"], part["root"]) == (True, middle.seq, found["root"])
 
 
 def test_a_bit_flipped_in_any_segment_is_found(logs: Path, tool: ModuleType) -> None:
