@@ -32,10 +32,11 @@ import uvloop
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bus import provenance  # noqa: E402
+from bus import provenance, segments  # noqa: E402
 from bus.chain import Chain, Receipt  # noqa: E402
 from bus.dispatch import Bus  # noqa: E402
 from bus.envelopes import read_invocation  # noqa: E402
+from bus.index import index_of  # noqa: E402
 from bus.ledger import Ledger  # noqa: E402
 from bus.model import new_request_id, now_ms  # noqa: E402
 from bus.proofs import Prover  # noqa: E402
@@ -48,10 +49,12 @@ if TYPE_CHECKING:
 
     from bus.chain import Fsync
     from bus.model import Record
+    from bus.verification import VerifyReport
 
 GROUP = 16
 ROUND_LINES = 20_000
 SYNCED_LINES = 3_200
+SEGMENT_BYTES = 64 << 20
 LOOKS = 200
 CALLERS = 16
 CALLS = 4_000
@@ -191,27 +194,47 @@ def appending(rounds: int) -> dict[str, Any]:
 def many(folder: Path, lines: int, say: Callable[[str], None]) -> dict[str, Any]:
     path = folder / "provenance.jsonl"
     say(f"writing {lines:,} lines")
-    chain = Chain(path, "never", ENVIRONMENT)
-    began = time.perf_counter()
+    chain = Chain(path, "never", ENVIRONMENT, segment_bytes=SEGMENT_BYTES)
+    groups_s = []
     with chain.locked():
         for group in groups(lines):
-            chain.extend([draft_call(one) for one in group])
+            drafts = [draft_call(one) for one in group]
+            groups_s.append(_timed_ms(partial(chain.extend, drafts)) / 1000)
     chain.close()
-    wrote_s = time.perf_counter() - began
+    plain_bytes = segments.total_bytes(path)
     say("verifying")
-    began = time.perf_counter()
-    report = verify(path)
-    verified_s = time.perf_counter() - began
-    if not report.ok:
-        raise SystemExit(f"the ledger does not verify: line {report.first_bad}: {report.reason}")
-    sizes = sum(file.stat().st_size for file in folder.iterdir())
+    plain_ms = _verified_ms(path)
+    say("compressing")
+    compressed_ms = _timed_ms(partial(segments.compress, path))
+    packed_bytes = segments.total_bytes(path)
+    say("verifying what is compressed")
+    packed_ms = _verified_ms(path)
+    say("indexing")
+    index = index_of(path)
+    indexed_ms = 0.0 if index is None else _timed_ms(index.refresh)
+    count = chain.seq
     return {
-        "lines": report.lines,
-        "written_per_s": report.lines / wrote_s,
-        "bytes_a_line": sizes / report.lines,
-        "verified_per_s": report.lines / verified_s,
-        **_searched(path, report.lines, say),
+        "lines": count,
+        "segments": len(segments.closed_firsts(path)) + 1,
+        "written_per_s": count / sum(groups_s),
+        "slowest_group_ms": max(groups_s) * 1000,
+        "bytes_a_line": plain_bytes / count,
+        "packed_bytes_a_line": packed_bytes / count,
+        "index_bytes_a_line": path.with_suffix(".index").stat().st_size / count,
+        "verified_per_s": count / plain_ms * 1000,
+        "verified_packed_per_s": count / packed_ms * 1000,
+        "compressed_s": compressed_ms / 1000,
+        "indexed_s": indexed_ms / 1000,
+        **_searched(path, count, say),
     }
+
+
+def _verified_ms(path: Path) -> float:
+    report: list[VerifyReport] = []
+    took_ms = _timed_ms(lambda: report.append(verify(path)))
+    if not report[0].ok:
+        raise SystemExit(f"the ledger does not verify: line {report[0].first_bad}: {report[0].reason}")
+    return took_ms
 
 
 def _searched(path: Path, lines: int, say: Callable[[str], None]) -> dict[str, Any]:
@@ -222,10 +245,13 @@ def _searched(path: Path, lines: int, say: Callable[[str], None]) -> dict[str, A
     say("filtering")
     filtered = [_timed_ms(lambda: provenance.tail(path, 10, overlay="overlay-7", ok=False)) for _ in range(LOOKS // 10)]
     say("proving")
-    prover_ms = _timed_ms(lambda: Prover(path).inclusion(1))
-    prover = Prover(path)
-    proofs = [_timed_ms(partial(prover.inclusion, seq)) for seq in wanted]
-    return {"find": spread(found), "filter": spread(filtered), "first_proof_ms": prover_ms, "prove": spread(proofs)}
+    proofs = [_timed_ms(partial(_proved, path, seq)) for seq in wanted]
+    return {"find": spread(found), "filter": spread(filtered), "prove": spread(proofs)}
+
+
+def _proved(path: Path, seq: int) -> None:
+    with Prover(path) as prover:
+        prover.inclusion(seq)
 
 
 def _timed_ms(step: Callable[[], object]) -> float:
@@ -399,11 +425,16 @@ def tell(found: dict[str, Any]) -> None:
     shared, call, all_ = found["together"], found["call"], found["many"]
     print(f"two processes on one ledger: {shared['shared_per_s']:,.0f} lines/s, x {shared['ratio']:.2f} of one each")
     print(f"a worker's calls: {call['with_per_s']:,.0f}/s, x {call['ratio']:.3f} of those without a ledger")
-    print(f"{all_['lines']:,} lines, {all_['bytes_a_line']:.0f} bytes each on the disk:")
-    print(f"  written {all_['written_per_s']:,.0f}/s, verified {all_['verified_per_s']:,.0f}/s")
+    print(f"{all_['lines']:,} lines in {all_['segments']} segments of {SEGMENT_BYTES >> 20} MiB:")
+    sizes = (all_["bytes_a_line"], all_["packed_bytes_a_line"], all_["index_bytes_a_line"])
+    print("  on the disk {:.0f} bytes a line, closed and compressed {:.0f}, the index {:.1f}".format(*sizes))
+    slowest = f"slowest group of {GROUP} {all_['slowest_group_ms']:.1f} ms"
+    print(f"  chained and written {all_['written_per_s']:,.0f}/s ({slowest}: one that closes a segment)")
+    verified = (all_["verified_per_s"], all_["verified_packed_per_s"])
+    print("  verified {:,.0f}/s, compressed {:,.0f}/s".format(*verified))
+    print(f"  compressed in {all_['compressed_s']:.1f} s, indexed in {all_['indexed_s']:.1f} s")
     for name in ("find", "filter", "prove"):
         print(f"  {name:8} p50 {all_[name]['p50_ms']:.3f} ms, p99 {all_[name]['p99_ms']:.3f} ms")
-    print(f"  the first proof {all_['first_proof_ms']:.1f} ms")
 
 
 if __name__ == "__main__":
