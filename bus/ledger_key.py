@@ -1,6 +1,6 @@
 """The key that checkpoints of the ledger are signed with: a private file of the bus's state, and never among the logs.
 
-Who can write the ledger's folder and does not have the key cannot sign another history.
+What was signed stands: whoever writes another history into the ledger's folder contradicts the notes that others keep.
 """
 
 from __future__ import annotations

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from bus import provenance
-from bus.errors import NotFoundError
+from bus.errors import NotFoundError, OperatorError
 from bus.index import UnfitError, index_of
 from bus.merkle import Subtree, consistency_proof, hash_over, inclusion_proof, node_hash, root_of
 from bus.records import hash_in
@@ -89,6 +91,8 @@ class Prover:
         self._leaves = [hash_in(line) for line in later if line.endswith(b"\n")]
         """Those of the lines that the index does not hold."""
         self.size = self._held + len(self._leaves)
+        if signer is not None:
+            _make_last(path)
 
     def __enter__(self) -> Self:
         return self
@@ -160,6 +164,17 @@ class Prover:
 
     def _note(self, size: int, root: bytes) -> str | None:
         return None if self._signer is None or not size else self._signer.checkpoint(size, root)
+
+
+def _make_last(path: Path) -> None:
+    """Sync lines that a writer may yet be syncing: what is signed must not be taken back. Raises `OperatorError`."""
+    try:
+        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+            os.fdatasync(file.fileno())
+    except OSError as error:
+        raise OperatorError(
+            "ERR_LEDGER", f"the ledger {path} cannot be synced, so nothing is signed: {error}"
+        ) from None
 
 
 def _hex(proof: list[bytes]) -> list[str]:

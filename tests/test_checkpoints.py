@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -9,7 +11,7 @@ import pytest
 
 from bus import checkpoints, merkle
 from bus.dispatch import Bus
-from bus.errors import SettingError
+from bus.errors import OperatorError, SettingError
 from bus.ledger import Ledger
 from bus.ledger_key import LedgerKey
 from bus.notes import Signer, Verifier, new_key
@@ -195,7 +197,8 @@ async def test_an_answer_is_a_receipt_that_an_auditor_can_check(tmp_path: Path) 
         answer = await bus.invoke(a_call())
     receipt = answer.body["provenance"]
     note = Verifier.read(vkey).open(receipt["checkpoint"])
-    proof = Prover(settings.ledger).inclusion(receipt["seq"], receipt["tree_size"])
+    with Prover(settings.ledger) as prover:
+        proof = prover.inclusion(receipt["seq"], receipt["tree_size"])
     merkle.check_inclusion(
         receipt["seq"] - 1,
         note.size,
@@ -216,3 +219,18 @@ def test_a_key_that_makes_no_sense_stops_the_start(tmp_path: Path) -> None:
     file.chmod(0o644)
     with pytest.raises(SettingError, match="mode 644"):
         Bus(settings)
+
+
+def test_nothing_is_signed_that_the_disk_may_yet_lose(
+    path: Path, signer: Signer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(path, call())
+
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    with Prover(path) as prover:
+        assert prover.checkpoint().checkpoint is None
+    with pytest.raises(OperatorError, match="nothing is signed"):
+        Prover(path, signer)
