@@ -341,15 +341,17 @@ class Chain:
         return 0 < self._segment_bytes <= self._size
 
     def _open(self) -> os.stat_result:
-        if self._fd >= 0:
-            os.close(self._fd)
+        had_one = self._identity is not None
+        old, self._fd, self._identity = self._fd, -1, None  # at once: what comes may fail, and is tried again
+        if old >= 0:
+            os.close(old)
         was_lost = finish_rotation(self._path)
         closed = len(closed_firsts(self._path))
-        if was_lost or (self._identity is not None and closed <= self._closed):
+        if was_lost or (had_one and closed <= self._closed):
             _log.warning("%s was removed or replaced; its name now holds something else", self._path)
         if was_lost:
             self._owe_recovered(None, None)
-        self._fd, self._identity, self._closed = -1, None, closed
+        self._closed = closed
         if is_foreign(_first_line(self._path)):
             self._move_aside()
         self._fd = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from bus import chain, provenance, schemas
 from bus import ledger as ledger_module
-from bus import provenance, schemas
 from bus.filesync import FileSync
 from bus.ledger import TURNS_ALONE, Fsync, Ledger, LedgerError
 from bus.provenance import iter_lines, read_line
@@ -296,6 +296,24 @@ async def test_a_group_that_is_neither_synced_nor_taken_back_for_want_of_the_loc
                     await appended(ledger, call("refused"))
         assert (await appended(ledger, call("after"))).seq == 3
     assert verify(path).ok
+
+
+def test_a_log_that_cannot_be_opened_anew_is_tried_again_and_its_descriptor_is_closed_once(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with opened(path) as ledger:
+        append(ledger, call())
+        path.unlink()
+        with monkeypatch.context() as patch:
+            patch.setattr(chain, "finish_rotation", fail)
+            for _ in range(2):
+                with pytest.raises(LedgerError, match="Input/output"):
+                    append(ledger, call())
+        assert append(ledger, call()).seq == 1
+    assert verify(path).lines == 1
 
 
 def test_two_ledgers_on_one_file_take_turns(path: Path) -> None:
