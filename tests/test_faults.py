@@ -182,7 +182,7 @@ def test_an_answer_for_a_line_whose_write_failed_is_found(monkeypatch: pytest.Mo
 @pytest.mark.usefixtures("strace")
 def test_a_writer_that_hangs_is_found(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(Child, "lines", functools.partialmethod(Child.lines, timeout_s=1.0))
-    monkeypatch.setattr(scenario, "every_way", lambda *_: threading.Event().wait())
+    monkeypatch.setattr(scenario, "every_way", lambda *_, **__: threading.Event().wait())
     assert next(iter(syscalls.run(Fault(Setting("new", "never"), "write", 1, "EIO")))) == "the writer hangs"
     assert "most recent call first" in capfd.readouterr().err
 

@@ -19,8 +19,13 @@ if TYPE_CHECKING:
 
     from tests.faults.children import Say
 
-BEGINNINGS = ("new", "torn", "foreign")
-"""What lies there when a writer opens the ledger: nothing, a chain with a torn end, or another program's log."""
+BEGINNINGS = ("new", "torn", "foreign", "rotating")
+"""What lies there when a writer opens the ledger: nothing, a chain with a torn end, another program's log, or a chain
+that is to go on in a new file every few lines."""
+
+ROTATING_BYTES = 4_000
+CROWD_BYTES = 20_000
+"""After so many bytes a file is full, in the one scenario and in the other."""
 
 CALLERS = 16
 STARTING = 3
@@ -45,8 +50,9 @@ def signer() -> Signer | None:
 def prepare(path: Path, beginning: str) -> list[str]:
     """Lay a beginning; gives what writers have said of the lines that are in it."""
     said: list[str] = []
-    if beginning == "torn":
+    if beginning in {"torn", "rotating"}:
         said += [_stands(receipt, name) for name in ("before-1", "before-2") for receipt in write(path, call(name))]
+    if beginning == "torn":
         with path.open("ab") as file:
             file.write(_TORN)
     elif beginning == "foreign":
@@ -55,13 +61,13 @@ def prepare(path: Path, beginning: str) -> list[str]:
     return said
 
 
-def every_way(path: Path, fsync: Fsync, say: Say, *, large: bool = True) -> None:
+def every_way(path: Path, fsync: Fsync, say: Say, *, large: bool = True, segment_bytes: int = 0) -> None:
     """Open a ledger, append in each way that there is, close it."""
-    asyncio.run(_every_way(path, fsync, say, large))
+    ledger = Ledger(path, fsync=fsync, environment=ENVIRONMENT, signer=signer(), segment_bytes=segment_bytes)
+    asyncio.run(_every_way(ledger, say, large))
 
 
-async def _every_way(path: Path, fsync: Fsync, say: Say, large: bool) -> None:
-    ledger = Ledger(path, fsync=fsync, environment=ENVIRONMENT, signer=signer())
+async def _every_way(ledger: Ledger, say: Say, large: bool) -> None:
     ledger.open(serves=True)
     starts = Starts(ledger)
     await starts.close_left()
@@ -83,8 +89,8 @@ def crowd(path: Path, fsync: Fsync, name: str, say: Say) -> None:
 
 
 async def _crowd(path: Path, fsync: Fsync, name: str, say: Say) -> None:
-    ledger = Ledger(path, fsync=fsync, environment=ENVIRONMENT, signer=None)
-    ledger.open()
+    ledger = Ledger(path, fsync=fsync, environment=ENVIRONMENT, segment_bytes=CROWD_BYTES)
+    ledger.open(serves=True)
     starts = Starts(ledger)
     await starts.close_left()
 

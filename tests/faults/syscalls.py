@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from random import Random
 
 _CHANGING = ("write", "fdatasync", "fsync", "ftruncate", "mkdir", "mkdirat", "rename", "renameat", "renameat2")
-_INTERRUPTIBLE = frozenset(
-    {"openat", "read", "pread64", "write", "pwrite64", "fdatasync", "fsync", "ftruncate", "flock"}
-)
+_INTERRUPTIBLE = frozenset({"read", "pread64", "write", "pwrite64", "fdatasync", "fsync", "ftruncate", "flock"})
+"""Those that are made again by whoever made them. Listing a folder is not: then a line is refused."""
+
 _OTHERS = ("openat", "unlink", "unlinkat", "read", "pread64", "pwrite64", "lseek", "flock", "getdents64")
 _LOOKS = ("stat", "lstat", "fstat", "newfstatat", "statx")
 _SYNCS = ("io_setup", "io_submit", "io_getevents", "io_destroy")
@@ -191,7 +191,8 @@ def _writer(setting: Setting) -> Iterator[tuple[Path, list[str], Child]]:
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         path = Path(folder) / "logs" / "provenance.jsonl"
         before = scenario.prepare(path, setting.beginning)
-        with Child(functools.partial(scenario.every_way, path, setting.fsync)) as child:
+        size = scenario.ROTATING_BYTES if setting.beginning == "rotating" else 0
+        with Child(functools.partial(scenario.every_way, path, setting.fsync, segment_bytes=size)) as child:
             yield path, before, child
 
 
