@@ -1,8 +1,8 @@
 """The ledger's file: one lock that every process takes, a chain of lines and their tree, an end that is always whole.
 
 A group of records is written at once, under the lock, and made last without it: meanwhile others write, and their sync
-is for it as well. What a failed write left is cut off again, and so is what could not be synced, unless others went on
-from it. So the file holds whole lines that were answered, and at most one group of each process that was not.
+is for it as well. What a failed write left is cut off again; what could not be synced stays, and is written once more.
+So the file only grows, by whole lines: some of them, of a failed sync or a killed process, nobody was answered for.
 """
 
 from __future__ import annotations
@@ -88,6 +88,8 @@ class Group:
         self.text = bytearray()
         self.checkpoint_seq: int | None = None
         self.note: str | None = None
+        self.kept: tuple[int, str] | None = None
+        """Of its checkpoint the size and the signed note, for the folder of notes."""
 
     @property
     def seq(self) -> int:
@@ -143,6 +145,8 @@ class Chain:
         self._prev = GENESIS
         self._environment_stands = False
         self._owed: list[Draft] = []
+        self._unsynced: tuple[tuple[int, int], int] | None = None
+        """Which file has lines whose sync failed, and from which byte on."""
 
     @property
     def seq(self) -> int:
@@ -193,16 +197,16 @@ class Chain:
         try:
             self.sync(group)
         except OSError:
-            self.abandon(group)
+            self.abandon()
             raise
-        return self.settle(group)
+        return self._kept(group)
 
     def extend(self, drafts: Sequence[Draft], *, with_checkpoint: bool = False) -> list[Receipt]:
         """With the lock, write a group and make it last. All of it is in the file then, or nothing."""
         group = self.write(drafts, with_checkpoint=with_checkpoint)
         with self.or_cut_back():
             self.sync(group)
-        return self.settle(group)
+        return self._kept(group)
 
     def wants_checkpoint(self, *, at_end: bool = False) -> bool:
         """Whether there is to be a checkpoint, as far as is known; `at_end` is whether this writer is about to end."""
@@ -218,7 +222,7 @@ class Chain:
             self._catch_up()
         group = Group(self._tree.copy(), self._prev, environment_stands=self._environment_stands)
         if self._size == 0 and self.seq:  # so that who opens a new segment need not read the one before
-            group.checkpoint_seq, _ = group.add(self._checkpoints.draft(group.tree))
+            self._add_checkpoint(group)
         for owed in self._owed:
             group.add(owed)
         for one in drafts:
@@ -226,13 +230,18 @@ class Chain:
             if not group.environment_stands and one.environment_hash == self._environment_hash:
                 group.add(self._environment)
                 group.environment_stands = True
-        if with_checkpoint or (group.checkpoint_seq is None and self._checkpoints.are_due(group.seq)):
-            group.checkpoint_seq, _ = group.add(self._checkpoints.draft(group.tree))
+        if group.checkpoint_seq is None and (with_checkpoint or self._checkpoints.are_due(group.seq)):
+            self._add_checkpoint(group)
         if group.places:
             group.note = self._checkpoints.note(group.tree)
         with self.or_cut_back():
             write_all(self._fd, group.text)
         return group
+
+    def _add_checkpoint(self, group: Group) -> None:
+        size, note = group.seq, self._checkpoints.note(group.tree)
+        group.checkpoint_seq, _ = group.add(self._checkpoints.draft(group.tree, note))
+        group.kept = None if note is None else (size, note)
 
     def sync(self, group: Group) -> None:
         """Make what was written last, as far as asked for."""
@@ -244,6 +253,13 @@ class Chain:
         """The descriptor whose fdatasync is all that a written group wants; None where it wants nothing."""
         return None if self._fsync == "never" else self._fd
 
+    def _kept(self, group: Group) -> list[Receipt]:
+        """As `settle`, and the note of its checkpoint is kept: for a thread that may wait for the disk."""
+        receipts = self.settle(group)
+        if group.kept is not None:
+            self._checkpoints.keep(*group.kept)
+        return receipts
+
     def settle(self, group: Group) -> list[Receipt]:
         """A group that was written and synced counts from now on. Gives where each record stands."""
         self._tree, self._prev, self._environment_stands = group.tree, group.prev, group.environment_stands
@@ -251,26 +267,33 @@ class Chain:
         self._owed.clear()
         if group.checkpoint_seq is not None:
             self._checkpoints.stands(group.checkpoint_seq)
-            self._checkpoints.keep()
         return group.receipts()
 
-    def abandon(self, group: Group) -> None:
-        """Take back a group that was written and could not be synced.
+    def abandon(self) -> None:
+        """Give up a group whose sync failed. Its lines stay, though nobody was answered for them.
 
-        Where others have gone on from it since, or are about to, it stays, though nobody was answered for it.
+        Others may have gone on from them. They are written once more before the next line, as the kernel may have
+        dropped what it could not write, and will call the next sync a success (fsync(2), EIO).
         """
-        is_last = False
-        if self._lock_fd >= 0:  # it is closed where it could not be let go of
-            with contextlib.suppress(OSError):
-                fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                try:
-                    if self._size_under_name() == self._size + len(group.text):
-                        os.ftruncate(self._fd, self._size)
-                        is_last = True
-                finally:
-                    self.unlock()
-        if not is_last:
-            self._identity = None  # what the file holds is unknown: open it anew and read its end
+        if self._identity is not None:
+            self._unsynced = self._identity, max(0, self._size)
+        self._identity = None  # what the file holds is unknown: open it anew and read its end
+
+    def _write_again(self, size: int) -> None:
+        """Write what could not be synced once more, with all that came behind it, and sync it."""
+        if self._unsynced is None:
+            return
+        file, start = self._unsynced
+        if file == self._identity:
+            fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)  # one that appends would not write at a place
+            try:
+                _write_at(fd, os.pread(fd, size - start, start), start)
+                os.fdatasync(fd)
+            finally:
+                os.close(fd)
+        else:
+            _log.warning("lines of %s that could not be synced are in a file that was closed meanwhile", self._path)
+        self._unsynced = None
 
     def _cut_back(self) -> None:
         """Leave the file as it was before a group that does not count."""
@@ -334,6 +357,7 @@ class Chain:
             status = None
         if status is None or identity(status) != self._identity:
             status = self._open()
+        self._write_again(status.st_size)
         if status.st_size != self._size:
             self._read_end(status.st_size)
 
@@ -472,6 +496,13 @@ def _told(line: bytes) -> Record:
     """The record of a line, checked where much is built on it. Raises `BrokenLineError`."""
     record = parse(line)
     return check(line) if record["type"] == TYPE else record
+
+
+def _write_at(fd: int, data: bytes, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        done = os.pwrite(fd, view, offset)
+        view, offset = view[done:], offset + done
 
 
 def write_all(fd: int, data: bytes | bytearray) -> None:

@@ -53,7 +53,6 @@ class Checkpoints:
         self._clock = clock
         self._last_seq = 0
         self._due_at = clock() + AFTER_S
-        self._unkept: tuple[int, str] | None = None
 
     def note(self, tree: Frontier) -> str | None:
         """The signed note of a tree; None without a key, and of a tree without lines."""
@@ -69,11 +68,8 @@ class Checkpoints:
             return more > 0 and (at_end or self._clock() >= self._due_at)
         return more >= LINES
 
-    def draft(self, tree: Frontier) -> Draft:
-        """The line that says what comes before it."""
-        note = self.note(tree)
-        if note is not None:
-            self._unkept = tree.size, note
+    def draft(self, tree: Frontier, note: str | None) -> Draft:
+        """The line that says what comes before it, with its signed note."""
         return draft({
             "type": TYPE,
             "timestamp_ms": now_ms(),
@@ -88,12 +84,8 @@ class Checkpoints:
         self._last_seq = seq
         self._due_at = self._clock() + AFTER_S
 
-    def keep(self) -> None:
-        """Put the note of the last one into the folder. Where that cannot be, it stands in the ledger all the same."""
-        if self._unkept is None:
-            return
-        size, note = self._unkept
-        self._unkept = None
+    def keep(self, size: int, note: str) -> None:
+        """Put a note into the folder. Where that cannot be, it stands in the ledger all the same."""
         try:
             self._write(size, note)
             self._prune()

@@ -363,26 +363,37 @@ class Ledger:
         self._settle_after(kernel.end, flight.waiting, flight.written)
 
     def _settle_after(self, sync: Callable[[], None], group: list[_Waiting], written: Group) -> None:
-        """Let a group that the loop wrote count once it is synced; else it is taken back."""
+        """Let a group that the loop wrote count once it is synced."""
         error = None
         try:
             sync()
         except Exception as failed:  # noqa: BLE001  # as above
-            self._chain.abandon(written)
+            self._chain.abandon()
             error = failed
         self._conclude(group, written, error)
 
     def _conclude(self, group: list[_Waiting], written: Group, error: Exception | None = None) -> None:
-        """Let a group count that the loop wrote, and answer it; with an `error` it was taken back."""
+        """Let a group count that the loop wrote, and answer it; with an `error` nobody is answered for it."""
         answers: Sequence[Receipt | LedgerError]
         if error is None:
             answers = self._chain.settle(written)
+            self._keep(written)
             self.reason = self.hint = None
         else:
             answers = self._failures(error, len(group))
         self._writing.release()
         if not self._answer(group, answers):
             self._flush()
+
+    def _keep(self, written: Group) -> None:
+        """Have the note of a group's checkpoint kept: not in the loop, which would wait for the disk."""
+        if written.kept is None:
+            return
+        keep = partial(self._checkpoints.keep, *written.kept)
+        if running_loop() is None:
+            keep()
+        else:
+            self._steps.put(keep)
 
     def _write(self, group: list[_Waiting]) -> None:
         """Write, sync and answer a group; waits for whoever has the lock, and heals what is to be healed."""
@@ -425,10 +436,11 @@ class Ledger:
         left, self._seen = self._seen, self._flight
         if left is self._flight:
             self._land(left)
-        if not self.healthy:
-            self.probe()
-        elif self._chain.wants_checkpoint():
-            self._attempt(self._checkpoint)
+        if not self._writing.locked():  # else a loop writes; or it ended before it came to the end of that
+            if not self.healthy:
+                self.probe()
+            elif self._chain.wants_checkpoint():
+                self._attempt(self._checkpoint)
         self._flush()
 
     def _answer(self, group: Sequence[_Waiting], answers: Sequence[Receipt | LedgerError]) -> bool:

@@ -547,7 +547,7 @@ async def test_each_fsync_mode_syncs_before_the_answer_as_often_as_it_says(
             assert sizes[-1] == ledger_size(path)
 
 
-def test_a_failed_sync_leaves_no_line_and_a_later_success_makes_the_ledger_well(
+def test_what_could_not_be_synced_is_written_once_more_and_a_later_success_makes_the_ledger_well(
     path: Path, monkeypatch: pytest.MonkeyPatch, syncer: str
 ) -> None:
     end = FileSync.end
@@ -563,13 +563,24 @@ def test_a_failed_sync_leaves_no_line_and_a_later_success_makes_the_ledger_well(
             owner, name = (FileSync, "end") if syncer == "kernel" else (os, "fdatasync")
             patch.setattr(owner, name, fail)
             with pytest.raises(LedgerError, match="Input/output error") as caught:
-                append(ledger, call("lost"))
+                append(ledger, call("unanswered"))
             assert caught.value.retry_after_s == 1
             assert not ledger.healthy
-            assert verify(path).lines == ledger.size == 1
-        assert append(ledger, call("again")).seq == 2
+        end_of_good = path.read_bytes().index(b"\n") + 1
+        dropped = path.read_bytes()[end_of_good:]
+        again: list[tuple[bytes, int]] = []
+        write = os.pwrite
+
+        def noted(fd: int, data: memoryview, offset: int) -> int:
+            again.append((bytes(data), offset))
+            return write(fd, data, offset)
+
+        monkeypatch.setattr(os, "pwrite", noted)
+        assert append(ledger, call("again")).seq == 3
+        assert again == [(dropped, end_of_good)]
         assert ledger.healthy
-    assert [record["request_id"] for record in iter_lines(path)] == ["good", "again"]
+    assert verify(path).ok
+    assert [record["request_id"] for record in iter_lines(path)] == ["good", "unanswered", "again"]
 
 
 def test_what_could_not_be_synced_stays_where_another_has_gone_on_from_it(
@@ -945,3 +956,22 @@ def test_an_error_that_nobody_thought_of_answers_the_callers_and_is_logged(
                 append(ledger, call())
         assert "Traceback" in caplog.text
         assert append(ledger, call()).seq == 1
+
+
+def test_a_line_that_another_process_knows_of_is_not_taken_back(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else two lines of the same length would be one line for who had seen the first."""
+    with opened(path, "always") as ledger, opened(path, "never") as other:
+        append(ledger, call("good"))
+        with monkeypatch.context() as patch:
+
+            def fail(_: int) -> None:
+                other.probe()
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+            patch.setattr(os, "fdatasync", fail)
+            with pytest.raises(LedgerError):
+                append(ledger, call("first"))
+        append(ledger, call("other"))
+        append(other, call("after"))
+    assert verify(path).ok
+    assert [record["request_id"] for record in iter_lines(path)] == ["good", "first", "other", "after"]
