@@ -30,6 +30,7 @@ _UNKNOWN_OS = 255
 _FIELD = b"AL"
 _FIELD_BYTES = 12
 _HEADER_BYTES = _HEADER.size + _CRC16.size
+_LEAST_BYTES = _HEADER_BYTES + _TRAILER.size
 _GZIP = zlib.MAX_WBITS | 16
 
 
@@ -55,7 +56,10 @@ def pack(lines: bytes) -> bytes:
 
 
 def members(fd: int) -> list[Member]:
-    """All of a file, in order; from where there is none of ours, the rest as one, its length and lines unknown (-1)."""
+    """All of a file, in order; from where there is none of ours, the rest as one, its length and lines unknown (-1).
+
+    None of ours is also one that does not end within the file, or ends before it can.
+    """
     size, found = os.fstat(fd).st_size, []
     end = 0
     for member in _hop(fd, size):
@@ -73,6 +77,8 @@ def _hop(fd: int, size: int) -> Iterator[Member]:
         magic, _, _, _, _, field, _, packed, length, lines = _HEADER.unpack_from(header)
         crc = _CRC16.unpack_from(header, _HEADER.size)[0]
         if (magic, field) != (_MAGIC, _FIELD) or crc != zlib.crc32(header[: _HEADER.size]) & 0xFFFF:
+            return
+        if not _LEAST_BYTES <= packed <= size - offset:
             return
         yield Member(offset, packed, length, lines)
         offset += packed

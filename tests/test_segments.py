@@ -8,9 +8,11 @@ import gzip
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import threading
+import zlib
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,7 +23,7 @@ from bus.errors import NotFoundError
 from bus.ledger import LedgerError
 from bus.merkle import check_inclusion, root_of
 from bus.proofs import Prover
-from bus.provenance import first_line, iter_hashes, iter_lines, raw_lines, read_line, tail
+from bus.provenance import backwards, first_line, iter_hashes, iter_lines, raw_lines, read_line, tail
 from bus.records import BrokenLineError
 from bus.segments import Segments, closed_firsts, closed_path, compress, packed_path
 from bus.verification import verify
@@ -333,6 +335,40 @@ def test_a_compressed_segment_that_is_cut_off_is_found(path: Path, left: int, mo
     packed.write_bytes(packed.read_bytes()[: second + left])
     report = verify(path)
     assert (report.first_bad, report.ok) == (2, False)
+
+
+@pytest.mark.parametrize("left", [1, 40, -1])
+def test_a_compressed_segment_that_is_cut_off_is_found_whichever_way_it_is_read(
+    path: Path, left: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segments, "MEMBER_BYTES", 1)
+    synthesize(path, (call(str(number)) for number in range(6)), segment_lines=3)
+    compress(path)
+    packed = packed_path(path, 1)
+    with packed.open("rb") as file:
+        second = members.members(file.fileno())[1].offset
+    packed.write_bytes(packed.read_bytes()[: second + left if left > 0 else left])
+    with pytest.raises(BrokenLineError, match="unpacked"):
+        list(raw_lines(path))
+    with pytest.raises(BrokenLineError, match="unpacked"):
+        list(backwards(path))
+    with Segments(path) as log, log.content(0) as content, pytest.raises(BrokenLineError, match="unpacked"):
+        content.count()
+
+
+@pytest.mark.parametrize("packed", [0, 1, 37, 2**32 - 1])
+def test_a_member_that_cannot_be_as_long_as_it_says_is_read_as_another_programs(path: Path, packed: int) -> None:
+    synthesize(path, (call(str(number)) for number in range(6)), segment_lines=3)
+    lines = list(raw_lines(path))
+    compress(path)
+    file = packed_path(path, 1)
+    member = file.read_bytes()
+    header = member[:16] + struct.pack("<I", packed) + member[20:28]
+    file.write_bytes(header + struct.pack("<H", zlib.crc32(header) & 0xFFFF) + member[30:])
+    assert list(raw_lines(path)) == lines
+    assert list(backwards(path)) == lines[::-1]
+    with Segments(path) as log, log.content(0) as content:
+        assert content.count() == 3
 
 
 def test_one_process_compresses_at_a_time(path: Path) -> None:
