@@ -14,7 +14,7 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from bus.checkpoints import TYPE, Checkpoints, tree_of
+from bus.checkpoints import TYPE, Checkpoints, told, tree_of
 from bus.merkle import Frontier
 from bus.model import now_ms
 from bus.records import (
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from bus.model import Record
     from bus.records import Draft
 
 PROBE_BYTES = 4096
@@ -430,7 +429,7 @@ class Chain:
         if (line := next(backwards, None)) is not None:
             last = check(line)
             prev = last["hash"]
-            tree, checkpoint_seq = tree_of(itertools.chain((last,), map(_told, backwards)))
+            tree, checkpoint_seq = tree_of(itertools.chain((last,), map(told, backwards)))
             if tree.size != last["seq"]:
                 raise BrokenLineError("seq", f"it says seq {last['seq']}, and {tree.size} lines are there")
         self._size, self._tree, self._prev = end, tree, prev
@@ -490,12 +489,6 @@ class Chain:
         except OSError:
             self._cut_back()
             raise
-
-
-def _told(line: bytes) -> Record:
-    """The record of a line, checked where much is built on it. Raises `BrokenLineError`."""
-    record = parse(line)
-    return check(line) if record["type"] == TYPE else record
 
 
 def _write_at(fd: int, data: bytes, offset: int) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from bus.merkle import Frontier
 from bus.model import now_ms
-from bus.records import BrokenLineError, draft
+from bus.records import BrokenLineError, check, draft, parse
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -120,6 +120,15 @@ def tree_of(lines_backwards: Iterable[Record]) -> tuple[Frontier, int]:
     for leaf in reversed(later):
         tree.append(leaf)
     return tree, last_seq
+
+
+def told(line: bytes) -> Record:
+    """The record of a line, its hash checked where it is a checkpoint's: much is built on that.
+
+    Raises `BrokenLineError`.
+    """
+    record = parse(line)
+    return check(line) if record["type"] == TYPE else record
 
 
 def tree_in(record: Record) -> Frontier:

@@ -1,10 +1,12 @@
 """The ledger's index: a cache that finds line N, the lines of a filter, and the hashes that proofs are made of.
 
-`provenance.index` (SQLite) can be deleted at any time. It says where to look, and the log what is there: whoever reads
-holds each line against what was asked, so an index that is wrong costs time and nothing else. One that does not fit
-the log deletes itself, and is built again by the next `refresh`. Lines of the same type, overlay, phase, ok, code and
-caller are of one kind: a block of lines has for each kind their numbers, two bytes each. Of the Merkle tree it holds
-what stands above 256 lines; what is below, their hashes give, which stand side by side in the log.
+`provenance.index` (SQLite) can be deleted at any time. It says where to look, and the log what is there: each line that
+it names is held against what was asked, and `proofs` holds each hash that it gives against the log. So an index that is
+wrong costs time, and leads to no wrong line and no wrong proof; but lines that it leaves out of a filter's are not
+missed. One that does not fit the log deletes itself, and is built again by the next `refresh`. Lines of the same type,
+overlay, phase, ok, code and caller are of one kind: a block of lines has for each kind their numbers, two bytes each.
+Of the Merkle tree it holds what stands above 256 lines; what is below, their hashes give, which stand side by side in
+the log.
 """
 
 from __future__ import annotations
@@ -150,16 +152,16 @@ class Index:
         return held
 
     @contextlib.contextmanager
-    def reading(self, *, at_rest: bool = False) -> Iterator[View | None]:
+    def reading(self, *, at_rest: bool = False, to_sign: bool = False) -> Iterator[View | None]:
         """What it holds, for as long as this lasts; None where it is not there or does not fit the log.
 
-        The log is as it is now, or `at_rest` as in a moment in which nobody writes. Raises `UnfitError` where the index
-        turns out to be damaged.
+        The log is as it is now, or as `Segments` has it `at_rest` or `to_sign`. Raises `UnfitError` where the index
+        turns out to be damaged, and `OperatorError` where the log cannot be synced to be signed.
         """
         with contextlib.ExitStack() as stack:
             view = None
             if self.exists() and stack.enter_context(self._locked(exclusive=False)):
-                view = self._guarded(lambda: self._view(stack, at_rest=at_rest))
+                view = self._guarded(lambda: self._view(stack, at_rest=at_rest, to_sign=to_sign))
             try:
                 yield view
             except sqlite3.Error as error:  # damaged where it was not looked at before
@@ -171,8 +173,8 @@ class Index:
             if is_ours:
                 self._unlink()
 
-    def _view(self, stack: contextlib.ExitStack, *, at_rest: bool) -> View | None:
-        log = stack.enter_context(Segments(self._path, at_rest=at_rest))
+    def _view(self, stack: contextlib.ExitStack, *, at_rest: bool, to_sign: bool) -> View | None:
+        log = stack.enter_context(Segments(self._path, at_rest=at_rest, to_sign=to_sign))
         base = stack.enter_context(contextlib.closing(self._connect()))
         if not _is_ours(base) or not (state := _state(base)).seq:
             return None
@@ -182,7 +184,7 @@ class Index:
         """Do something with it; None where that cannot be."""
         try:
             return step()
-        except (sqlite3.Error, OSError, BrokenLineError) as error:
+        except (sqlite3.Error, OSError, BrokenLineError, UnfitError) as error:
             _log.info("the index of %s is done without: %s", self._path, error)
             return None
 
@@ -310,7 +312,7 @@ class _Run:
     def __init__(self, oldest: int = 2**63 - 1, newest: int = -(2**63), lines: bytes = b"") -> None:
         self.oldest = oldest
         self.newest = newest
-        self.lines = array("H", lines)
+        self.lines = _numbers(lines)
 
     def add(self, number: int, time_ms: int) -> None:
         self.lines.append(number)
@@ -343,7 +345,7 @@ class _Tiles:
     def _put(self, level: int, index: int, node: bytes) -> None:
         n, number = divmod(index, _TILE)
         row = self._base.execute("SELECT hashes FROM tiles WHERE level = ? AND n = ?", (level, n)).fetchone()
-        hashes = (row[0] if row else b"")[: number * HASH_BYTES] + node
+        hashes = _blob(row)[: number * HASH_BYTES] + node
         if len(hashes) != (number + 1) * HASH_BYTES:
             raise UnfitError(f"its tree lacks hashes of level {level}")
         self._base.execute("INSERT OR REPLACE INTO tiles VALUES (?, ?, ?)", (level, n, hashes))
@@ -419,7 +421,7 @@ class View:
     def _behind_a_place(self, content: Content, first: int, seq: int) -> _Stretch:
         query = "SELECT seq, place FROM places WHERE seq <= ? AND seq >= ? ORDER BY seq DESC LIMIT 1"
         known = self._base.execute(query, (seq, first)).fetchone()
-        if known is None:
+        if known is None or not isinstance(known[1], int) or known[1] < 0:
             raise UnfitError(f"it does not know where line {seq} is")
         return _Stretch(known[0], list(itertools.islice(lines_of(content.chunks_from(known[1], _NEAR)), _EVERY)))
 
@@ -446,7 +448,7 @@ class View:
         level = part.level - above
         n, start = divmod(part.number << above, _TILE)
         row = self._base.execute("SELECT hashes FROM tiles WHERE level = ? AND n = ?", (level, n)).fetchone()
-        hashes = (row[0] if row else b"")[start * HASH_BYTES : (start + (1 << above)) * HASH_BYTES]
+        hashes = _blob(row)[start * HASH_BYTES : (start + (1 << above)) * HASH_BYTES]
         if len(hashes) != HASH_BYTES << above:
             raise UnfitError(f"its tree lacks hashes of level {level}")
         return _root(hashes)
@@ -487,7 +489,16 @@ def _state(base: sqlite3.Connection) -> _State:
     row = base.execute("SELECT seq, hash, first, place, after FROM state").fetchone()
     if row is None:
         raise UnfitError("it does not say what it holds")
-    return _State(*row)
+    state = _State(*row)
+    numbers = (state.seq, state.first, state.place, state.after)
+    if not isinstance(state.hash, bytes) or any(not isinstance(one, int) or one < 0 for one in numbers):
+        raise UnfitError("what it says that it holds makes no sense")
+    return state
+
+
+def _blob(row: tuple[Any, ...] | None) -> bytes:
+    """The one value of a row; none where there is no row, or it is of another type."""
+    return row[0] if row and isinstance(row[0], bytes) else b""
 
 
 def _fits(log: Segments, state: _State) -> bool:
@@ -524,7 +535,9 @@ def _lines_behind(log: Segments, state: _State) -> Iterator[tuple[bytes, int, in
         place = 0
 
 
-def _numbers(lines: bytes) -> array[int]:
+def _numbers(lines: object) -> array[int]:
+    if not isinstance(lines, bytes) or len(lines) % 2:
+        raise UnfitError("a block of it does not say which lines are in it")
     return array("H", lines)
 
 

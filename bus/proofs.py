@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import os
+import logging
+import sqlite3
+import sys
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Self
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from bus import provenance
-from bus.errors import NotFoundError, OperatorError
+from bus.checkpoints import told, tree_of
+from bus.errors import NotFoundError
 from bus.index import UnfitError, index_of
-from bus.merkle import Subtree, consistency_proof, hash_over, inclusion_proof, node_hash, root_of
-from bus.records import hash_in
+from bus.merkle import (
+    HASH_BYTES,
+    Frontier,
+    ProofError,
+    Subtree,
+    check_consistency,
+    check_inclusion,
+    consistency_proof,
+    hash_over,
+    inclusion_proof,
+    node_hash,
+    root_of,
+)
+from bus.records import BrokenLineError, hash_in
+from bus.segments import Segments
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from bus.index import View
     from bus.notes import Signer
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,28 +88,48 @@ class Consistency:
 class Prover:
     """Makes proofs from the ledger as it is now.
 
-    Of the hashes that its index holds, which it brings up to date first, and of those of the lines behind. A context
-    manager, for as long as nobody is to change that index. Raises as `provenance.iter_hashes`.
+    Of the hashes that its index holds, which it brings up to date first, and of those of the lines behind. What the
+    index says is held against the log before it is given out: the tree of all lines against the last checkpoint and
+    the lines since, every other tree and every proof against that one. An index that is wrong is dropped, and all
+    lines are read. A context manager, for as long as nobody is to change that index; for one thread at a time. Raises
+    `BrokenLineError` where the log cannot be read, and `OperatorError` where it cannot be synced to be signed.
     """
 
     def __init__(
-        self, path: Path, signer: Signer | None = None, *, progress: Callable[[int], None] | None = None
+        self,
+        path: Path,
+        signer: Signer | None = None,
+        *,
+        progress: Callable[[int], None] | None = None,
+        most_lines: int = sys.maxsize,
     ) -> None:
-        """`progress` is called with the number of lines that the index holds, while it takes them in."""
+        """The index takes in at most `most_lines`; `progress` is called with the number of those that it holds."""
         self._path = path
         self._signer = signer
+        self._index = index_of(path)
         self._kept = ExitStack()
-        index = index_of(path)
-        if index is not None:
-            index.refresh(progress)
-        self._view = None if index is None else self._kept.enter_context(index.reading(at_rest=True))
-        self._held = self._view.size if self._view else 0
-        later = self._view.lines_behind() if self._view else provenance.raw_lines(path)
-        self._leaves = [hash_in(line) for line in later if line.endswith(b"\n")]
-        """Those of the lines that the index does not hold."""
-        self.size = self._held + len(self._leaves)
-        if signer is not None:
-            _make_last(path)
+        self._view: View | None = None
+        self._held = 0
+        try:
+            if self._index is not None:
+                self._index.refresh(progress, most_lines=most_lines)
+                reading = self._index.reading(at_rest=True, to_sign=signer is not None)
+                self._view = self._kept.enter_context(reading)
+            self._leaves = self._leaves_behind()
+            """Those of the lines that the index does not hold."""
+            self.size = self._held + len(self._leaves)
+            if self._view is not None:
+                self._of_index(lambda: self._whole)
+        except BaseException:
+            self.close()
+            raise
+
+    def _leaves_behind(self) -> _Leaves:
+        if self._view is not None:
+            self._held = self._view.size
+            return _Leaves(self._view.lines_behind())
+        with Segments(self._path, at_rest=True, to_sign=self._signer is not None) as log:
+            return _Leaves(log.lines())
 
     def __enter__(self) -> Self:
         return self
@@ -106,26 +143,33 @@ class Prover:
 
     def checkpoint(self) -> Tree:
         """Of all lines."""
-        root = self._root(self.size)
-        return Tree(self.size, root.hex(), self._note(self.size, root))
+        return self._of_index(lambda: Tree(self.size, self._whole.hex(), self._note(self.size, self._whole)))
 
     def inclusion(self, seq: int, size: int | None = None) -> Inclusion:
         """Of line `seq` in the tree of the first `size` lines, or of all. Raises `NotFoundError`."""
         size = self._known(size)
         if not 1 <= seq <= size:
             raise NotFoundError("ERR_NOT_FOUND", f"the first {size} lines of the ledger have no line {seq}")
+        return self._of_index(lambda: self._inclusion(seq, size))
+
+    def _inclusion(self, seq: int, size: int) -> Inclusion:
+        leaf, root = self._leaf(seq), self._root(size)
         proof = inclusion_proof(seq - 1, size, self._hash_of)
-        root = self._root(size)
-        return Inclusion(seq, self._leaf(seq).hex(), size, root.hex(), _hex(proof), self._note(size, root))
+        check_inclusion(seq - 1, size, leaf, proof, root)
+        return Inclusion(seq, leaf.hex(), size, root.hex(), _hex(proof), self._note(size, root))
 
     def consistency(self, old: int, new: int | None = None) -> Consistency:
         """Between the trees of the first `old` and the first `new` lines, or all. Raises `NotFoundError`."""
         new = self._known(new)
         if not 0 <= old <= new:
             raise NotFoundError("ERR_NOT_FOUND", f"the first {new} lines of the ledger do not begin with {old}")
+        return self._of_index(lambda: self._consistency(old, new))
+
+    def _consistency(self, old: int, new: int) -> Consistency:
+        old_root, new_root = self._root(old), self._root(new)
         proof = consistency_proof(old, new, self._hash_of)
-        root = self._root(new)
-        return Consistency(old, self._root(old).hex(), new, root.hex(), _hex(proof), self._note(new, root))
+        check_consistency(old, new, old_root, new_root, proof)
+        return Consistency(old, old_root.hex(), new, new_root.hex(), _hex(proof), self._note(new, new_root))
 
     def _known(self, size: int | None) -> int:
         if size is None:
@@ -134,47 +178,98 @@ class Prover:
             raise NotFoundError("ERR_NOT_FOUND", f"the ledger has {self.size} lines, not {size}")
         return size
 
+    @cached_property
+    def _whole(self) -> bytes:
+        """The root of all lines. Raises `UnfitError` where the index has another than the log; `_UntoldError`."""
+        root = hash_over(range(self.size), self._hash_of)
+        if self._view is not None:
+            tree = _tree_told_in(self._view.log)
+            if (tree.size, tree.root()) != (self.size, root):
+                raise UnfitError("its tree is not that of the log")
+        return root
+
     def _root(self, size: int) -> bytes:
-        return hash_over(range(size), self._hash_of)
+        """Of the tree of the first `size` lines. Raises `ProofError` where the tree of all did not grow out of that."""
+        if size == self.size:
+            return self._whole
+        root = hash_over(range(size), self._hash_of)
+        if self._view is not None:
+            grown = consistency_proof(size, self.size, self._hash_of)
+            check_consistency(size, self.size, root, self._whole, grown)
+        return root
 
     def _leaf(self, seq: int) -> bytes:
-        if seq > self._held:
-            return self._leaves[seq - 1 - self._held]
-        return self._of_index(lambda view: view.record_hash(seq), lambda: self._leaf(seq))
+        if self._view is not None and seq <= self._held:
+            return self._view.record_hash(seq)
+        return self._leaves.one(seq - 1 - self._held)
 
     def _hash_of(self, part: Subtree) -> bytes:
         start, end = part.number << part.level, part.number + 1 << part.level
-        if start >= self._held:
-            return root_of(self._leaves[start - self._held : end - self._held])
+        if self._view is None or start >= self._held:
+            return root_of(self._leaves.some(start - self._held, end - self._held))
         if end <= self._held:
-            return self._of_index(lambda view: view.hash_of(part), lambda: self._hash_of(part))
+            return self._view.hash_of(part)
         left = Subtree(part.level - 1, 2 * part.number)
         return node_hash(self._hash_of(left), self._hash_of(Subtree(left.level, left.number + 1)))
 
-    def _of_index(self, asked: Callable[[View], bytes], without: Callable[[], bytes]) -> bytes:
-        """What the index says; where that turns out to be wrong, all lines are read."""
+    def _of_index(self, step: Callable[[], T]) -> T:
+        """What comes of a step; where the index turns out to be wrong, of the same with all lines read."""
+        if self._view is None:
+            return step()
         try:
-            if self._view is not None:
-                return asked(self._view)
-        except UnfitError:
-            pass
-        self._view, self._held = None, 0
-        self._leaves = list(itertools.islice(provenance.iter_hashes(self._path), self.size))
-        return without()
+            return step()
+        except (UnfitError, ProofError, BrokenLineError, sqlite3.Error, _UntoldError) as error:
+            _log.warning("the index of %s is done without: %s", self._path, error)
+            self._read_all(self._view.log, is_wrong=not isinstance(error, _UntoldError))
+        return step()
+
+    def _read_all(self, log: Segments, *, is_wrong: bool) -> None:
+        """Do without the index from now on, and drop it where it `is_wrong`. The lines stay those of the same moment.
+
+        Raises `BrokenLineError` where it is the log that is broken.
+        """
+        self._leaves = _Leaves(log.lines())
+        self._view, self._held, self.size = None, 0, len(self._leaves)
+        vars(self).pop("_whole", None)
+        self._kept.close()  # who drops it must not read it
+        if is_wrong and self._index is not None:
+            self._index.drop()
 
     def _note(self, size: int, root: bytes) -> str | None:
         return None if self._signer is None or not size else self._signer.checkpoint(size, root)
 
 
-def _make_last(path: Path) -> None:
-    """Sync lines that a writer may yet be syncing: what is signed must not be taken back. Raises `OperatorError`."""
+class _UntoldError(Exception):
+    """The end of the log does not tell its tree: there is nothing to hold the index against."""
+
+
+def _tree_told_in(log: Segments) -> Frontier:
+    """Of all lines, by the last checkpoint and the lines since. Raises `_UntoldError` where one of these is broken."""
     try:
-        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-            os.fdatasync(file.fileno())
-    except OSError as error:
-        raise OperatorError(
-            "ERR_LEDGER", f"the ledger {path} cannot be synced, so nothing is signed: {error}"
-        ) from None
+        return tree_of(map(told, log.backwards()))[0]
+    except BrokenLineError as error:
+        raise _UntoldError(str(error)) from None
+
+
+class _Leaves:
+    """The hashes of whole lines, side by side: 32 bytes a line. Raises `BrokenLineError` for a line without."""
+
+    def __init__(self, lines: Iterable[bytes]) -> None:
+        self._hashes = bytearray()
+        for line in lines:
+            if line.endswith(b"\n"):
+                self._hashes += hash_in(line)
+
+    def __len__(self) -> int:
+        return len(self._hashes) // HASH_BYTES
+
+    def one(self, number: int) -> bytes:
+        """That of a line, the first of which is 0."""
+        return bytes(self._hashes[number * HASH_BYTES : (number + 1) * HASH_BYTES])
+
+    def some(self, start: int, end: int) -> Iterator[bytes]:
+        """Those from `start` up to `end`."""
+        return map(self.one, range(start, end))
 
 
 def _hex(proof: list[bytes]) -> list[str]:

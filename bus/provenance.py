@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from bus.model import Record
 
-_CAUGHT_UP_LINES = 50_000
+CAUGHT_UP_LINES = 50_000
 """So many of the lines that an index lacks are taken in by who asks it, in some tenths of a second."""
 
 _log = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def tail(
     wanted = Wanted(overlay, phase, ok, code, caller, since_ms, until_ms, types)
     index = index_of(path) if wanted.is_narrow and most_bytes == sys.maxsize else None
     if index is not None:
-        index.refresh(most_lines=_CAUGHT_UP_LINES)
+        index.refresh(most_lines=CAUGHT_UP_LINES)
         try:
             with index.reading() as view:
                 if view is not None:

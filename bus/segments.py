@@ -18,6 +18,7 @@ from functools import cached_property
 from io import BytesIO
 from typing import TYPE_CHECKING, Protocol, Self
 
+from bus.errors import OperatorError
 from bus.members import MEMBER_BYTES, members, pack, unpack
 from bus.records import BrokenLineError, check
 
@@ -240,10 +241,16 @@ class Segments:
     With `at_rest` that is a moment in which nobody writes, where the lock may be opened.
     """
 
-    def __init__(self, path: Path, *, at_rest: bool = False) -> None:
+    def __init__(self, path: Path, *, at_rest: bool = False, to_sign: bool = False) -> None:
+        """Where they are `to_sign`, that moment lasts until they are synced: no writer can take back what is signed.
+
+        Raises `OperatorError` where they cannot be synced; `OSError` where they cannot be listed or opened.
+        """
         self.path = path
-        with _nobody_writing(path) if at_rest else contextlib.nullcontext():
+        with _nobody_writing(path) if at_rest or to_sign else contextlib.nullcontext():
             self.closed, self.open = _listed(path)
+            if to_sign:
+                self._make_last()
 
     def __enter__(self) -> Self:
         return self
@@ -251,6 +258,18 @@ class Segments:
     def __exit__(self, *_: object) -> None:
         if self.open is not None:
             self.open.close()
+
+    def _make_last(self) -> None:
+        """Sync the open segment, with which its writer may not have done so yet; the closed ones are."""
+        if self.open is None:
+            return
+        try:
+            os.fdatasync(self.open.fd)
+        except OSError as error:
+            self.open.close()
+            raise OperatorError(
+                "ERR_LEDGER", f"the ledger {self.path} cannot be synced, so nothing is signed: {error}"
+            ) from None
 
     @property
     def are_there(self) -> bool:

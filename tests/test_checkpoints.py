@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,12 @@ import pytest
 from bus import checkpoints, merkle
 from bus.dispatch import Bus
 from bus.errors import OperatorError, SettingError
+from bus.index import Index
 from bus.ledger import Ledger
 from bus.ledger_key import LedgerKey
 from bus.notes import Signer, Verifier, new_key
 from bus.proofs import Prover
+from bus.segments import lock_path, taken
 from bus.verification import verify
 from tests.ledgers import ENVIRONMENT, append, call, opened, write
 from tests.support import a_call, add_overlay, misfits, settings_in
@@ -221,12 +224,38 @@ def test_a_key_that_makes_no_sense_stops_the_start(tmp_path: Path) -> None:
         Bus(settings)
 
 
-def test_nothing_is_signed_that_the_disk_may_yet_lose(
-    path: Path, signer: Signer, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("indexed", [False, True])
+def test_no_writer_can_take_lines_back_while_they_are_synced_to_be_signed(
+    path: Path, signer: Signer, indexed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(path, call())
+    if indexed:
+        Index(path).refresh()
+    held_off: list[bool] = []
 
-    def fail(_: int) -> None:
+    def sync(_: int) -> None:
+        with lock_path(path).open("rb") as lock:
+            held_off.append(not taken(lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB))
+
+    monkeypatch.setattr(os, "fdatasync", sync)
+    with Prover(path) as prover:
+        assert (prover.checkpoint().checkpoint, held_off) == (None, [])
+    with Prover(path, signer) as prover:
+        assert prover.checkpoint().checkpoint is not None
+    assert held_off == [True]
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_nothing_is_signed_that_the_disk_may_yet_lose(
+    path: Path, signer: Signer, indexed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(path, call())
+    if indexed:
+        Index(path).refresh()
+    failed: list[int] = []
+
+    def fail(fd: int) -> None:
+        failed.append(fd)
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "fdatasync", fail)
@@ -234,3 +263,4 @@ def test_nothing_is_signed_that_the_disk_may_yet_lose(
         assert prover.checkpoint().checkpoint is None
     with pytest.raises(OperatorError, match="nothing is signed"):
         Prover(path, signer)
+    assert len(failed) == 1  # a second sync may not tell of it again

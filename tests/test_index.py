@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sqlite3
 import tempfile
+import tracemalloc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,8 @@ from bus.index import Index, Wanted
 from bus.merkle import Subtree, root_of
 from bus.proofs import Prover
 from bus.provenance import iter_hashes, iter_lines, raw_lines, read_line, tail
-from bus.segments import closed_path, compress
+from bus.records import BrokenLineError
+from bus.segments import Segments, closed_path, compress
 from tests.ledgers import append, call, opened, synthesize, write
 
 if TYPE_CHECKING:
@@ -112,7 +115,7 @@ def test_a_narrowed_tail_is_what_reading_all_lines_finds(
     synthesize(path, records(200), segment_lines=45)
     compress(path)
     Index(path).refresh(most_lines=held)
-    monkeypatch.setattr(provenance, "_CAUGHT_UP_LINES", 0)
+    monkeypatch.setattr(provenance, "CAUGHT_UP_LINES", 0)
     for limit in (1, 7, 1000):
         assert tail(path, limit, **narrowed) == slowly(path, limit, **narrowed)
     assert (
@@ -224,15 +227,147 @@ def test_a_proof_is_made_though_the_index_lacks_what_it_should_hold(path: Path) 
     Index(path).refresh()
     with Prover(path) as prover:
         right = prover.inclusion(3)
-    base = sqlite3.connect(path.with_suffix(".index"))
-    base.execute("DELETE FROM tiles")
-    base.commit()
-    base.close()
+    alter(path, "DELETE FROM tiles")
     with Prover(path) as prover:
         assert prover.inclusion(3) == right
 
 
+WRONG = [
+    "UPDATE tiles SET hashes = zeroblob(length(hashes))",
+    "UPDATE tiles SET hashes = zeroblob(length(hashes)) WHERE level = 2 AND n = 3",
+    "UPDATE tiles SET hashes = zeroblob(length(hashes)) WHERE level = 4",
+    "UPDATE tiles SET hashes = 'text'",
+    "UPDATE places SET place = -1",
+    "UPDATE places SET place = 'text'",
+    "UPDATE state SET seq = seq - 7",
+    "UPDATE state SET hash = 'text'",
+    "DELETE FROM state",
+    "DELETE FROM places",
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("refreshed", [False, True])
+def test_a_wrong_index_leads_to_no_wrong_proof(
+    path: Path, wrong: str, refreshed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synthesize(path, records(150), segment_lines=40)
+    Index(path).refresh(most_lines=140)
+    leaves = list(iter_hashes(path))
+    alter(path, wrong)
+    if not refreshed:
+        monkeypatch.setattr(Index, "refresh", lambda *_, **__: 0)
+    for size in (1, 14, 63, 100, 150):
+        with Prover(path) as prover:
+            root = root_of(leaves[:size]).hex()
+            assert prover.inclusion(1, size).root == root
+            assert prover.inclusion(size, size).hash == leaves[size - 1].hex()
+            assert prover.consistency(size // 3, size).new_root == root
+            checkpoint = prover.checkpoint()
+            assert (checkpoint.tree_size, checkpoint.root) == (150, root_of(leaves).hex())
+
+
+def test_an_index_whose_tree_is_not_that_of_the_log_is_dropped(path: Path) -> None:
+    synthesize(path, records(150), segment_lines=40)
+    Index(path).refresh()
+    alter(path, WRONG[0])
+    with Prover(path) as prover:
+        assert not Index(path).exists()
+        assert prover.checkpoint().root == root_of(iter_hashes(path)).hex()
+
+
+def test_an_index_whose_places_are_wrong_is_dropped_where_the_log_reads_well(path: Path) -> None:
+    synthesize(path, records(150), segment_lines=40)
+    Index(path).refresh()
+    alter(path, "UPDATE places SET place = 100000000")
+    with Prover(path) as prover:
+        assert prover.inclusion(3).root == root_of(iter_hashes(path)).hex()
+        assert not Index(path).exists()
+
+
+def test_an_index_is_kept_where_it_is_a_checkpoint_of_the_log_that_is_wrong(path: Path) -> None:
+    with opened(path, segment_bytes=5000) as ledger:
+        for number in range(30):
+            append(ledger, call(str(number)))
+    Index(path).refresh()
+    name = closed_path(path, segments.closed_firsts(path)[-1])
+    for one in (path, name):
+        one.write_bytes(one.read_bytes().replace(b'"nodes":["', b'"nodes":["00'))
+    root = root_of(iter_hashes(path)).hex()
+    with Prover(path) as prover:
+        assert prover.checkpoint().root == root
+    assert Index(path).exists()
+
+
+def test_a_prover_reads_back_to_the_last_checkpoint_and_no_further(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(path, segment_bytes=5000) as ledger:
+        for number in range(60):
+            append(ledger, call(str(number)))
+    Index(path).refresh()
+    read: list[bytes] = []
+    backwards = Segments.backwards
+
+    def noted(log: Segments) -> Iterator[bytes]:
+        for line in backwards(log):
+            read.append(line)
+            yield line
+
+    monkeypatch.setattr(Segments, "backwards", noted)
+    with Prover(path) as prover:
+        assert prover.checkpoint().root == root_of(iter_hashes(path)).hex()
+    assert 0 < len(read) < 15
+    assert b'"type":"checkpoint"' in read[-1]
+
+
+def test_a_prover_that_cannot_be_made_lets_go_of_the_index(path: Path) -> None:
+    synthesize(path, records(60), segment_lines=25)
+    Index(path).refresh()
+    with path.open("ab") as file:
+        file.write(b"{}\n")
+    with pytest.raises(BrokenLineError) as caught:
+        Prover(path)
+    Index(path).drop()
+    assert caught.value.fault == "hash"
+    assert not Index(path).exists()
+
+
+def test_a_prover_has_the_index_take_in_no_more_lines_than_it_is_told_to(path: Path) -> None:
+    synthesize(path, records(150), segment_lines=40)
+    with Prover(path, most_lines=50) as prover:
+        assert prover.checkpoint().root == root_of(iter_hashes(path)).hex()
+    assert held(path) == 50
+
+
+def test_a_prover_keeps_little_more_than_the_hashes_of_lines_that_no_index_holds(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = synthesize(path, (call() for _ in range(5000)), segment_lines=1000)
+    monkeypatch.setattr(proofs, "index_of", lambda _: None)
+    tracemalloc.start()
+    try:
+        with Prover(path) as prover:
+            assert prover.size == count
+            assert tracemalloc.get_traced_memory()[0] < 48 * count
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("wrong", ["UPDATE runs SET lines = 'text'", "UPDATE runs SET lines = x'000000'"])
+def test_an_index_that_does_not_say_which_lines_fit_is_done_without(path: Path, wrong: str) -> None:
+    synthesize(path, records(60), segment_lines=25)
+    Index(path).refresh()
+    alter(path, wrong)
+    assert seqs(tail(path, 100, ok=True)) == seqs(slowly(path, 100, ok=True))
+
+
 # --- When it does not fit ---
+
+
+def alter(path: Path, statement: str) -> None:
+    """Change the index as somebody else might."""
+    with contextlib.closing(sqlite3.connect(path.with_suffix(".index"))) as base:
+        base.execute(statement)
+        base.commit()
 
 
 def held(path: Path) -> int:
