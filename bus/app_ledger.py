@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from starlette.routing import Route
 
@@ -16,6 +16,8 @@ from bus.schemas import show
 from bus.web import JsonResponse, Query, is_number
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from starlette.requests import Request
     from starlette.responses import Response
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 _LIMIT_DEFAULT, _LIMIT_MOST = 100, 10_000
 _MOST_LINES = 2**53
+T = TypeVar("T")
 
 
 class LedgerApi:
@@ -79,7 +82,7 @@ class LedgerApi:
         size = query.integer("size", None, 1, _MOST_LINES)
         query.refuse_unknown()
         record = await self.record_of(request)
-        proof = await asyncio.to_thread(lambda: self._prover().inclusion(record["seq"], size))
+        proof = await asyncio.to_thread(self._proved, lambda prover: prover.inclusion(record["seq"], size))
         return JsonResponse(proof.body())
 
     async def consistency(self, request: Request) -> Response:
@@ -87,17 +90,20 @@ class LedgerApi:
         query = Query(request.query_params)
         old, new = query.integer("old", 0, 0, _MOST_LINES), query.integer("new", None, 1, _MOST_LINES)
         query.refuse_unknown()
-        proof = await asyncio.to_thread(lambda: self._prover().consistency(old, new))
+        proof = await asyncio.to_thread(self._proved, lambda prover: prover.consistency(old, new))
         return JsonResponse(proof.body())
 
     async def checkpoint(self, request: Request) -> Response:
         """How many lines there are now, and the root of their tree; with a key signed."""
         Query(request.query_params).refuse_unknown()
-        now = await asyncio.to_thread(lambda: self._prover().checkpoint())
+        now = await asyncio.to_thread(self._proved, lambda prover: prover.checkpoint())
         return JsonResponse(now.body())
 
-    def _prover(self) -> Prover:
-        return Prover(self._bus.settings.ledger, self._bus.ledger_key.signer())
+    def _proved(self, ask: Callable[[Prover], T]) -> T:
+        """What a prover says of the ledger as it is now. In a thread; raises as `Prover` and `ask`."""
+        ledger, signer = self._bus.settings.ledger, self._bus.signer
+        with Prover(ledger, signer, most_lines=provenance.CAUGHT_UP_LINES) as prover:
+            return ask(prover)
 
 
 def _is_shown(caller: Caller, record: Record) -> bool:

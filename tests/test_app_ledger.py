@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 import pytest
 from starlette.testclient import TestClient
 
-from bus import merkle
+from bus import index, merkle, provenance
 from bus.app import create_app
 from bus.dispatch import Bus
 from bus.ledger_key import LedgerKey
 from bus.model import Phase
 from bus.notes import Verifier
+from bus.proofs import Prover
 from bus.tokens import Tokens
 from tests.support import add_overlay, settings_in
 
@@ -71,6 +72,45 @@ def test_a_checkpoint_is_signed_where_there_is_a_key(settings: Settings) -> None
     note = Verifier.read(vkey).open(told["checkpoint"])
     assert (note.size, note.root.hex()) == (told["tree_size"], told["root"])
     assert Verifier.read(vkey).open(proof["checkpoint"]).root.hex() == proof["root"]
+
+
+def test_what_a_bus_signs_it_signs_with_one_key_whatever_becomes_of_the_file(settings: Settings) -> None:
+    vkey = LedgerKey(settings.state).create("example.org/aal").vkey
+    with TestClient(create_app(bus=Bus(settings)), base_url="http://127.0.0.1") as client:
+        (settings.state / "ledger_key.json").unlink()
+        LedgerKey(settings.state).create("example.org/another")
+        receipt = client.post("/invoke/echo", json={"phase": "OPEN", "data": {}}).json()["provenance"]
+        told = client.get("/provenance/checkpoint").json()
+    for note in (receipt["checkpoint"], told["checkpoint"]):
+        assert Verifier.read(vkey).open(note)
+
+
+def test_a_bus_that_began_without_a_key_signs_nothing(settings: Settings) -> None:
+    with TestClient(create_app(bus=Bus(settings)), base_url="http://127.0.0.1") as client:
+        LedgerKey(settings.state).create("example.org/aal")
+        client.post("/invoke/echo", json={"phase": "OPEN", "data": {}})
+        assert client.get("/provenance/checkpoint").json()["checkpoint"] is None
+
+
+def test_a_request_takes_few_lines_into_the_index_and_lets_go_of_it(
+    client: TestClient, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index, "WORTH_BYTES", 0)
+    monkeypatch.setattr(provenance, "CAUGHT_UP_LINES", 2)
+    closed: list[Prover] = []
+    close = Prover.close
+
+    def noted(prover: Prover) -> None:
+        closed.append(prover)
+        close(prover)
+
+    monkeypatch.setattr(Prover, "close", noted)
+    for number, path in enumerate(("checkpoint", "consistency", "1/proof", "1/proof?size=99"), 1):
+        client.get(f"/provenance/{path}")
+        with index.Index(settings.ledger).reading() as view:
+            assert view is not None
+            assert view.size <= 2 * number
+        assert len(closed) == number
 
 
 @pytest.mark.parametrize(
