@@ -49,6 +49,7 @@ import gzip
 import io
 import itertools
 import json
+import os
 import re
 import sys
 import time
@@ -322,7 +323,7 @@ def read_note(note: str, keys: list[Key]) -> Checkpoint:
     if found is None or any(sign < " " and sign != "\n" for sign in note) or SURROGATE.search(note):
         raise Wrong("signature", "its note is not a checkpoint: origin, size, root, an empty line, signatures")
     signed_by = []
-    for line in found["signatures"].splitlines():
+    for line in found["signatures"].removesuffix("\n").split("\n"):
         _, name, spelled = line.split(" ")
         raw = plain_base64(spelled)
         if len(raw) <= 4 or "+" in name or any(map(str.isspace, name)):  # noqa: PLR2004
@@ -352,37 +353,98 @@ def plain_base64(spelled: str) -> bytes:
 
 
 class Segment(NamedTuple):
-    """A file of the log; `first` is the seq of its first line as its name has it."""
+    """A file of the log; `first` is the seq of its first line as its name has it.
+
+    `held` is the open segment itself, which may be closed meanwhile and have another name.
+    """
 
     path: Path
     first: int | None
+    held: BinaryIO | None = None
+
+    def open(self) -> tuple[Path, BinaryIO]:
+        """From its beginning; gives the path, too, as one that is packed meanwhile has another."""
+        if self.held is not None:
+            self.held.seek(0)
+            return self.path, open(self.held.fileno(), "rb", buffering=BLOCK, closefd=False)
+        try:
+            return self.path, self.path.open("rb", buffering=BLOCK)
+        except FileNotFoundError:
+            other = self._other_form()
+            return other, other.open("rb", buffering=BLOCK)
 
     def size(self) -> int:
-        return self.path.stat().st_size
+        with self.open()[1] as file:
+            return os.fstat(file.fileno()).st_size
+
+    def _other_form(self) -> Path:
+        return self.path.with_suffix("") if self.path.suffix == ".gz" else self.path.with_name(self.path.name + ".gz")
 
 
 def segments(place: Path) -> list[Segment]:
-    """In the order of their lines. Of one that is there both plain and compressed, the plain one."""
+    """In the order of their lines. Of one that is there both plain and compressed, the plain one.
+
+    The open one is opened before the others are listed, and is to have its name still after that: else it may have been
+    closed in between, and would be among them too, or be missing.
+    """
     if not place.is_dir():
         found = CLOSED_SEGMENT.fullmatch(place.name)
         return [Segment(place, int(found[1]) if found else None)]
-    closed: dict[int, Path] = {}
-    for path in sorted(place.iterdir(), reverse=True):  # .jsonl after .jsonl.gz
-        if found := CLOSED_SEGMENT.fullmatch(path.name):
-            closed[int(found[1])] = path
+    last = place / OPEN_SEGMENT
+    while True:
+        held = opened_or_none(last)
+        closed = closed_segments(place)
+        if file_at(last) == (held and identity(os.fstat(held.fileno()))):
+            break
+        if held is not None:
+            held.close()
     files = [Segment(closed[first], first) for first in sorted(closed)]
-    if (last := place / OPEN_SEGMENT).exists():
-        files.append(Segment(last, None))
+    if held is not None:
+        files.append(Segment(last, None, held))
     if not files:
         raise Unusable(f"there is no ledger in {place}")
     return files
+
+
+def closed_segments(place: Path) -> dict[int, Path]:
+    """By the numbers of their first lines.
+
+    A listing may miss a segment that is packed meanwhile in both forms, so that counts what two in a row show.
+    """
+    found = list_closed(place)
+    while (again := list_closed(place)) != found:
+        found = again
+    return dict(reversed(found))  # .jsonl comes before .jsonl.gz, and so is what stays
+
+
+def list_closed(place: Path) -> list[tuple[int, Path]]:
+    matches = ((CLOSED_SEGMENT.fullmatch(path.name), path) for path in sorted(place.iterdir()))
+    return [(int(match[1]), path) for match, path in matches if match]
+
+
+def opened_or_none(path: Path) -> BinaryIO | None:
+    try:
+        return path.open("rb", buffering=0)
+    except FileNotFoundError:
+        return None
+
+
+def file_at(path: Path) -> tuple[int, int] | None:
+    try:
+        return identity(path.stat())
+    except FileNotFoundError:
+        return None
+
+
+def identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
 
 
 def first_seq(segment: Segment) -> int | None:
     """As its name says, or else its first line; None where that says nothing."""
     if segment.first is not None:
         return segment.first
-    with segment.path.open("rb") as file:
+    with segment.open()[1] as file:
         try:
             seq = json.loads(file.readline())["seq"]
         except (ValueError, LookupError, TypeError, RecursionError):
@@ -479,7 +541,10 @@ class Wanted:
 
 
 class Log:
-    """One pass over a log, from line `start` to line `end` or its last."""
+    """One pass over a log, from line `start` to line `end` or its last, with the files that are there when it is made.
+
+    What is closed or compressed meanwhile is read all the same.
+    """
 
     def __init__(self, place: Path, wanted: Wanted, start: int | None = None, end: int | None = None) -> None:
         self._segments = segments(place)
@@ -505,6 +570,8 @@ class Log:
             found.fault, found.reason = wrong.fault, wrong.reason
             if wrong.is_line:
                 found.first_bad, found.file = self._seq + 1, self._file
+        finally:
+            self._close()
         found.last, found.head_hash = self._seq, self._prev
         if self._tree is not None:
             found.tree_size, found.root = self._tree.size, self._tree.root().hex()
@@ -524,6 +591,10 @@ class Log:
         finally:
             progress.clear()
 
+    def _close(self) -> None:
+        if (held := self._segments[-1].held) is not None:
+            held.close()
+
     def _files(self) -> tuple[list[Segment], int]:
         """The segments from that on which holds the first line, and how many lines come before it there."""
         if self._start == 1:
@@ -538,9 +609,11 @@ class Log:
     def _read_segment(self, segment: Segment, skipped: int, progress: Progress) -> None:
         if segment.first is not None and segment.first + skipped != self._seq + 1:
             raise Wrong("seq", f"{segment.path.name} begins with line {segment.first}: lines before it are missing")
-        with segment.path.open("rb", buffering=BLOCK) as raw:
+        path, raw = segment.open()
+        self._file = str(path)
+        with raw:
             try:
-                lines = itertools.islice(unpacked(segment.path, raw), skipped, None)
+                lines = itertools.islice(unpacked(path, raw), skipped, None)
                 while self._take(itertools.islice(lines, self._most())):
                     progress.tell(raw.tell(), self._seq - self._start + 1)
             except (gzip.BadGzipFile, zlib.error, EOFError) as error:

@@ -30,7 +30,7 @@ from bus.merkle import Frontier
 from bus.notes import Checkpoint, Signer, new_key
 from bus.proofs import Prover
 from bus.records import GENESIS, draft
-from bus.segments import compress
+from bus.segments import compress, rotate
 from tests.ledgers import ENVIRONMENT, HASH, append, call, write
 from tests.support import REPO, a_call, add_overlay, settings_in
 
@@ -453,6 +453,14 @@ def test_a_signature_that_the_key_did_not_make_is_wrong(logs: Path) -> None:
     assert (found["first_bad"], found["fault"], found["signed"]) == (8, "signature", 1)
 
 
+def test_a_line_of_a_note_whose_name_has_a_line_separator_is_no_signature(logs: Path) -> None:
+    lines = log_of(8)
+    note = note_at(lines, 7).replace("\N{EM DASH} example", "\N{EM DASH} ex\u2028ample")
+    put(logs, _sealed(7, note=note)(lines))
+    found = run("log", logs, "--json").found
+    assert (found["first_bad"], found["fault"]) == (8, "signature")
+
+
 def test_a_checkpoint_of_another_log_is_not_one_of_this(logs: Path) -> None:
     lines = log_of(8)
     note = SIGNER.sign(Checkpoint("example.com/other", 7, root_at(lines, 7)).text())
@@ -601,6 +609,58 @@ def test_of_a_segment_that_is_just_being_packed_the_plain_one_is_read(logs: Path
     put_segments(logs, lines)
     (logs / "provenance-000000000006.jsonl.gz").write_bytes(packed(lines[5:7]))
     assert run("log", logs, "--json").found["last"] == 12
+
+
+def closed_at(logs: Path, lines: Sequence[bytes], seq: int) -> None:
+    """As the bus rotates after line `seq`, and goes on with the lines that come then."""
+    path = logs / "provenance.jsonl"
+    with path.open("rb") as file:
+        rotate(path, file.fileno(), seq)
+    put(logs, lines[seq:])
+
+
+@pytest.mark.parametrize("start", [1, 7, 11])
+def test_segments_that_are_closed_and_compressed_after_they_were_listed_are_read(
+    logs: Path, tool: ModuleType, start: int
+) -> None:
+    lines = log_of(15)
+    put_segments(logs, lines[:12])
+    log = tool.Log(logs, tool.Wanted(), start)
+    closed_at(logs, lines, 12)
+    assert compress(logs / "provenance.jsonl") == 2
+    found = log.check()
+    assert (found.fault, found.first, found.last) == (None, start, 12)
+    assert tool.Log(logs, tool.Wanted()).check().last == 15
+
+
+def test_a_segment_that_is_closed_while_the_others_are_listed_is_read_once(
+    logs: Path, tool: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = log_of(15)
+    put_segments(logs, lines[:12])
+    list_closed = tool.list_closed
+    turns: list[Path] = []
+
+    def and_rotate(place: Path) -> Any:
+        turns.append(place)
+        if len(turns) == 1:
+            closed_at(logs, lines, 12)
+        return list_closed(place)
+
+    monkeypatch.setattr(tool, "list_closed", and_rotate)
+    found = tool.Log(logs, tool.Wanted()).check()
+    assert (found.fault, found.last) == (None, 15)
+
+
+def test_a_segment_that_is_compressed_while_the_others_are_listed_is_not_missed(
+    logs: Path, tool: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A listing may come too early for the new name, and too late for the old one."""
+    put_segments(logs, log_of(12))
+    list_closed = tool.list_closed
+    listings = iter([lambda found: found[:1]])
+    monkeypatch.setattr(tool, "list_closed", lambda place: next(listings, lambda found: found)(list_closed(place)))
+    assert tool.Log(logs, tool.Wanted()).check().last == 12
 
 
 def test_segments_before_the_part_are_not_opened(logs: Path) -> None:
