@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from bus.ledger_key import LedgerKey
     from bus.notes import Checkpoint, Verifier
     from bus.proofs import Prover
+    from bus.verification import VerifyReport
 
 __all__ = ["app"]
 
@@ -60,55 +61,79 @@ def verify(
         Path | None, typer.Option(metavar="FILE", help="A checkpoint that was kept: its lines must still be these.")
     ] = None,
     key: Annotated[
-        str | None, typer.Option(metavar="VKEY", help="The verifier key that notes are signed with; default: our own.")
+        list[str] | None,
+        typer.Option(
+            metavar="VKEY",
+            help="A verifier key that is trusted, once for each; one of them must have signed. Default: our own key, "
+            "for the notes that it signed.",
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check every line (JSON, hash, number, the line before), the Merkle tree and all checkpoints.
 
-    Exit 4 at the first that is wrong.
+    Exit 4 at the first that is wrong, and where --key is given and signed neither a checkpoint nor --against.
 
     Example: aal provenance verify, or aal provenance verify --against checkpoint.txt --key VKEY
     """
     from bus import verification
 
     path = workplace(ctx).settings().ledger
-    verifier = _verifier(ctx, key)
-    kept = None if against is None else _kept_checkpoint(against, verifier)
+    verifiers = _verifiers(ctx, key)
     with _progress(path) as told:
-        report = verification.verify(path, start=start, end=end, verifier=verifier, against=kept, progress=told)
+        report = verification.verify(
+            path,
+            start=start,
+            end=end,
+            verifiers=verifiers,
+            signed=bool(key),
+            against=None if against is None else _kept_checkpoint(against, verifiers),
+            against_signed=against is not None and bool(verifiers),
+            progress=told,
+        )
     if as_json:
         print_json({"ok": report.ok} | asdict(report))
-    elif report.ok:
-        checked = f", {report.checkpoints} checkpoints ({report.signed} signatures)" if report.checkpoints else ""
-        out().print(mark("ok"), f"{report.lines} lines, head {report.head_hash}{checked}", soft_wrap=True)
     else:
-        hint = f"The {report.lines} before it are good; the last of them has the hash {report.head_hash}."
-        complain("ERR_LEDGER_BROKEN", f"line {report.first_bad}: {report.reason}", hint)
+        _tell(report)
     if not report.ok:
         raise typer.Exit(Exit.LEDGER_BROKEN)
 
 
-def _verifier(ctx: typer.Context, vkey: str | None) -> "Verifier | None":
-    """Of the key that is named, or of our own where there is one."""
+def _tell(report: "VerifyReport") -> None:
+    """What was found, for people: a fault on stderr."""
+    if report.ok:
+        checked = f", {report.checkpoints} checkpoints ({report.signed} signatures)" if report.checkpoints else ""
+        if report.signed_size is not None:
+            checked += f", signed up to line {report.signed_size}"
+        out().print(mark("ok"), f"{report.lines} lines, head {report.head_hash}{checked}", soft_wrap=True)
+    elif report.first_bad is None:
+        hint = "The lines fit each other, which they also do where somebody wrote all of them anew."
+        complain("ERR_LEDGER_BROKEN", report.reason or "", hint)
+    else:
+        hint = f"The {report.lines} before it are good; the last of them has the hash {report.head_hash}."
+        complain("ERR_LEDGER_BROKEN", f"line {report.first_bad}: {report.reason}", hint)
+
+
+def _verifiers(ctx: typer.Context, vkeys: list[str] | None) -> "list[Verifier]":
+    """Of the keys that are named, or else of our own where there is one."""
     from bus.notes import Verifier
 
-    if vkey is None:
+    if not vkeys:
         signer = _key(ctx).signer()
-        return None if signer is None else Verifier.read(signer.vkey)
+        return [] if signer is None else [Verifier.read(signer.vkey)]
     try:
-        return Verifier.read(vkey)
+        return [Verifier.read(vkey) for vkey in vkeys]
     except ValueError as error:
         raise typer.BadParameter(printable(str(error)), param_hint="--key") from None
 
 
-def _kept_checkpoint(path: Path, verifier: "Verifier | None") -> "Checkpoint":
+def _kept_checkpoint(path: Path, verifiers: "list[Verifier]") -> "Checkpoint":
     """What a file says, its signature checked where there is a key. Raises `typer.BadParameter` for what is none."""
-    from bus.notes import NoteError, read_checkpoint
+    from bus.notes import NoteError, open_signed, read_checkpoint
 
     try:
         text = path.read_bytes().decode("utf-8")
-        return read_checkpoint(text) if verifier is None else verifier.open(text)
+        return open_signed(text, verifiers) if verifiers else read_checkpoint(text)
     except (OSError, UnicodeDecodeError, NoteError) as error:
         raise typer.BadParameter(printable(f"{path}: {error}"), param_hint="--against") from None
 

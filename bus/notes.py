@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from bus.errors import OperatorError
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from types import ModuleType
 
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -71,27 +72,34 @@ class Verifier:
     def text_of(self, note: str) -> str:
         """The text of a note that this key signed. Raises `NoteError` where it did not; others may have as well."""
         text, signatures = _parts(note)
-        ours = [signature for name, key_id, signature in signatures if (name, key_id) == (self.name, self._id)]
+        ours = [signature for name, key_id, signature in signatures if self.signs_as(name, key_id)]
         if not ours:
-            raise NoteError(f"it has no signature of {self.name}+{self._id.hex()}")
+            raise NoteError(f"it has no signature of {self.label}")
         for signature in ours:
-            self._verify(text, signature)
+            self.check(text, signature)
         return text
 
     def open(self, note: str) -> Checkpoint:
         """The checkpoint of a note that this key signed for the log of its own name. Raises `NoteError`."""
-        checkpoint = _checkpoint_in(self.text_of(note))
-        if checkpoint.origin != self.name:
-            raise NoteError(f"it is a checkpoint of {checkpoint.origin}, and the key is that of {self.name}")
-        return checkpoint
+        return open_signed(note, [self])
 
-    def _verify(self, text: str, signature: bytes) -> None:
+    @property
+    def label(self) -> str:
+        """Its name and id, as `name+1a2b3c4d`."""
+        return f"{self.name}+{self._id.hex()}"
+
+    def signs_as(self, name: str, key_id: bytes) -> bool:
+        """Whether a signature's line that has this name and id (4 bytes) is said to be by this key."""
+        return (name, key_id) == (self.name, self._id)
+
+    def check(self, text: str, signature: bytes) -> None:
+        """Raises `NoteError` unless this key made the signature (64 bytes) of the text."""
         from cryptography.exceptions import InvalidSignature  # noqa: PLC0415  # an extra: there where the key is
 
         try:
             self._key.verify(signature, text.encode())
         except InvalidSignature:
-            raise NoteError(f"the signature of {self.name}+{self._id.hex()} is wrong") from None
+            raise NoteError(f"the signature of {self.label} is wrong") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +146,35 @@ class Signer:
 
 def read_checkpoint(note: str) -> Checkpoint:
     """The checkpoint of a note, whoever signed it: nothing is verified. Raises `NoteError` where it is none."""
-    return _checkpoint_in(_parts(note)[0])
+    return read_signed(note, ())[0]
+
+
+def read_signed(note: str, verifiers: Collection[Verifier]) -> tuple[Checkpoint, bool]:
+    """The checkpoint of a note, and whether any of these keys signed it.
+
+    A signature of another key, by name and id, is not checked and says nothing. Raises `NoteError` where the note is no
+    checkpoint, where one of these keys is said to have signed it and has not, and where it is of a log that none of the
+    keys that signed it has the name of.
+    """
+    text, signatures = _parts(note)
+    signed_by = set()
+    for name, key_id, signature in signatures:
+        for verifier in verifiers:
+            if verifier.signs_as(name, key_id):
+                verifier.check(text, signature)
+                signed_by.add(name)
+    checkpoint = _checkpoint_in(text)
+    if signed_by and checkpoint.origin not in signed_by:
+        raise NoteError(f"it is a checkpoint of {checkpoint.origin}, and the key is that of {min(signed_by)}")
+    return checkpoint, bool(signed_by)
+
+
+def open_signed(note: str, verifiers: Collection[Verifier]) -> Checkpoint:
+    """As `read_signed`; `NoteError` is also raised where none of these keys signed it."""
+    checkpoint, is_signed = read_signed(note, verifiers)
+    if not is_signed:
+        raise NoteError(f"it has no signature of {' or '.join(verifier.label for verifier in verifiers)}")
+    return checkpoint
 
 
 def new_key(name: str) -> str:

@@ -13,11 +13,11 @@ from bus import provenance
 from bus.checkpoints import TYPE, tree_in
 from bus.errors import NotFoundError, OperatorError
 from bus.merkle import Frontier
-from bus.notes import NoteError
+from bus.notes import NoteError, read_signed
 from bus.records import GENESIS, BrokenLineError, check
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Collection
     from pathlib import Path
 
     from bus.model import Record
@@ -32,7 +32,9 @@ class VerifyReport:
     """What `verify` found: the good lines, the number and hash of the last of them, and what ended them.
 
     `root` is of the tree up to the last good line, None where it is not known; `checkpoints` counts those that were
-    held against it, `signed` of these the notes whose signature was checked.
+    held against it, `signed` of these the notes that one of the keys signed. `signed_size` is of how many lines, from
+    line 1 on, the largest tree is that one of the keys signed, None where none did: for what came later nobody vouches.
+    `first_bad` is None where all is right, and where no line is wrong but a signature is missing.
     """
 
     lines: int
@@ -41,25 +43,28 @@ class VerifyReport:
     root: str | None
     checkpoints: int
     signed: int
+    signed_size: int | None = None
     first_bad: int | None = None
     fault: FaultKind | None = None
     reason: str | None = None
 
     @property
     def ok(self) -> bool:
-        return self.first_bad is None
+        return self.fault is None
 
 
 class _Walk:
     """What is known after each line."""
 
-    def __init__(self, start: int, verifier: Verifier | None, against: Checkpoint | None) -> None:
+    def __init__(self, start: int, verifiers: Collection[Verifier], against: Checkpoint | None) -> None:
+        self.start = start
         self.seq = start - 1
         self.prev: str | None = GENESIS if start == 1 else None
         self.tree: Frontier | None = Frontier() if start == 1 else None
         self.checkpoints = self.signed = 0
+        self.signed_size: int | None = None
         self.compared = False
-        self._verifier = verifier
+        self._verifiers = verifiers
         self._against = against
 
     def take(self, line: bytes) -> None:
@@ -79,23 +84,42 @@ class _Walk:
             self.tree = tree
         elif (tree.size, tree.nodes) != (self.tree.size, self.tree.nodes):
             raise BrokenLineError("tree", "it names another root than the lines before it have")
+        if record.get("note") is not None:
+            self._check_note(record["note"], tree)
         self.checkpoints += 1
-        if record["note"] is not None and self._verifier is not None:
-            self._check_note(self._verifier, record["note"], tree)
 
-    def _check_note(self, verifier: Verifier, text: str, tree: Frontier) -> None:
+    def _check_note(self, text: object, tree: Frontier) -> None:
+        if not isinstance(text, str):
+            raise BrokenLineError("signature", "its note is not text")
         try:
-            note = verifier.open(text)
+            note, is_signed = read_signed(text, self._verifiers)
         except NoteError as error:
-            raise BrokenLineError("signature", f"its note is not signed with the key: {error}") from None
+            raise BrokenLineError("signature", f"its note is wrong: {error}") from None
         if (note.size, note.root) != (tree.size, tree.root()):
             raise BrokenLineError("signature", "its note tells of another tree than the line")
-        self.signed += 1
+        if is_signed:
+            self.signed += 1
+            self.signed_size = tree.size
 
     def _compare(self, against: Checkpoint, tree: Frontier) -> None:
         self.compared = True
         if tree.root() != against.root:
             raise BrokenLineError("tree", f"the checkpoint of {against.size} lines has another root than these lines")
+
+    def report(self, fault: BrokenLineError | None, *, is_line: bool = True) -> VerifyReport:
+        """What is known so far. `is_line` is whether the fault is one of the next line."""
+        return VerifyReport(
+            self.seq - self.start + 1,
+            self.seq,
+            self.prev or GENESIS,
+            None if self.tree is None else self.tree.root().hex(),
+            self.checkpoints,
+            self.signed,
+            self.signed_size,
+            None if fault is None or not is_line else self.seq + 1,
+            None if fault is None else fault.fault,
+            None if fault is None else fault.detail,
+        )
 
 
 def verify(
@@ -103,50 +127,52 @@ def verify(
     *,
     start: int = 1,
     end: int | None = None,
-    verifier: Verifier | None = None,
+    verifiers: Collection[Verifier] = (),
+    signed: bool = False,
     against: Checkpoint | None = None,
+    against_signed: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> VerifyReport:
     """Check the lines from `start` to `end`, each included; stops at the first that is bad.
 
-    `verifier` checks the notes of checkpoints, and `against` is one that somebody kept: the tree of so many lines must
-    have its root. `progress` is called with the number of good lines now and then. Raises `NotFoundError` without a
-    ledger or without line `start`, and `OperatorError` where the tree of `against` cannot be known from these lines.
+    `verifiers` check the notes of checkpoints: a note that none of them is said to have signed is held against its line
+    and no more. With `signed` it is a fault, though of no line, where they signed nothing of what was read. `against`
+    is a checkpoint that somebody kept: the tree of so many lines must have its root; `against_signed` says that its
+    signature was checked, and counts as one. `progress` is called with the number of good lines now and then. Raises
+    `NotFoundError` without a ledger or without line `start`, and `OperatorError` where the tree of `against` cannot be
+    known from these lines.
     """
-    walk = _Walk(start, verifier, against)
     if not provenance.exists(path):
         raise NotFoundError("ERR_NOT_FOUND", f"there is no ledger {path}", hint="No call was made here yet.")
-    fault: BrokenLineError | None = None
-    try:
-        _walk(walk, provenance.raw_lines(path, start), end, progress)
-    except BrokenLineError as error:
-        fault = error
-    lines = walk.seq - start + 1
-    if fault is None and lines == 0 and start > 1:
+    walk = _Walk(start, verifiers, against)
+    fault = _take_lines(walk, path, end, progress)
+    if fault is None and walk.seq < start and start > 1:
         raise NotFoundError("ERR_NOT_FOUND", f"the ledger has no line {start}")
     if fault is None and against is not None and not walk.compared:
         fault = _missing(walk, against, is_whole=end is None)
-    return VerifyReport(
-        lines,
-        walk.seq,
-        walk.prev or GENESIS,
-        None if walk.tree is None else walk.tree.root().hex(),
-        walk.checkpoints,
-        walk.signed,
-        None if fault is None else walk.seq + 1,
-        None if fault is None else fault.fault,
-        None if fault is None else fault.detail,
-    )
+    if fault is None and against is not None and against_signed:
+        walk.signed_size = max(walk.signed_size or 0, against.size)
+    if fault is None and signed and walk.signed_size is None:
+        unsigned = BrokenLineError("signature", "no checkpoint in these lines is signed with the key that was given")
+        return walk.report(unsigned, is_line=False)
+    return walk.report(fault)
 
 
-def _walk(walk: _Walk, lines: Iterable[bytes], end: int | None, progress: Callable[[int], None] | None) -> None:
-    first = walk.seq
-    for line in lines:
-        if walk.seq == end:
-            return
-        walk.take(line)
-        if progress and (walk.seq - first) % PROGRESS_LINES == 0:
-            progress(walk.seq - first)
+def _take_lines(
+    walk: _Walk, path: Path, end: int | None, progress: Callable[[int], None] | None
+) -> BrokenLineError | None:
+    """Take the lines that come next, and give the fault that ends them."""
+    try:
+        for line in provenance.raw_lines(path, walk.start):
+            if walk.seq == end:
+                break
+            walk.take(line)
+            lines = walk.seq - walk.start + 1
+            if progress and lines % PROGRESS_LINES == 0:
+                progress(lines)
+    except BrokenLineError as error:
+        return error
+    return None
 
 
 def _missing(walk: _Walk, against: Checkpoint, *, is_whole: bool) -> BrokenLineError:

@@ -172,16 +172,21 @@ def test_the_notes_of_checkpoints_lie_beside_the_ledger_and_in_it(
         "000000000010": notes[10],
     }
     verifier = Verifier.read(signer.vkey)
-    report = verify(path, verifier=verifier)
+    report = verify(path, verifiers=[verifier])
     assert (report.ok, report.checkpoints, report.signed) == (True, 4, 4)
     assert verify(path, against=verifier.open((folder / "000000000008").read_text())).ok
 
 
-def test_a_note_that_another_key_signed_is_found(path: Path, signer: Signer) -> None:
+def test_notes_that_an_earlier_key_signed_are_no_fault_and_not_counted(path: Path, signer: Signer) -> None:
     signed(path, signer, call())
-    other = Signer.read(new_key("example.org/aal"))
-    report = verify(path, verifier=Verifier.read(other.vkey))
-    assert (report.first_bad, report.fault) == (2, "signature")
+    later = Signer.read(new_key("example.org/aal"))
+    signed(path, later, call(), call())
+    earlier, now = Verifier.read(signer.vkey), Verifier.read(later.vkey)
+    report = verify(path, verifiers=[now])
+    assert (report.ok, report.checkpoints, report.signed, report.signed_size) == (True, 2, 1, 4)
+    report = verify(path, verifiers=[earlier])
+    assert (report.ok, report.signed, report.signed_size) == (True, 1, 1)
+    assert verify(path, verifiers=[earlier, now]).signed == 2
 
 
 def test_notes_that_cannot_be_kept_keep_nobody_from_calling(path: Path, signer: Signer) -> None:
@@ -189,7 +194,7 @@ def test_notes_that_cannot_be_kept_keep_nobody_from_calling(path: Path, signer: 
     (path.parent / "checkpoints").write_text("in the way")
     [receipt] = signed(path, signer, call())
     assert receipt.seq == 1
-    assert verify(path, verifier=Verifier.read(signer.vkey)).signed == 1
+    assert verify(path, verifiers=[Verifier.read(signer.vkey)]).signed == 1
 
 
 async def test_an_answer_is_a_receipt_that_an_auditor_can_check(tmp_path: Path) -> None:

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from bus import merkle
-from bus.notes import Verifier
+from bus.ledger import Ledger
+from bus.ledger_key import LedgerKey
+from bus.notes import Signer, Verifier, new_key
 from tests.cli_fixtures import aal, plain_environment
-from tests.ledgers import call, write
+from tests.ledgers import ENVIRONMENT, append, call, write
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -107,6 +109,56 @@ def test_a_checkpoint_of_somebody_else_is_no_checkpoint(aal: Callable[..., Ran],
     assert "--against" in refused(aal, 2, "provenance", "verify", "--against", str(kept), "--key", other).err
     assert "--key" in refused(aal, 2, "provenance", "verify", "--key", "nonsense").err
     assert "--against" in refused(aal, 2, "provenance", "verify", "--against", "missing.txt").err
+
+
+def signed_ledger(tmp_path: Path, *signers: Signer) -> Path:
+    """Of a call and a checkpoint by each of these keys, one after the other; in the working folder."""
+    path = tmp_path / "logs" / "provenance.jsonl"
+    for signer in signers:
+        ledger = Ledger(path, fsync="never", environment=ENVIRONMENT, signer=signer)
+        ledger.open(serves=True)
+        append(ledger, call())
+        ledger.close()
+    return path
+
+
+def test_after_a_change_of_key_the_earlier_notes_are_no_fault(aal: Callable[..., Ran], tmp_path: Path) -> None:
+    earlier = Signer.read(new_key("x"))
+    vkey = aal("provenance", "key", "new", "x").out.strip()
+    own = LedgerKey(tmp_path / ".aal").signer()
+    assert own is not None
+    signed_ledger(tmp_path, earlier, own)
+    told = aal("provenance", "verify")
+    assert "2 checkpoints (1 signatures), signed up to line 3" in told.out
+    assert aal("provenance", "verify", "--json").json["signed_size"] == 3
+    both = aal("provenance", "verify", "--key", vkey, "--key", earlier.vkey, "--json").json
+    assert (both["ok"], both["signed"], both["signed_size"]) == (True, 2, 3)
+    old = aal("provenance", "verify", "--key", earlier.vkey, "--json").json
+    assert (old["ok"], old["signed"], old["signed_size"]) == (True, 1, 1)
+
+
+def test_a_key_that_is_named_must_have_signed_something(aal: Callable[..., Ran], tmp_path: Path, ledger: Path) -> None:
+    signer = Signer.read(new_key("x"))
+    told = refused(aal, 4, "provenance", "verify", "--key", signer.vkey)
+    assert "no checkpoint in these lines is signed with the key" in told.err
+    assert "line " not in told.err.splitlines()[0]
+    found = json.loads(refused(aal, 4, "provenance", "verify", "--key", signer.vkey, "--json").out)
+    assert (found["ok"], found["fault"], found["first_bad"], found["signed_size"]) == (False, "signature", None, None)
+    assert (found["lines"], found["signed"]) == (7, 0)
+    leaves = [bytes.fromhex(json.loads(line)["hash"]) for line in ledger.read_bytes().splitlines()]
+    kept = tmp_path / "kept"
+    kept.write_text(signer.checkpoint(5, merkle.root_of(leaves[:5])))
+    held = aal("provenance", "verify", "--key", signer.vkey, "--against", str(kept))
+    assert held.out.rstrip().endswith(", signed up to line 5")
+    held = aal("provenance", "verify", "--key", signer.vkey, "--against", str(kept), "--json")
+    assert (held.json["ok"], held.json["signed"], held.json["signed_size"]) == (True, 0, 5)
+    unsigned = aal("provenance", "verify", "--against", str(kept), "--json").json
+    assert (unsigned["ok"], unsigned["signed_size"]) == (True, None)
+
+
+def test_a_key_of_our_own_need_not_have_signed_yet(aal: Callable[..., Ran], ledger: Path) -> None:
+    aal("provenance", "key", "new", "x")
+    assert aal("provenance", "verify", "--json").json["signed_size"] is None
 
 
 def test_without_a_key_a_checkpoint_is_told_unsigned(aal: Callable[..., Ran], ledger: Path) -> None:

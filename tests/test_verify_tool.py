@@ -27,10 +27,11 @@ from bus.dispatch import Bus
 from bus.ledger import Ledger
 from bus.ledger_key import LedgerKey
 from bus.merkle import Frontier
-from bus.notes import Checkpoint, Signer, new_key
+from bus.notes import Checkpoint, Signer, Verifier, new_key
 from bus.proofs import Prover
 from bus.records import GENESIS, draft
 from bus.segments import compress, rotate
+from bus.verification import verify
 from tests.ledgers import ENVIRONMENT, HASH, append, call, write
 from tests.support import REPO, a_call, add_overlay, settings_in
 
@@ -459,6 +460,28 @@ def test_a_line_of_a_note_whose_name_has_a_line_separator_is_no_signature(logs: 
     put(logs, _sealed(7, note=note)(lines))
     found = run("log", logs, "--json").found
     assert (found["first_bad"], found["fault"]) == (8, "signature")
+
+
+def test_the_bus_and_the_tool_agree_on_every_note(logs: Path, tool: ModuleType) -> None:
+    """Of a known key or another, right or wrong, of this log or another; with one key, both, or none."""
+    lines = log_of(8, type="other")
+    text, wrong = Checkpoint(NAME, 7, root_at(lines, 7)).text(), Checkpoint(NAME, 7, b"x" * 32).text()
+    ours, others = (signer.sign(text) for signer in (SIGNER, OTHER))
+    foreign = SIGNER.sign(Checkpoint("example.com/other", 7, root_at(lines, 7)).text())
+    forged = f"{text}\n{SIGNER.sign(wrong).rpartition(chr(10) * 2)[2]}"
+    both = ours + others.rpartition("\n\n")[2]
+    notes: list[Any] = [None, 5, "text", ours, others, both, foreign, forged, SIGNER.sign(wrong), forged + both[-9:]]
+    verdicts = set()
+    for note in notes:
+        path = put(logs, _sealed(7, note=note)(lines))
+        for signers in ([], [SIGNER], [OTHER], [SIGNER, OTHER]):
+            told = tool.Log(path, tool.Wanted([tool.read_key(signer.vkey) for signer in signers])).check()
+            report = verify(path, verifiers=[Verifier.read(signer.vkey) for signer in signers])
+            verdict = (told.first_bad, told.fault, told.signed, told.signed_size)
+            assert (report.first_bad, report.fault, report.signed, report.signed_size) == verdict, (note, report)
+            assert report.checkpoints == told.checkpoints
+            verdicts.add(verdict)
+    assert verdicts == {(None, None, 0, None), (None, None, 1, 7), (8, "signature", 0, None)}
 
 
 def test_a_checkpoint_of_another_log_is_not_one_of_this(logs: Path) -> None:
