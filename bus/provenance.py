@@ -63,7 +63,8 @@ def first_line(path: Path) -> bytes:
 def raw_lines(path: Path, start: int = 1) -> Iterator[bytes]:
     """The lines from `start` on as they stand, the last perhaps without its newline; none where there is no ledger.
 
-    As of a moment in which nobody writes. Raises `BrokenLineError` for a segment that cannot be read.
+    As of a moment in which no writer holds the lock; the last lines may not be synced yet. Raises
+    `BrokenLineError` for a segment that cannot be read.
     """
     with Segments(path, at_rest=True) as segments:
         yield from segments.lines(start)

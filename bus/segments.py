@@ -238,7 +238,9 @@ def _open_closed(path: Path, first: int) -> Content:
 class Segments:
     """All segments of a ledger as they are at one moment. A context manager; not for several threads.
 
-    With `at_rest` that is a moment in which nobody writes, where the lock may be opened.
+    With `at_rest` that is a moment in which no writer holds the lock, where that may be opened. A group of lines is
+    written under the lock and synced without it, so the last lines may not be on the disk yet, and a power loss can
+    take them; a torn tail that a dead writer left is there until the next one cuts it off.
     """
 
     def __init__(self, path: Path, *, at_rest: bool = False, to_sign: bool = False) -> None:
@@ -366,7 +368,10 @@ def _listed(path: Path) -> tuple[list[int], Plain | None]:
 
 @contextlib.contextmanager
 def _nobody_writing(path: Path) -> Iterator[None]:
-    """Hold off the writers; a reader that may not open their lock does without."""
+    """Hold off the writers; a reader that may not open their lock does without.
+
+    What they have written may be without its sync yet, which they do without the lock.
+    """
     try:
         lock = os.open(lock_path(path), os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

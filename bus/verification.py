@@ -2,10 +2,18 @@
 
 From line 1 on nothing is taken for granted. From a later one on the first line is believed to have the right
 predecessor, and the first checkpoint to tell the right tree of what comes before it.
+
+The lines are those that the files have at one moment in which no writer holds the lock. A group is synced without it, so
+the last lines may not be on the disk yet, and nobody be answered for them: a power loss can take them. Where an end of
+the file is cut off while it is read (a torn tail that a writer heals; a failed write, where the reader may not open the
+lock) and others go on there, what is read can look broken: so a fault in the open segment is looked at once more.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +23,7 @@ from bus.errors import NotFoundError, OperatorError
 from bus.merkle import Frontier
 from bus.notes import NoteError, read_signed
 from bus.records import GENESIS, BrokenLineError, check
+from bus.segments import Segments
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -66,6 +75,12 @@ class _Walk:
         self.compared = False
         self._verifiers = verifiers
         self._against = against
+
+    def copy(self) -> _Walk:
+        """One that goes on apart."""
+        twin = copy.copy(self)
+        twin.tree = None if self.tree is None else self.tree.copy()
+        return twin
 
     def take(self, line: bytes) -> None:
         """Raises `BrokenLineError`."""
@@ -144,8 +159,7 @@ def verify(
     """
     if not provenance.exists(path):
         raise NotFoundError("ERR_NOT_FOUND", f"there is no ledger {path}", hint="No call was made here yet.")
-    walk = _Walk(start, verifiers, against)
-    fault = _take_lines(walk, path, end, progress)
+    walk, fault = _walked(_Walk(start, verifiers, against), path, end, progress)
     if fault is None and walk.seq < start and start > 1:
         raise NotFoundError("ERR_NOT_FOUND", f"the ledger has no line {start}")
     if fault is None and against is not None and not walk.compared:
@@ -158,21 +172,49 @@ def verify(
     return walk.report(fault)
 
 
+def _walked(
+    walk: _Walk, path: Path, end: int | None, progress: Callable[[int], None] | None
+) -> tuple[_Walk, BrokenLineError | None]:
+    """What is known after the last good line, and what is wrong with the next.
+
+    Where that is in the open segment, it is read once more: what was cut off meanwhile is no fault.
+    """
+    again, fault = _take_lines(walk, path, end, progress)
+    if fault is None or again is None:
+        return walk, fault
+    return again, _take_lines(again, path, end, progress)[1]
+
+
 def _take_lines(
     walk: _Walk, path: Path, end: int | None, progress: Callable[[int], None] | None
-) -> BrokenLineError | None:
-    """Take the lines that come next, and give the fault that ends them."""
+) -> tuple[_Walk | None, BrokenLineError | None]:
+    """Take the lines that come next, as the files are now, and give the fault that ends them.
+
+    Also gives what was known before the first line of the open segment, None where none of it was read.
+    """
+    again: _Walk | None = None
     try:
-        for line in provenance.raw_lines(path, walk.start):
-            if walk.seq == end:
-                break
-            walk.take(line)
-            lines = walk.seq - walk.start + 1
-            if progress and lines % PROGRESS_LINES == 0:
-                progress(lines)
+        with Segments(path, at_rest=True) as segments:
+            first_of_open = _first_of_open(segments)
+            for line in segments.lines(walk.seq + 1):
+                if walk.seq == end:
+                    break
+                if again is None and walk.seq + 1 >= first_of_open:
+                    again = walk.copy()
+                walk.take(line)
+                lines = walk.seq - walk.start + 1
+                if progress and lines % PROGRESS_LINES == 0:
+                    progress(lines)
     except BrokenLineError as error:
-        return error
-    return None
+        return again, error
+    return again, None
+
+
+def _first_of_open(segments: Segments) -> float:
+    """The number of its first line; no line has the number that is given where that is not known."""
+    with contextlib.suppress(BrokenLineError):
+        return segments.firsts[-1] if segments.open is not None else math.inf
+    return math.inf
 
 
 def _missing(walk: _Walk, against: Checkpoint, *, is_whole: bool) -> BrokenLineError:

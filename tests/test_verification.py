@@ -14,6 +14,7 @@ from bus.canonical import canonical
 from bus.errors import NotFoundError, OperatorError
 from bus.notes import Checkpoint
 from bus.records import GENESIS, environment_hash
+from bus.segments import closed_path
 from bus.verification import VerifyReport, verify
 from tests.ledgers import ENVIRONMENT, HASH, appended, call, opened, write
 
@@ -133,6 +134,43 @@ async def test_a_log_is_verified_while_it_is_written(path: Path) -> None:
         reports = [await asyncio.to_thread(verify, path) for _ in range(10)]
         await written
     assert all(report.ok for report in reports)
+
+
+def test_an_end_that_is_cut_off_while_it_is_read_is_no_fault(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And other calls' lines take its place; no block that is read at once holds all of them."""
+    monkeypatch.setattr(verification, "PROGRESS_LINES", 1)
+    write(path, *(call("cut off", error="x" * 600_000) for _ in range(5)))
+    lines = path.read_bytes().splitlines(keepends=True)
+    seen: list[int] = []
+
+    def and_cut_off(line: int) -> None:
+        seen.append(line)
+        if seen == [1, 2, 3]:
+            path.write_bytes(b"".join(lines[:2]))
+            write(path, *(call("instead", error="y" * 500_000) for _ in range(3)))
+
+    report = verify(path, progress=and_cut_off)
+    assert (report.ok, report.lines, report.head_hash) == (True, 5, records(path)[-1]["hash"])
+    assert records(path)[-1]["request_id"] == "instead"
+    assert seen == [1, 2, 3, 1, 2, 3, 4, 5]
+
+
+def test_a_fault_that_stays_is_told_after_a_second_look_at_the_open_segment_alone(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verification, "PROGRESS_LINES", 1)
+    write(path, *(call(str(number)) for number in range(6)))
+    lines = path.read_bytes().splitlines(keepends=True)
+    closed_path(path, 1).write_bytes(b"".join(lines[:3]))
+    path.write_bytes(b"".join([lines[3], lines[4][:-9]]))
+    seen: list[int] = []
+    report = verify(path, progress=seen.append)
+    assert (report.first_bad, report.fault, report.lines) == (5, "torn", 4)
+    assert seen == [1, 2, 3, 4, 4]
+    closed_path(path, 1).write_bytes(b"".join(_swapped(lines[:3])))
+    seen.clear()
+    assert verify(path, progress=seen.append).first_bad == 2
+    assert seen == [1]
 
 
 # --- The tree ---
