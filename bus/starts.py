@@ -7,7 +7,8 @@ in these lines. The kernel lets go of the lock at the end of the process, howeve
 is of a process that is no more: the next bus that starts closes what stands open in its name, and removes it.
 
 The file holds the number of lines that the ledger had before the first call that may be open, so that nobody has to
-search further back. It is on the disk before the first of these lines is.
+search further back. It is on the disk before the first of these lines is, and moves up as the oldest of the open calls
+end.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ class Starts:
         self._writer = secrets.token_hex(8)
         self._marking = asyncio.Lock()
         self._marker: _Marker | None = None
-        self._open: set[str] = set()
+        self._open: dict[str, int] = {}
+        """Of each open call, by its request id, no more lines than the ledger had before its started line."""
         self._lines_before = 0
 
     async def begin(self, record: Record) -> None:
@@ -72,20 +74,28 @@ class Starts:
             return
         async with self._marking:
             await self._mark()
-            self._open.add(request_id)
+            self._open[request_id] = self._ledger.size
         try:
             line = {"type": STARTED, "timestamp_ms": now_ms(), "writer": self._writer, **record}
             receipt = await self._ledger.submit(line)
         except LedgerError:
-            self._open.discard(request_id)
+            self._open.pop(request_id, None)
             raise
-        if receipt.seq <= self._lines_before and self._marker is not None:  # the log was moved away meanwhile
-            self._lines_before = receipt.seq - 1
-            self._marker.write(self._lines_before)
+        if request_id in self._open:
+            self._open[request_id] = receipt.seq - 1
+        if receipt.seq <= self._lines_before:  # the log was moved away meanwhile
+            self._note(receipt.seq - 1)
 
     def end(self, request_id: str) -> None:
         """The line of what came of the call stands; of one that was not begun, too."""
-        self._open.discard(request_id)
+        if self._open.pop(request_id, None) is None or not self._open:
+            return
+        oldest = min(self._open.values())
+        if oldest > self._lines_before:
+            try:
+                self._note(oldest)
+            except OSError as error:  # then more is searched than would have to be
+                _log.warning("the folder %s cannot be written: %s", self._folder, error)
 
     async def close_left(self) -> None:
         """Write an `interrupted` line for each call left open by a process that is no more.
@@ -95,10 +105,9 @@ class Starts:
         try:
             for name, marker, lines_before in _left(self._folder):
                 with contextlib.closing(marker):
-                    await self._interrupt(name, lines_before)
-                    marker.remove()
-        except (OSError, ValueError, LedgerError) as error:  # a line that somebody else wrote may say anything
-            _log.warning("calls that were cut off are not marked in the ledger %s: %s", self._ledger.path, error)
+                    await self._close_one(name, marker, lines_before)
+        except OSError as error:
+            _log.warning("calls that were cut off cannot be looked for in %s: %s", self._folder, error)
 
     def close(self) -> None:
         """Let go of the file. It stays where a call is open still: the next start closes that."""
@@ -109,6 +118,12 @@ class Starts:
             self._marker.close()
             self._marker = None
 
+    def _note(self, lines_before: int) -> None:
+        """Have the file say another number. Raises `OSError`."""
+        self._lines_before = lines_before
+        if self._marker is not None:
+            self._marker.write(lines_before)
+
     async def _mark(self) -> None:
         """Have the file say from which line on to search. Raises `LedgerError`."""
         try:
@@ -118,11 +133,22 @@ class Starts:
                 if self._marker is not None:
                     self._marker.close()
                     self._marker = None
-                self._marker = await asyncio.to_thread(_make, self._folder / self._writer, self._lines_before)
+                written = self._lines_before
+                self._marker = await asyncio.to_thread(_make, self._folder / self._writer, written)
+                if written != self._lines_before:  # it moved while nobody could write it
+                    self._marker.write(self._lines_before)
             elif not self._open:
                 self._marker.write(self._lines_before)
         except OSError as error:
             raise LedgerError(f"the folder {self._folder} beside the ledger cannot be written: {error}") from None
+
+    async def _close_one(self, writer: str, marker: _Marker, lines_before: int) -> None:
+        """Close what a writer left open, and remove its file. What goes wrong is told and keeps no other from it."""
+        try:
+            await self._interrupt(writer, lines_before)
+            marker.remove()
+        except (OSError, ValueError, LedgerError) as error:  # a line that somebody else wrote may say anything
+            _log.warning("calls that were cut off are not marked in the ledger %s: %s", self._ledger.path, error)
 
     async def _interrupt(self, writer: str, lines_before: int) -> None:
         """Close what stands open in the name of a writer. Raises `OSError`, `LedgerError`."""
@@ -139,6 +165,14 @@ class _Marker:
     def __init__(self, path: Path, fd: int) -> None:
         self._path = path
         self._fd = fd
+
+    def is_free(self) -> bool:
+        """Whether no other held its lock, which is held now. Raises `OSError`."""
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
     def is_in_place(self) -> bool:
         """Whether its name is still this file's."""
@@ -197,32 +231,45 @@ def _sync_folders(folder: Path) -> None:
 def _left(folder: Path) -> Iterator[tuple[str, _Marker, int]]:
     """Of each process that is no more and has left a file: its name, the file, now locked, and the number in it.
 
-    What was left without a number is removed at once. Raises OSError.
+    What cannot be opened or read is told and passed over. Raises `OSError` where the folder cannot be listed.
     """
     try:
         names = sorted(os.listdir(folder))  # noqa: PTH208  # names alone
     except FileNotFoundError:
         return
     for name in names:
-        path = folder / name
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
+            found = _abandoned(folder / name)
+        except OSError as error:
+            _log.warning(
+                "%s, which tells of calls that may have been cut off, is passed over: %s", folder / name, error
+            )
             continue
-        marker = _Marker(path, fd)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # its process lives, or another is at it
-            marker.close()
-            continue
+        if found is not None:
+            yield name, *found
+
+
+def _abandoned(path: Path) -> tuple[_Marker, int] | None:
+    """The file, now locked, and the number in it; None where its process lives, or another is at it, or it is gone.
+
+    What was left without a number is removed at once. Raises `OSError`.
+    """
+    try:
+        marker = _Marker(path, os.open(path, os.O_RDWR | os.O_CLOEXEC))
+    except FileNotFoundError:
+        return None
+    with contextlib.ExitStack() as stack:
+        stack.callback(marker.close)
+        if not marker.is_free():
+            return None
         lines_before = marker.read()
         if not marker.is_in_place():
-            marker.close()
-        elif name.startswith(".") or lines_before is None:
+            return None
+        if path.name.startswith(".") or lines_before is None:
             marker.remove()
-            marker.close()
-        else:
-            yield name, marker, lines_before
+            return None
+        stack.pop_all()
+        return marker, lines_before
 
 
 def _still_open(path: Path, writer: str, lines_before: int) -> list[Record]:

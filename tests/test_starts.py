@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -318,6 +319,85 @@ def test_only_the_lines_since_the_first_call_that_may_be_open_are_searched(
         close_left(ledger)
     assert types(path)[-1] == ("interrupted", "open")
     assert len(read) == 2
+
+
+def test_of_calls_that_overlap_all_the_time_only_the_lines_since_the_oldest_open_one_are_searched(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[bytes] = []
+    real = provenance.backwards
+
+    def noting(path: Path, most_bytes: int) -> Iterator[bytes]:
+        for line in real(path, most_bytes):
+            read.append(line)
+            yield line
+
+    async def calls(ledger: Ledger) -> None:
+        of_another = Starts(ledger)
+        await of_another.begin(started("0"))
+        for number in range(1, 21):
+            await of_another.begin(started(str(number)))
+            await _submit(ledger, str(number - 1))
+            of_another.end(str(number - 1))
+        of_another.close()
+
+    with opened(path) as ledger:
+        asyncio.run(calls(ledger))
+        monkeypatch.setattr(provenance, "backwards", noting)
+        close_left(ledger)
+    assert [request_id for kind, request_id in types(path) if kind == "interrupted"] == ["20"]
+    assert len(read) <= 3
+
+
+async def test_the_oldest_open_call_is_found_however_many_younger_ones_ended(path: Path) -> None:
+    with opened(path) as ledger:
+        of_another = Starts(ledger)
+        for request_id in ("done", "oldest", "young"):
+            await of_another.begin(started(request_id))
+        for request_id in ("young", "done"):
+            await _submit(ledger, request_id)
+            of_another.end(request_id)
+        of_another.close()
+        await Starts(ledger).close_left()
+    assert types(path)[-1] == ("interrupted", "oldest")
+
+
+@pytest.mark.parametrize("kind", ["folder", "link to nothing that can be opened", "pipe"])
+def test_what_cannot_be_read_among_the_files_keeps_no_other_call_open(
+    path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    with opened(path) as ledger:
+        leave_open(ledger, "open")
+        in_the_way = path.parent / starts.FOLDER / "0000"
+        if kind == "folder":
+            in_the_way.mkdir()
+        elif kind == "pipe":
+            os.mkfifo(in_the_way)
+        else:
+            in_the_way.symlink_to(in_the_way)
+        close_left(ledger)
+    assert types(path)[-1] == ("interrupted", "open")
+    assert left(path) == ["0000"]
+    assert str(in_the_way) in caplog.text
+
+
+def test_a_file_whose_calls_cannot_be_closed_keeps_no_other_call_open(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = starts._still_open
+
+    def failing(path: Path, writer: str, lines_before: int) -> list[Record]:
+        if writer == "0000":
+            raise ValueError("what nobody can read")
+        return real(path, writer, lines_before)
+
+    with opened(path) as ledger:
+        leave_open(ledger, "open")
+        (path.parent / starts.FOLDER / "0000").write_text(f"{0:020}\n")
+        monkeypatch.setattr(starts, "_still_open", failing)
+        close_left(ledger)
+    assert types(path)[-1] == ("interrupted", "open")
+    assert left(path) == ["0000"]
 
 
 def test_a_search_that_is_cut_short_is_told(
