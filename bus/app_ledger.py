@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from starlette.routing import Route
 
 from bus import provenance
+from bus.callers import EVERY_OVERLAY
 from bus.errors import NotFoundError
 from bus.model import Phase
 from bus.proofs import Prover
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 _LIMIT_DEFAULT, _LIMIT_MOST = 100, 10_000
 _MOST_LINES = 2**53
 T = TypeVar("T")
+_MOST_BYTES = 1 << 28
+"""How much of the ledger's end one request reads at most of what no index holds, yet or at all."""
 
 
 class LedgerApi:
@@ -46,7 +48,10 @@ class LedgerApi:
         ]
 
     async def provenance(self, request: Request) -> Response:
-        """The last records, oldest first: `?limit=&overlay=&phase=&ok=&code=&caller=&since=&until=` (times in ms)."""
+        """The last records, oldest first: `?limit=&overlay=&phase=&ok=&code=&caller=&since=&until=` (times in ms).
+
+        Those of the caller's overlays and of none. What the index does not hold is read back to 256 MiB.
+        """
         query = Query(request.query_params)
         limit = query.integer("limit", _LIMIT_DEFAULT, 1, _LIMIT_MOST)
         wanted = {
@@ -59,8 +64,9 @@ class LedgerApi:
             "until_ms": query.integer("until", None, 0, 2**53),
         }
         query.refuse_unknown()
-        ledger, shown = self._bus.settings.ledger, partial(_is_shown, request.user)
-        events = await asyncio.to_thread(provenance.tail, ledger, limit, **wanted, shown=shown)
+        overlays = request.user.overlays
+        wanted |= {"among": None if overlays == EVERY_OVERLAY else overlays, "most_bytes": _MOST_BYTES}
+        events = await asyncio.to_thread(provenance.tail, self._bus.settings.ledger, limit, **wanted)
         return JsonResponse({"events": events, "count": len(events)})
 
     async def record(self, request: Request) -> Response:

@@ -21,7 +21,8 @@ import sys
 from array import array
 from collections import OrderedDict, deque
 from dataclasses import dataclass
-from functools import partial
+from fnmatch import fnmatchcase
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bus import segments
@@ -72,7 +73,10 @@ INSERT INTO state VALUES (0, x'', 1, 0, 0);
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Which records are asked for; None is any. Times are in milliseconds since the epoch, both ends included."""
+    """Which records are asked for; None is any. Times are in milliseconds since the epoch, both ends included.
+
+    `among` are names and patterns of overlays, as those of a token: a record is of one of these, or of no overlay.
+    """
 
     overlay: str | None = None
     phase: str | None = None
@@ -82,6 +86,7 @@ class Wanted:
     since_ms: int | None = None
     until_ms: int | None = None
     types: Collection[str] | None = None
+    among: Collection[str] | None = None
 
     def fits(self, record: Record) -> bool:
         """Whether a record is one of them."""
@@ -89,9 +94,16 @@ class Wanted:
         return (
             all(record.get(name) == value for name, value in self.named().items())
             and (self.types is None or record["type"] in self.types)
+            and self.has_overlay(record.get("overlay"))
             and (self.since_ms is None or time_ms >= self.since_ms)
             and (self.until_ms is None or time_ms <= self.until_ms)
         )
+
+    def has_overlay(self, overlay: Any) -> bool:  # noqa: ANN401  # a line that somebody else wrote may say anything
+        """Whether the member `overlay` of a record, None of one that has none, is one of `among`."""
+        if self.among is None or overlay is None:
+            return True
+        return isinstance(overlay, str) and any(fnmatchcase(overlay, pattern) for pattern in self.among)
 
     def named(self) -> dict[str, Any]:
         """The members that are asked for, and what they are to be."""
@@ -101,7 +113,8 @@ class Wanted:
     @property
     def is_narrow(self) -> bool:
         """Whether anything is asked for but the last lines."""
-        return any(value is not None for value in (*self.named().values(), self.since_ms, self.until_ms, self.types))
+        narrowing = (*self.named().values(), self.since_ms, self.until_ms, self.types, self.among)
+        return any(value is not None for value in narrowing)
 
 
 class _State(NamedTuple):
@@ -429,6 +442,7 @@ class View:
         """The numbers of the lines that may be wanted, the last first; all that are wanted are among them."""
         last = (self.size - 1) // _BLOCK_LINES
         condition, values = _condition(wanted)
+        self._base.create_function("may_be_among", 1, cache(partial(_may_be_among, wanted)), deterministic=True)
         query = f"SELECT block, lines FROM runs WHERE {condition}"  # noqa: S608  # of our own texts
         for end in range(last, -1, -_BLOCKS_AT_ONCE):
             blocks: dict[int, list[int]] = {}
@@ -554,6 +568,11 @@ def _plain(value: Any) -> Any:  # noqa: ANN401
     return (value if isinstance(value, str) else repr(value))[:_KIND_CHARACTERS]
 
 
+def _may_be_among(wanted: Wanted, overlay: str) -> bool:
+    """Whether a kind, by its overlay as `_plain` has it, may hold lines of the overlays that are wanted."""
+    return not overlay or len(overlay) >= _KIND_CHARACTERS or wanted.has_overlay(overlay)
+
+
 def _condition(wanted: Wanted) -> tuple[str, list[Any]]:
     """Of the kinds, the times and the blocks from one to another, and its values but these two."""
     parts, values = [], []
@@ -563,6 +582,8 @@ def _condition(wanted: Wanted) -> tuple[str, list[Any]]:
     if wanted.types is not None:
         parts.append(f"type IN ({', '.join('?' * len(wanted.types))})")
         values.extend(wanted.types)
+    if wanted.among is not None:
+        parts.append("may_be_among(overlay)")
     kinds = f"kind IN (SELECT id FROM kinds WHERE {' AND '.join(parts) or '1'})"  # noqa: S608  # of our own texts
     times = []
     if wanted.since_ms is not None:

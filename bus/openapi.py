@@ -116,7 +116,7 @@ OPERATIONS = {
     "/invoke/{name}": _Operation("Call an overlay.", "calls", _ref("Outcome")),
     "/invoke/{name}/{capability}": _Operation("Call a capability of an overlay.", "calls", _ref("Outcome")),
     "/provenance": _Operation(
-        "The last records, oldest first.",
+        "The last records of the caller's overlays and of none, oldest first; without an index of 256 MiB at most.",
         "ledger",
         _object(["events", "count"], events={"type": "array", "items": _ref("Record")}, count={"type": "integer"}),
         _LEDGER_QUERY,

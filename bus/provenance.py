@@ -99,35 +99,44 @@ def tail(
     since_ms: int | None = None,
     until_ms: int | None = None,
     types: Collection[str] | None = None,
+    among: Collection[str] | None = None,
     shown: Callable[[Record], bool] = lambda _: True,
     most_bytes: int = sys.maxsize,
+    most_lines: int = sys.maxsize,
 ) -> list[Record]:
     """The last `limit` records that fit and may be shown, oldest first. What is no record `verify` names.
 
-    No further line is read after `most_bytes`.
+    What is asked for is as `Wanted` has it. No further line is read after `most_bytes` of those that no index names,
+    nor after `most_lines`.
     """
-    wanted = Wanted(overlay, phase, ok, code, caller, since_ms, until_ms, types)
-    index = index_of(path) if wanted.is_narrow and most_bytes == sys.maxsize else None
+    wanted = Wanted(overlay, phase, ok, code, caller, since_ms, until_ms, types, among)
+    index = index_of(path) if wanted.is_narrow else None
     if index is not None:
         index.refresh(most_lines=CAUGHT_UP_LINES)
         try:
             with index.reading() as view:
                 if view is not None:
-                    return _last(_indexed(view, wanted), limit, wanted, shown)
+                    lines = itertools.islice(_indexed(view, wanted, most_bytes), most_lines)
+                    return _last(lines, limit, wanted, shown)
         except (UnfitError, BrokenLineError) as error:
             _log.warning("the index of %s is built anew: %s", path, error)
             index.drop()
-    return _last(backwards(path, most_bytes), limit, wanted, shown)
+    return _last(itertools.islice(backwards(path, most_bytes), most_lines), limit, wanted, shown)
 
 
 def backwards(path: Path, most_bytes: int = sys.maxsize) -> Iterator[bytes]:
     """The lines that are whole now, the last first. No further one is read after `most_bytes`."""
     with Segments(path) as segments:
-        for line in segments.backwards():
-            yield line
-            most_bytes -= len(line)
-            if most_bytes <= 0:
-                return
+        yield from _at_most(segments.backwards(), most_bytes)
+
+
+def _at_most(lines: Iterator[bytes], most_bytes: int) -> Iterator[bytes]:
+    """Lines, and no further one after so many bytes."""
+    for line in lines:
+        yield line
+        most_bytes -= len(line)
+        if most_bytes <= 0:
+            return
 
 
 def _last(
@@ -139,13 +148,19 @@ def _last(
     return list(itertools.islice(fitting, limit))[::-1]
 
 
-def _indexed(view: View, wanted: Wanted) -> Iterator[bytes]:
-    """The lines that may be wanted, the last first: those behind the index, and those that it names."""
-    for line in view.log.backwards():
+def _indexed(view: View, wanted: Wanted, most_bytes: int) -> Iterator[bytes]:
+    """The lines that may be wanted, the last first: those behind the index, and those that it names.
+
+    After `most_bytes` of those behind it nothing follows, so that no line between is left out.
+    """
+    for line in _at_most(view.log.backwards(), most_bytes):
         record = parse_or_none(line)
         if record is not None and record["seq"] <= view.size:
             break
         yield line
+    else:
+        if view.size and most_bytes < sys.maxsize:
+            return
     for seq in view.newest(wanted):
         line = view.line(seq)
         record = parse_or_none(line)

@@ -3,10 +3,11 @@
 From line 1 on nothing is taken for granted. From a later one on the first line is believed to have the right
 predecessor, and the first checkpoint to tell the right tree of what comes before it.
 
-The lines are those that the files have at one moment in which no writer holds the lock. A group is synced without it, so
-the last lines may not be on the disk yet, and nobody be answered for them: a power loss can take them. Where an end of
-the file is cut off while it is read (a torn tail that a writer heals; a failed write, where the reader may not open the
-lock) and others go on there, what is read can look broken: so a fault in the open segment is looked at once more.
+The lines are those that the files have at one moment in which no writer holds the lock. A group is synced without it,
+so the last lines may not be on the disk yet, and nobody be answered for them: a power loss can take them. Where an
+end of the file is cut off while it is read (a torn tail that a writer heals; a failed write, where the reader may not
+open the lock) and others go on there, what is read can look broken: so a fault in the open segment is looked at once
+more.
 """
 
 from __future__ import annotations

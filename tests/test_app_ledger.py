@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from starlette.testclient import TestClient
 
-from bus import index, merkle, provenance
+from bus import app_ledger, index, merkle, provenance
 from bus.app import create_app
 from bus.dispatch import Bus
 from bus.ledger_key import LedgerKey
 from bus.model import Phase
 from bus.notes import Verifier
 from bus.proofs import Prover
+from bus.records import parse_or_none
 from bus.tokens import Tokens
 from tests.support import add_overlay, settings_in
 
@@ -148,3 +149,36 @@ def test_a_token_needs_the_scope_and_sees_the_lines_of_its_overlays_only(setting
         assert client.get("/provenance/checkpoint", headers=as_reader).status_code == 200
         for path in ("/provenance/1/proof", "/provenance/checkpoint", "/provenance/consistency"):
             assert client.get(path, headers=as_caller).status_code == 403
+
+
+def test_a_token_of_a_seldom_used_overlay_has_the_lines_of_others_not_read(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Tokens(settings.state)
+    _, caller = kept.create("caller", overlays=("*",), phases=(Phase.OPEN,), scopes=("invoke",))
+    _, reader = kept.create("reader", overlays=("oth*",), phases=(Phase.OPEN,), scopes=("read-ledger",))
+    monkeypatch.setattr(index, "WORTH_BYTES", 0)
+    read: list[bytes] = []
+    real = parse_or_none
+
+    def noting(line: bytes) -> dict[str, Any] | None:
+        read.append(line)
+        return real(line)
+
+    with TestClient(create_app(bus=Bus(settings)), base_url="http://127.0.0.1") as client:
+        as_caller, as_reader = ({"Authorization": f"Bearer {token}"} for token in (caller, reader))
+        for name in ("other", *["echo"] * 20):
+            client.post(f"/invoke/{name}", json={"phase": "OPEN", "data": {}}, headers=as_caller)
+        monkeypatch.setattr(provenance, "parse_or_none", noting)
+        events = client.get("/provenance", headers=as_reader).json()["events"]
+    assert [line["overlay"] for line in events if line["type"] == "invoke"] == ["other"]
+    assert {line.get("overlay") for line in events} == {"other", None}
+    assert len(read) < 10
+
+
+def test_a_request_reads_no_more_of_a_ledger_without_an_index_than_its_bound(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert client.get("/provenance").json()["count"] > 1
+    monkeypatch.setattr(app_ledger, "_MOST_BYTES", 1)
+    assert client.get("/provenance").json()["count"] == 1

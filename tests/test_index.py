@@ -20,7 +20,7 @@ from bus.index import Index, Wanted
 from bus.merkle import Subtree, root_of
 from bus.proofs import Prover
 from bus.provenance import iter_hashes, iter_lines, raw_lines, read_line, tail
-from bus.records import BrokenLineError
+from bus.records import BrokenLineError, parse_or_none
 from bus.segments import Segments, closed_path, compress
 from tests.ledgers import append, call, opened, synthesize, write
 
@@ -36,6 +36,9 @@ NARROWED: list[dict[str, Any]] = [
     {"until_ms": 1050},
     {"since_ms": 1010, "until_ms": 1020, "ok": False},
     {"types": ("denied", "replay")},
+    {"among": ("a",)},
+    {"among": ("[ab]", "x"), "ok": False},
+    {"among": ("é*",), "overlay": "a"},
 ]
 
 
@@ -124,6 +127,44 @@ def test_a_narrowed_tail_is_what_reading_all_lines_finds(
     )
 
 
+@pytest.mark.parametrize("among", [("seldom",), ("sel*", "never-?")])
+def test_lines_of_a_seldom_used_overlay_are_found_without_reading_those_of_others(
+    path: Path, among: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["often"] * 200
+    names[20] = names[90] = "seldom"
+    synthesize(path, (call(str(number), overlay=name) for number, name in enumerate(names)), segment_lines=45)
+    Index(path).refresh()
+    parsed: list[bytes] = []
+    real = parse_or_none
+
+    def noting(line: bytes) -> dict[str, Any] | None:
+        parsed.append(line)
+        return real(line)
+
+    monkeypatch.setattr(provenance, "parse_or_none", noting)
+    assert seqs(tail(path, 100, among=among)) == [21, 91]
+    assert len(parsed) < 10
+
+
+def test_a_tail_reads_no_more_bytes_than_it_may_of_what_the_index_lacks(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synthesize(path, records(200), segment_lines=45)
+    most = sum(map(len, list(raw_lines(path))[-10:]))
+    assert seqs(tail(path, 200, types=("invoke", "replay", "denied"), most_bytes=most))[0] == 1
+    Index(path).drop()
+    Index(path).refresh(most_lines=100)
+    monkeypatch.setattr(provenance, "_CAUGHT_UP_LINES", 0)
+    behind = sum(map(len, list(raw_lines(path))[100:]))
+    some: dict[str, Any] = {"types": ("invoke", "replay", "denied")}
+    assert seqs(tail(path, 200, **some, most_bytes=most)) == list(range(191, 201))
+    assert seqs(tail(path, 200, **some, most_bytes=behind + 1)) == list(range(1, 201))
+    Index(path).drop()
+    assert seqs(tail(path, 200, **some, most_bytes=most)) == list(range(191, 201))
+    assert seqs(tail(path, 200, **some, most_lines=7)) == list(range(194, 201))
+
+
 calls: st.SearchStrategy[dict[str, Any]] = st.builds(
     dict,
     overlay=st.sampled_from([None, "a", "b", "", "c" * 300, "c" * 299 + "d"]),
@@ -145,6 +186,7 @@ narrowings = st.fixed_dictionaries(
         "since_ms": st.integers(0, 30),
         "until_ms": st.integers(0, 30),
         "types": st.sampled_from([("invoke",), ("denied", "replay"), ()]),
+        "among": st.sampled_from([(), ("a",), ("a", "b"), ("[ab]",), ("c*d",), ("nobody",)]),
     },
 )
 
