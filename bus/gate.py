@@ -7,7 +7,8 @@ they will be in its place, whatever size it is; and what changes in it meanwhile
 are those of the live bus: its file of them is linked, not copied.
 
 Why a result drifted is found by two experiments. The candidate runs once more: two results that differ are nobody's
-change. And where the live overlay still is what the record names, it runs too, in a second Bus of the same kind.
+change. And where the live overlay still is what the record names, it runs too, in a second Bus of the same kind. A
+call that needed consent to be run again is not run more often than was consented to: there the cause is what differs.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from bus.codehash import TooLargeError, code_hash
 from bus.dispatch import Bus
 from bus.errors import BusError, OperatorError, ReplayError
 from bus.hookspecs import hookimpl
+from bus.model import Phase
 from bus.plugins import confinement_of
 from bus.records import collect_environment
 from bus.replay import invocation_of, run_again, try_all
@@ -39,6 +41,9 @@ if TYPE_CHECKING:
     from bus.model import Manifest, Record
     from bus.replay import Replay, Trial
     from bus.settings import Settings
+
+
+NOTHING_MORE = "nothing more was tried, as the call may change something"
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,10 +158,19 @@ class Gate:
         return await self._judge(recorded, again)
 
     async def _judge(self, recorded: Record, again: Replay) -> Replay:
+        """With the cause of its drift, found by experiments unless the call needed consent."""
+        if self._needed_consent(recorded):
+            return replace(again, cause=again.cause and replace(again.cause, why=f"{again.cause.why}; {NOTHING_MORE}"))
         second = await self._run(self._bus, recorded)
         repeats = None if second.verdict == "FAILED" else second.gives_as(again)
         control = await self._control(recorded, again) if repeats else None
         return again.judged(repeats=repeats, control=control)
+
+    def _needed_consent(self, recorded: Record) -> bool:
+        """By the word of the recorded version or of the candidate; one of them is enough, as to run it at all."""
+        manifest = self._bus.registry.entry(self._overlay).usable()
+        declared = recorded["deterministic"] is True and manifest.deterministic
+        return policy.replay_needs_consent(Phase(recorded["phase"]), deterministic=declared)
 
     async def _control(self, recorded: Record, again: Replay) -> Control | None:
         """What the version that made the record gives now; None where it is not there any more, or is the candidate."""

@@ -191,6 +191,30 @@ def test_without_the_recorded_version_what_differs_is_all_that_is_known(
     assert [row["cause"] for row in ran.json["replays"]] == [{"names": ["code"], "why": "nothing else differs"}] * 3
 
 
+@pytest.mark.parametrize("declared", ["by none", "by the record", "by both"])
+@pytest.mark.parametrize("phase", ["ASCEND", "SEAL"])
+def test_a_call_that_needs_consent_runs_once_and_no_experiment_is_made_with_it(
+    aal: Callable[..., Ran], tmp_path: Path, phase: str, declared: str
+) -> None:
+    ran_live, ran_next = tmp_path / "ran-live", tmp_path / "ran-next"
+    members = {"capabilities": ["analysis", "exec"], "phases": [phase]}
+    members |= {} if declared == "by none" else DETERMINISTIC
+    folder = add_script(tmp_path / "overlays", "writes", f"echo x >> {ran_live}; echo 1", **members)
+    assert aal("invoke", "writes", "--phase", phase).code == Exit.OK
+    other = shutil.copytree(folder, tmp_path / "next")
+    (other / "run.sh").write_text(f"echo x >> {ran_next}; echo 2")
+    if declared == "by the record":
+        edit_manifest(other, policy={"deterministic": False})
+    ran = aal("replay", "--against", str(other), "--live", "--json")
+    (row,) = ran.json["replays"]
+    assert (ran.code, row["verdict"]) == (Exit.FAILED, "DRIFT")
+    is_harmless = declared == "by both"
+    assert ran_next.read_text() == ("x\nx\n" if is_harmless else "x\n")
+    assert ran_live.read_text() == ("x\nx\n" if is_harmless else "x\n")
+    assert ("nothing more was tried" in row["cause"]["why"]) is not is_harmless
+    assert "code" in row["cause"]["names"]
+
+
 @pytest.mark.usefixtures("recorded")
 @pytest.mark.parametrize("hangs_on_it", [True, False])
 def test_another_environment_is_told_apart_from_the_code(
