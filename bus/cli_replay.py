@@ -10,7 +10,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -45,6 +45,9 @@ if TYPE_CHECKING:
 LAST_AGAINST = 200
 """How many of the last good calls a candidate is tried with where nobody says which."""
 
+LOOKED_BACK_LINES = 1_000_000
+"""How many lines are read at most for the last calls that fit; with an index those of other overlays do not count."""
+
 CHANGES_SHOWN = 10
 """Changes of one result that people are shown; programs get more."""
 
@@ -75,19 +78,23 @@ class Wish:
     overlay: str | None
     live: bool
     jobs: int
+    least: int
     as_json: bool
 
     def is_single(self) -> bool:
         """Whether one line is asked for, so that its whole outcome is shown."""
+        if self.least > 1:
+            return False
         asks_for_one = self.last == 1 and not self.as_json
         return asks_for_one or (len(self.ranges) == 1 and len(self.ranges[0]) == 1)
 
 
 @dataclass(slots=True)
 class Tally:
-    """What came of several lines so far, in their own order."""
+    """What came of several lines so far, in their own order. `least` is how many of them are to be run."""
 
     records: list[Record]
+    least: int = 1
     trials: dict[int, "Trial"] = field(default_factory=dict)
     candidate: "Candidate | None" = None
     is_interrupted: bool = False
@@ -101,6 +108,11 @@ class Tally:
     def in_order(self) -> list["Trial"]:
         return [self.trials[record["seq"]] for record in self.records if record["seq"] in self.trials]
 
+    @property
+    def tried(self) -> int:
+        """How many lines were run, so were not skipped."""
+        return sum(trial.verdict != "SKIPPED" for trial in self.trials.values())
+
     def totals(self) -> dict[str, int]:
         counts = Counter(trial.verdict for trial in self.trials.values())
         return {verdict.lower(): counts[verdict] for verdict in _MARK}
@@ -108,7 +120,8 @@ class Tally:
     def body(self) -> dict[str, Any]:
         against = {} if self.candidate is None else {"against": self.candidate.body()}
         told = {"replays": [trial.body() for trial in self.in_order()], "totals": self.totals()}
-        return against | told | {"interrupted": self.is_interrupted}
+        tried = {"tried": self.tried, "of": len(self.records), "least": self.least}
+        return against | told | tried | {"interrupted": self.is_interrupted}
 
     def exit_code(self) -> int:
         totals = self.totals()
@@ -116,7 +129,7 @@ class Tally:
             return _INTERRUPTED
         if totals["drift"] or totals["failed"]:
             return Exit.FAILED
-        return Exit.OK if totals["match"] else Exit.NOT_REPLAYABLE
+        return Exit.OK if self.tried >= self.least else Exit.NOT_REPLAYABLE
 
 
 def replay(
@@ -140,17 +153,21 @@ def replay(
             help="How many at once. Default: one after the other; with --against as many as there are CPUs.",
         ),
     ] = None,
+    least: Annotated[
+        int, typer.Option(parser=whole(1), metavar="N", help="Exit with 3 where fewer lines than this could be run.")
+    ] = 1,
     live: Annotated[bool, typer.Option("--live", help="Also what could change something.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run recorded calls again, and say whether the same came of them.
 
     Needs lines with a stored payload: set AAL_DEV_LOG_PAYLOAD=1 when calling. With --against DIR the calls that
-    succeeded run against the overlay in DIR, with a ledger and a state of their own; by default the last 200.
+    succeeded run against the overlay in DIR, with a ledger and a state of their own; by default the last 200. For the
+    last calls no more than 1,000,000 lines are read.
 
     \b
     Exit codes: 0 all MATCH, 1 a DRIFT or a failure, 2 usage or no such line,
-    3 nothing that can be replayed, 4 the ledger is broken.
+    3 nothing that can be replayed, or less than --least, 4 the ledger is broken.
 
     Example: aal replay 1, or aal replay 3-9 12, or aal replay --last 200 --against ../psyfi-2
     """
@@ -160,7 +177,7 @@ def replay(
         raise typer.BadParameter(_ONE_WAY)
     settings = workplace(ctx).settings()
     at_once = min(jobs or (1 if against is None else len(os.sched_getaffinity(0))), settings.slots)
-    wish = Wish(ranges, every, last, overlay, live, at_once, as_json)
+    wish = Wish(ranges, every, last, overlay, live, at_once, least, as_json)
     try:
         code = _replay(settings, wish) if against is None else _gate(settings, wish, against)
     except NotFoundError as error:
@@ -221,16 +238,16 @@ def _read_range(path: Path, wanted: range) -> Iterator[Record]:
 
 
 def _last(path: Path, count: int, overlay: str | None, fits: Callable[[Record], bool]) -> list[Record]:
-    """Looks back further and further, so that a long ledger is not read whole for its last lines."""
+    """The last `count` calls that fit, oldest first; fewer, and a word on stderr, where too many lines lie between."""
     from bus import provenance
 
-    limit = count
-    while True:
-        calls = provenance.tail(path, limit, overlay=overlay, types=("invoke",))
-        found = [record for record in calls if fits(record)]
-        if len(found) >= count or len(calls) < limit:
-            return found[-count:]
-        limit *= 4
+    most = LOOKED_BACK_LINES
+    found = provenance.tail(path, count, overlay=overlay, types=("invoke",), shown=fits, most_lines=most)
+    newest = provenance.tail(path, 1) if len(found) < count else []
+    if newest and newest[0]["seq"] > most:
+        text = f"note: {len(found)} of {count} calls were found; no more than {most:,} lines are read for them"
+        err().print(text, style="dim", soft_wrap=True)
+    return found
 
 
 def _can_be_replayed(record: Record) -> bool:
@@ -253,7 +270,7 @@ def _replay(settings: Settings, wish: Wish) -> int:
     with LocalBus(settings) as bus:
         if wish.is_single() and records:
             return _replay_one(bus, records[0], wish)
-        tally = Tally(records)
+        tally = Tally(records, wish.least)
         with _counting(tally, "replaying") as done:
             bus.replay_all(records, jobs=wish.jobs, live=wish.live, done=done)
     return _end(tally, wish, ReplayError("ERR_NOT_REPLAYABLE", _why_none(records), hint=_STORE))
@@ -289,15 +306,20 @@ def _gate(settings: Settings, wish: Wish, folder: Path) -> int:
         return True
 
     last = wish.last or (None if wish.ranges or wish.every else LAST_AGAINST)
-    named = Wish(wish.ranges, wish.every, last, None if wish.ranges else overlay, wish.live, wish.jobs, wish.as_json)
-    records = list(_select(settings.ledger, named, is_good))
-    tally = Tally(records)
+    named = replace(wish, last=last, overlay=None if wish.ranges else overlay)
+    records = [_brief(record) for record in _select(settings.ledger, named, is_good)]
+    tally = Tally(records, wish.least)
     with _counting(tally, f"trying {overlay}") as done:
         try_candidate(settings, folder, overlay, records, jobs=wish.jobs, live=wish.live, begun=tally.begin, done=done)
     detail = f"no good call of {overlay} is recorded that a candidate can be tried with"
     skipped_for_live = needing_live or any(map(_is_skipped_for_live, tally.in_order()))
     none = ReplayError("ERR_NOT_REPLAYABLE", detail, hint=_LIVE if skipped_for_live else _STORE)
     return _end(tally, wish, none)
+
+
+def _brief(record: Record) -> Record:
+    """What is told of a record. The rest, payload and result with it, is read again when it is tried."""
+    return {name: record.get(name) for name in ("seq", "overlay", "phase")}
 
 
 def _is_skipped_for_live(trial: "Trial") -> bool:
@@ -346,23 +368,34 @@ def _counting(tally: Tally, what: str) -> "Iterator[Callable[[Trial], None]]":
 
 
 def _end(tally: Tally, wish: Wish, none: ReplayError) -> int:
-    """Print the tally. `none` is said to people where nothing could be run."""
+    """Print the tally. `none` is said to people where nothing could be run; of too few lines programs are told too."""
     code = tally.exit_code()
     if wish.as_json:
         print_json(tally.body())
+    else:
+        _print_trials(tally)
+    if code == Exit.NOT_REPLAYABLE and tally.tried:
+        detail = f"{tally.tried} of {len(tally.records)} lines could be run, and --least says {tally.least}"
+        tell(ReplayError("ERR_NOT_REPLAYABLE", detail, hint=none.hint), as_json=wish.as_json)
+    elif wish.as_json:
         return code
-    trials = tally.in_order()
-    if trials:
-        _print_trials(tally, trials)
-    if tally.is_interrupted:
-        complain("interrupted", f"{len(trials)} of {len(tally.records)} lines were run", None)
+    elif tally.is_interrupted:
+        complain("interrupted", f"{len(tally.trials)} of {len(tally.records)} lines were run", None)
     elif code == Exit.NOT_REPLAYABLE:
         tell(none, as_json=False)
     return code
 
 
-def _print_trials(tally: Tally, trials: list["Trial"]) -> None:
-    if candidate := tally.candidate:
+def _print_trials(tally: Tally) -> None:
+    trials = tally.in_order()
+    if trials:
+        _print_table(tally.candidate, trials)
+    totals = ", ".join(f"{count} {name}" for name, count in tally.totals().items())
+    say(f"tried {tally.tried} of {len(tally.records)}: {totals}")
+
+
+def _print_table(candidate: "Candidate | None", trials: list["Trial"]) -> None:
+    if candidate:
         shown = f"{candidate.overlay} {candidate.version} in {candidate.folder}, code {candidate.code_hash[:8]}"
         say(f"tried: {shown}", "bold")
     print_table(("seq", "overlay", "phase", "verdict", "why"), map(_cells, trials))
@@ -370,7 +403,6 @@ def _print_trials(tally: Tally, trials: list["Trial"]) -> None:
         if trial.replay and trial.replay.difference and trial.verdict == "DRIFT":
             say(f"line {trial.record['seq']}, recorded -> now:")
             _print_difference(trial.replay.difference)
-    say(", ".join(f"{count} {name}" for name, count in tally.totals().items()))
 
 
 def _print_difference(difference: "Difference") -> None:

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any, get_args
 import pytest
 import typer.main
 
-from bus import cli, doctor, provenance, templates, verification
+from bus import cli, cli_replay, doctor, provenance, templates, verification
 from bus.canonical import canonical
 from bus.console import Exit, printable
+from bus.records import parse_or_none
 from bus.settings import explain, load, table
 from tests import programs
 from tests.cli_fixtures import aal, plain_environment
@@ -803,7 +804,7 @@ def test_several_lines_give_a_row_each_and_skip_what_cannot_be(aal: Callable[...
     assert ran.json["totals"] == {"match": 1, "drift": 0, "failed": 0, "skipped": 3}
     ran = aal("replay", "1", "3")
     assert [row.split()[0] for row in ran.out.splitlines()[:3]] == ["seq", "1", "3"]
-    assert ran.out.splitlines()[-1] == "1 match, 0 drift, 0 failed, 1 skipped"
+    assert ran.out.splitlines()[-1] == "tried 1 of 2: 1 match, 0 drift, 0 failed, 1 skipped"
 
 
 def test_all_takes_every_call_and_never_the_replays(aal: Callable[..., Ran], ledger: Path) -> None:
@@ -824,6 +825,42 @@ def test_last_takes_the_last_calls_that_can_be_replayed(
     assert verdicts(aal("replay", "--last", "9", "--overlay", "fixed", "--json")) == {1: "MATCH", 5: "MATCH"}
 
 
+def test_for_the_last_calls_each_line_is_read_once_and_no_more_of_them_than_are_meant(
+    aal: Callable[..., Ran], ledger: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AAL_DEV_LOG_PAYLOAD", "0")
+    for _ in range(9):
+        aal("invoke", "fixed")
+    read: list[bytes] = []
+
+    def noting(line: bytes) -> dict[str, Any] | None:
+        read.append(line)
+        return parse_or_none(line)
+
+    monkeypatch.setattr(provenance, "parse_or_none", noting)
+    ran = aal("replay", "--last", "1", "--overlay", "fixed", "--json")
+    assert (verdicts(ran), "note: " in ran.err) == ({1: "MATCH"}, False)
+    assert 13 <= len(read) <= 15
+    read.clear()
+    monkeypatch.setattr(cli_replay, "LOOKED_BACK_LINES", 5)
+    ran = aal("replay", "--last", "2", "--overlay", "fixed")
+    assert (ran.code, len(read)) == (Exit.NOT_REPLAYABLE, 6)
+    assert "note: 0 of 2 calls were found; no more than 5 lines are read for them" in ran.err
+
+
+def test_fewer_lines_than_the_least_exit_with_3(aal: Callable[..., Ran], ledger: Path) -> None:
+    ran = aal("replay", "1-4", "--least", "2")
+    assert (ran.code, ran.out.splitlines()[-1].split(":")[0]) == (Exit.NOT_REPLAYABLE, "tried 1 of 4")
+    assert "ERR_NOT_REPLAYABLE: 1 of 4 lines could be run, and --least says 2" in ran.err
+    assert aal("replay", "1", "--least", "2").code == Exit.NOT_REPLAYABLE
+    ran = aal("replay", "1-4", "--least", "2", "--json")
+    assert (ran.code, ran.json["tried"], ran.json["of"], ran.json["least"]) == (Exit.NOT_REPLAYABLE, 1, 4, 2)
+    assert json.loads(ran.err)["code"] == "ERR_NOT_REPLAYABLE"
+    assert aal("replay", "1-4", "--least", "1").code == Exit.OK
+    assert aal("replay", "1-4", "--least", "3", "--live").code == Exit.FAILED
+    assert aal("replay", "1-4", "--least", "0").code == Exit.USAGE
+
+
 def test_a_call_of_an_overlay_that_has_gone_fails_beside_the_others(
     aal: Callable[..., Ran], ledger: Path, overlays: Path
 ) -> None:
@@ -836,7 +873,8 @@ def test_a_call_of_an_overlay_that_has_gone_fails_beside_the_others(
 def test_nothing_to_replay_exits_with_3(aal: Callable[..., Ran]) -> None:
     for which in (["--all"], ["--last", "2"]):
         ran = aal("replay", *which)
-        assert (ran.code, ran.out) == (Exit.NOT_REPLAYABLE, "")
+        said = "tried 0 of 0: 0 match, 0 drift, 0 failed, 0 skipped\n"
+        assert (ran.code, ran.out) == (Exit.NOT_REPLAYABLE, said)
         first, second = ran.err.splitlines()
         assert first == "ERR_NOT_REPLAYABLE: there is no line with a stored payload"
         assert "AAL_DEV_LOG_PAYLOAD=1" in second

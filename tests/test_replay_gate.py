@@ -127,7 +127,7 @@ def test_another_result_is_a_drift_of_the_code_with_what_differs(aal: Callable[.
     shown = aal("replay", "1", "--against", str(candidate))
     assert "code (the version that was recorded now gives the recorded result)" in shown.out
     assert "  /n: 0 -> 7" in shown.out.splitlines()
-    assert shown.out.splitlines()[-1] == "0 match, 1 drift, 0 failed, 0 skipped"
+    assert shown.out.splitlines()[-1] == "tried 1 of 1: 0 match, 1 drift, 0 failed, 0 skipped"
 
 
 @pytest.mark.usefixtures("recorded")
@@ -189,6 +189,17 @@ def test_without_the_recorded_version_what_differs_is_all_that_is_known(
     shutil.rmtree(live)
     ran = aal("replay", "--against", str(candidate), "--json")
     assert [row["cause"] for row in ran.json["replays"]] == [{"names": ["code"], "why": "nothing else differs"}] * 3
+
+
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize("least", [3, 4])
+def test_a_candidate_that_was_tried_with_fewer_calls_than_the_least_has_not_passed(
+    aal: Callable[..., Ran], candidate: Path, least: int
+) -> None:
+    ran = aal("replay", "--against", str(candidate), "--least", str(least))
+    assert ran.code == (Exit.OK if least <= 3 else Exit.NOT_REPLAYABLE)
+    assert ran.out.splitlines()[-1].startswith("tried 3 of 3: ")
+    assert ("3 of 3 lines could be run, and --least says 4" in ran.err) == (least > 3)
 
 
 @pytest.mark.parametrize("declared", ["by none", "by the record", "by both"])
