@@ -75,12 +75,10 @@ class Starts:
         async with self._marking:
             await self._mark()
             self._open[request_id] = self._ledger.size
-        try:
-            line = {"type": STARTED, "timestamp_ms": now_ms(), "writer": self._writer, **record}
-            receipt = await self._ledger.submit(line)
-        except LedgerError:
-            self._open.pop(request_id, None)
-            raise
+        # A line that could not be synced may stand all the same: so the call is open until one says what came of it.
+        receipt = await self._ledger.submit(
+            {"type": STARTED, "timestamp_ms": now_ms(), "writer": self._writer, **record}
+        )
         if request_id in self._open:
             self._open[request_id] = receipt.seq - 1
         if receipt.seq <= self._lines_before:  # the log was moved away meanwhile

@@ -155,7 +155,7 @@ def test_a_tail_reads_no_more_bytes_than_it_may_of_what_the_index_lacks(
     assert seqs(tail(path, 200, types=("invoke", "replay", "denied"), most_bytes=most))[0] == 1
     Index(path).drop()
     Index(path).refresh(most_lines=100)
-    monkeypatch.setattr(provenance, "_CAUGHT_UP_LINES", 0)
+    monkeypatch.setattr(provenance, "CAUGHT_UP_LINES", 0)
     behind = sum(map(len, list(raw_lines(path))[100:]))
     some: dict[str, Any] = {"types": ("invoke", "replay", "denied")}
     assert seqs(tail(path, 200, **some, most_bytes=most)) == list(range(191, 201))
