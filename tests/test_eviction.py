@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from bus import admission
+from bus import admission, needs
 from bus.dispatch import Bus
 from tests.support import FixedStress, a_call, add_native, calls, misfits, settings_in, until
 
@@ -121,15 +121,21 @@ def starts(settings: Settings, name: str) -> int:
     return (settings.state_of(name) / "log").read_text().count("began")
 
 
-async def test_a_call_that_waits_says_what_it_waited_for_and_what_it_reserved(bus: Bus, settings: Settings) -> None:
-    """Four of which nothing is known fill the room, until it is seen how little they have."""
+async def test_a_call_that_waits_says_what_it_waited_for_and_what_it_reserved(
+    bus: Bus, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four of which nothing is known fill the room, until one of them ends."""
+    monkeypatch.setattr(needs, "UNLEARNED_SETTLED_S", 3600.0)  # else it is seen how little they have
     all_mb = bus.stress.total_mb
     add(settings, "held", HOLD)
     add(settings, "quick", "echo 1")
     all_of_it = f"MEM[SOFT={all_mb},HARD={all_mb},VOL=LOW]"
     held = [await begun(bus, settings, "held", all_of_it) for _ in range(4)]
     await until(lambda: starts(settings, "held") == len(held))
-    answer = await bus.invoke(a_call("quick"))
+    waits = asyncio.create_task(bus.invoke(a_call("quick")))
+    await until(lambda: bus.scheduler.waiting == 1)
+    held[0].cancel()
+    answer = await waits
     for task in held:
         task.cancel()
     await asyncio.gather(*held, return_exceptions=True)
