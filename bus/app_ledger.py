@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 
 _LIMIT_DEFAULT, _LIMIT_MOST = 100, 10_000
 _MOST_LINES = 2**53
-T = TypeVar("T")
 _MOST_BYTES = 1 << 28
 """How much of the ledger's end one request reads at most of what no index holds, yet or at all."""
+
+T = TypeVar("T")
 
 
 class LedgerApi:

@@ -277,6 +277,7 @@ class Chain:
         if self._identity is not None:
             self._unsynced = self._identity, max(0, self._size)
         self._identity = None  # what the file holds is unknown: open it anew and read its end
+        self._owed.clear()  # it was in the group, and stays with it
 
     def _write_again(self, size: int) -> None:
         """Write what could not be synced once more, with all that came behind it, and sync it."""

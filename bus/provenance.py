@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from bus.errors import NotFoundError
 from bus.index import UnfitError, View, Wanted, index_of
-from bus.records import BrokenLineError, check, hash_in, parse, parse_or_none
+from bus.records import BrokenLineError, check, parse, parse_or_none
 from bus.segments import Segments
 
 if TYPE_CHECKING:
@@ -80,11 +80,6 @@ def iter_lines(path: Path, start: int = 1) -> Iterator[Record]:
     """The records from line `start` on that are whole now. Raises `BrokenLineError` at a line that is no record."""
     with Segments(path) as segments:
         yield from (parse(line) for line in segments.lines(start) if line.endswith(b"\n"))
-
-
-def iter_hashes(path: Path) -> Iterator[bytes]:
-    """The 32 bytes of each whole line's hash, from line 1 on. Raises `BrokenLineError` at a line without."""
-    yield from (hash_in(line) for line in raw_lines(path) if line.endswith(b"\n"))
 
 
 def tail(

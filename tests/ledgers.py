@@ -7,7 +7,8 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 from bus.ledger import Fsync, Ledger, Receipt
-from bus.records import GENESIS, draft_call
+from bus.provenance import raw_lines
+from bus.records import GENESIS, draft_call, hash_in
 from bus.segments import closed_path
 
 if TYPE_CHECKING:
@@ -59,6 +60,11 @@ def append(ledger: Ledger, record: dict[str, Any]) -> Receipt:
 def write(path: Path, *records: dict[str, Any], segment_bytes: int = 0) -> list[Receipt]:
     with opened(path, segment_bytes=segment_bytes) as ledger:
         return [append(ledger, record) for record in records]
+
+
+def iter_hashes(path: Path) -> Iterator[bytes]:
+    """The 32 bytes of each whole line's hash, from line 1 on."""
+    yield from (hash_in(line) for line in raw_lines(path) if line.endswith(b"\n"))
 
 
 def synthesize(path: Path, records: Iterable[dict[str, Any]], segment_lines: int) -> int:

@@ -19,10 +19,10 @@ from bus import proofs, provenance, segments
 from bus.index import Index, Wanted
 from bus.merkle import Subtree, root_of
 from bus.proofs import Prover
-from bus.provenance import iter_hashes, iter_lines, raw_lines, read_line, tail
+from bus.provenance import iter_lines, raw_lines, read_line, tail
 from bus.records import BrokenLineError, parse_or_none
 from bus.segments import Segments, closed_path, compress
-from tests.ledgers import append, call, opened, synthesize, write
+from tests.ledgers import append, call, iter_hashes, opened, synthesize, write
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -583,6 +583,26 @@ def test_what_could_not_be_synced_is_written_once_more_and_a_later_success_makes
     assert [record["request_id"] for record in iter_lines(path)] == ["good", "unanswered", "again"]
 
 
+def test_what_heals_is_written_down_once_though_its_sync_fails(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(path, call("good"))
+    with path.open("ab") as file:
+        file.write(b'{"torn')
+    ledger = Ledger(path, fsync="always", environment=ENVIRONMENT)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", _fail)
+        ledger.open()
+        with pytest.raises(LedgerError):
+            append(ledger, call("unanswered"))
+    append(ledger, call("again"))
+    ledger.close()
+    assert verify(path).ok
+    assert [record["type"] for record in iter_lines(path)].count("recovered") == 1
+
+
+def _fail(_: int) -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
 def test_what_could_not_be_synced_stays_where_another_has_gone_on_from_it(
     path: Path, monkeypatch: pytest.MonkeyPatch, syncer: str
 ) -> None:

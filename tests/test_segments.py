@@ -23,11 +23,11 @@ from bus.errors import NotFoundError
 from bus.ledger import LedgerError
 from bus.merkle import check_inclusion, root_of
 from bus.proofs import Prover
-from bus.provenance import backwards, first_line, iter_hashes, iter_lines, raw_lines, read_line, tail
+from bus.provenance import backwards, first_line, iter_lines, raw_lines, read_line, tail
 from bus.records import BrokenLineError
 from bus.segments import Segments, closed_firsts, closed_path, compress, packed_path
 from bus.verification import verify
-from tests.ledgers import ENVIRONMENT, append, appended, call, opened, synthesize, write
+from tests.ledgers import ENVIRONMENT, append, appended, call, iter_hashes, opened, synthesize, write
 from tests.support import eventually
 
 if TYPE_CHECKING:

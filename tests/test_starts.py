@@ -294,9 +294,8 @@ def test_a_start_that_died_between_line_and_file_does_not_close_a_call_twice(
     assert types(path) == [("started", "open"), ("interrupted", "open")]
 
 
-def test_only_the_lines_since_the_first_call_that_may_be_open_are_searched(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def noted(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """The lines that are read backwards from now on."""
     read: list[bytes] = []
     real = provenance.backwards
 
@@ -305,6 +304,13 @@ def test_only_the_lines_since_the_first_call_that_may_be_open_are_searched(
             read.append(line)
             yield line
 
+    monkeypatch.setattr(provenance, "backwards", noting)
+    return read
+
+
+def test_only_the_lines_since_the_first_call_that_may_be_open_are_searched(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def calls(ledger: Ledger) -> None:
         of_another = Starts(ledger)
         for number in range(20):
@@ -315,7 +321,7 @@ def test_only_the_lines_since_the_first_call_that_may_be_open_are_searched(
 
     with opened(path) as ledger:
         asyncio.run(calls(ledger))
-        monkeypatch.setattr(provenance, "backwards", noting)
+        read = noted(monkeypatch)
         close_left(ledger)
     assert types(path)[-1] == ("interrupted", "open")
     assert len(read) == 2
@@ -324,14 +330,6 @@ def test_only_the_lines_since_the_first_call_that_may_be_open_are_searched(
 def test_of_calls_that_overlap_all_the_time_only_the_lines_since_the_oldest_open_one_are_searched(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read: list[bytes] = []
-    real = provenance.backwards
-
-    def noting(path: Path, most_bytes: int) -> Iterator[bytes]:
-        for line in real(path, most_bytes):
-            read.append(line)
-            yield line
-
     async def calls(ledger: Ledger) -> None:
         of_another = Starts(ledger)
         await of_another.begin(started("0"))
@@ -343,7 +341,7 @@ def test_of_calls_that_overlap_all_the_time_only_the_lines_since_the_oldest_open
 
     with opened(path) as ledger:
         asyncio.run(calls(ledger))
-        monkeypatch.setattr(provenance, "backwards", noting)
+        read = noted(monkeypatch)
         close_left(ledger)
     assert [request_id for kind, request_id in types(path) if kind == "interrupted"] == ["20"]
     assert len(read) <= 3
