@@ -3,7 +3,7 @@
 Read `base` first, the words of it all. Then, by the way in which a call is carried:
 
     process             a program for each call; python_command says which can be forked, output what a program says
-    workers             programs that take call after call: worker_pool, worker
+    workers             programs that take call after call: worker_pool, worker, worker_pipes
     http                services that are called; http_client is one exchange, breaker leaves a sick one alone, and
                         purges tells them to let go of their caches
     services            those that the bus starts: service, probe, ports, faults

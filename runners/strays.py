@@ -2,7 +2,8 @@
 
 A last resort for where the kernel gives no pid namespace, and both processes of a helper were killed at once. Each has
 the mark from the helper, whose environment it began with. What runs another program with another environment is not
-found, nor what never stays one process for long.
+found, nor what never stays one process for long. While a process executes a program the kernel shows no environment of
+it (execve(2) makes it a new memory): so where one shows none, it is looked at again.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import os
 import select
 import signal
+import time
 from pathlib import Path
 
 MARK = "OVERLAY_CALL"
@@ -18,6 +20,9 @@ MARK = "OVERLAY_CALL"
 
 ROUNDS = 10
 """How often /proc is read at most: what is found may have started another meanwhile."""
+
+EXEC_S = 0.005
+"""Between two looks at a process that shows no environment."""
 
 END_MS = 1000
 """How long, in milliseconds, one that was killed may take to end before the next is looked at."""
@@ -29,8 +34,12 @@ def end(mark: str) -> None:
     Raises OSError where it cannot look (too many files, ...).
     """
     for _ in range(ROUNDS):
-        if not [pid for pid in _others() if _carries(pid, mark) and _end(pid, mark)]:
+        others = _others()
+        if [pid for pid in others if _carries(pid, mark) and _end(pid, mark)]:
+            continue
+        if not any(_shows_none(pid) for pid in others):
             return
+        time.sleep(EXEC_S)
 
 
 def _others() -> list[int]:
@@ -44,6 +53,14 @@ def _carries(pid: int, mark: str) -> bool:
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         return False
     return any(variable.startswith(f"{MARK}={mark}-".encode()) for variable in variables)
+
+
+def _shows_none(pid: int) -> bool:
+    """Whether a program shows no environment: it is being executed, or has none. Kernel threads are none."""
+    try:
+        return not Path(f"/proc/{pid}/environ").read_bytes() and bool(os.readlink(f"/proc/{pid}/exe"))  # noqa: PTH115
+    except OSError:  # it has ended, or is another user's
+        return False
 
 
 def _end(pid: int, mark: str) -> bool:

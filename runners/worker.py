@@ -24,22 +24,19 @@ A call costs no task, no timer and no thread: a write, one callback when the rep
 
 from __future__ import annotations
 
-import array
 import asyncio
-import fcntl
 import functools
 import logging
-import os
 import signal
-import termios
 import time
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from runners.alarm import TICK_S
 from runners.base import LARGE_BYTES, PURGE, Code, JsonError, Outcome, parse_json
 from runners.logs import Voice
-from runners.output import READ_SIZE, Log, close_all, describe, excess, preview
+from runners.output import Log, close_all, describe, excess, preview
 from runners.unstarted import unstarted
+from runners.worker_pipes import Pipes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,11 +47,6 @@ if TYPE_CHECKING:
     from runners.worker_pool import Means
 
 log = logging.getLogger(__name__)
-
-LAST_READS = 16
-"""Reads from each pipe of an ended worker: a full megabyte, the largest that an ordinary user may give a pipe."""
-
-_NO_FD = -1
 
 _PURGE_LINE = PURGE + b"\n"
 """Shorter than PIPE_BUF, so a pipe takes it whole or not at all."""
@@ -166,9 +158,9 @@ class Worker:
         self._means = means
         self._voice = Voice(means.logs, self.overlay, f"worker {number}")
         self._began = time.monotonic()
-        self._stdin = self._stdout = self._stderr = _NO_FD
-        self._rest = memoryview(b"")
-        self._written = 0
+        self._pipes = Pipes(
+            self._loop, take_output=self._take_output, take_log=self._take_log, closed=self._closed_a_pipe
+        )
         self._chunks: list[bytes] = []
         self._size = 0
         self._extra = b""
@@ -228,7 +220,7 @@ class Worker:
     async def _begin(self) -> Process:
         theirs: list[int] = []
         try:
-            self._open(theirs)
+            self._pipes.open(theirs)
             stdin, stdout, stderr = theirs
             fds = stdin, stdout, stderr
             owner = self._owner
@@ -249,19 +241,9 @@ class Worker:
             if not isinstance(error, OSError | ValueError):
                 raise error
 
-    def _open(self, theirs: list[int]) -> None:
-        reader, self._stdin = os.pipe2(os.O_CLOEXEC)
-        theirs.append(reader)
-        self._stdout, writer = os.pipe2(os.O_CLOEXEC)
-        theirs.append(writer)
-        self._stderr, writer = os.pipe2(os.O_CLOEXEC)
-        theirs.append(writer)
-        for fd in (self._stdin, self._stdout, self._stderr):
-            os.set_blocking(fd, False)
-
     def _not_started(self, failure: Outcome) -> None:
         self._leaving = True
-        self._close_pipes()
+        self._pipes.close()
         self._set_timer(None)
         self._voice.note(f"was not started: {failure.error}")
         self._owner.unstarted(self, failure)
@@ -275,11 +257,11 @@ class Worker:
         home = self._owner.home
         self._voice.note(f"starts (phase {home.phase}, edition {home.edition})")
         process.ended.add_done_callback(self._exited)
-        self._loop.add_reader(self._stderr, self._read_stderr)
+        self._pipes.watch_log()
         if self._fault is not None:
             self._signal_to_end()
             return
-        self._loop.add_reader(self._stdout, self._read_stdout)
+        self._pipes.watch_output()
         self._owner.ready(self)
 
     # A call
@@ -291,48 +273,12 @@ class Worker:
         if call.job.meter is not None:
             call.job.meter.evict = functools.partial(self._evict, call)
         self._log = None
-        self._size = self._written = 0
-        line = call.job.envelope + b"\n"
-        done = self._write(line)
-        if done < len(line):
-            self._rest = memoryview(line)[done:]
-            self._loop.add_writer(self._stdin, self._write_on)
+        self._size = 0
+        self._pipes.send(call.job.envelope + b"\n")
 
     def _evict(self, call: WorkerCall, why: str) -> None:
         if self.call is call:
             self.stop(Code.EVICTED, f"was ended {why}", at_once=True)
-
-    def _write(self, data: bytes | memoryview) -> int:
-        """Write as much as the pipe takes. How much is done with: all of it where nobody can read it any more."""
-        try:
-            written = os.write(self._stdin, data)
-        except BlockingIOError:
-            return 0
-        except BrokenPipeError:
-            self._let_exit("closed its stdin")
-            return len(data)
-        self._written += written
-        return written
-
-    def _write_on(self) -> None:
-        self._rest = self._rest[self._write(self._rest) :]
-        if not self._rest:
-            self._loop.remove_writer(self._stdin)
-
-    def _read_stdout(self) -> bool:
-        """One read for each event, so that a flood keeps nobody waiting. Whether there may be more."""
-        if self._stdout == _NO_FD:
-            return False
-        try:
-            data = os.read(self._stdout, READ_SIZE)
-        except BlockingIOError:
-            return False
-        if data:
-            self._take_output(data)
-        else:
-            self._stdout = self._without_reader(self._stdout)
-            self._let_exit("closed its stdout")
-        return bool(data)
 
     def _take_output(self, data: bytes) -> None:
         call = self.call
@@ -359,7 +305,7 @@ class Worker:
         if self._chunks:
             line = b"".join((*self._chunks, line))
             self._chunks.clear()
-        if self._rest:
+        if self._pipes.is_sending:
             self.stop(Code.PROTOCOL, f"wrote a line before it had read its call: {preview(line)}")
         elif len(line) > LARGE_BYTES:
             self._parsing = True
@@ -421,7 +367,7 @@ class Worker:
     def _tell_purge(self) -> None:
         """It must have no call. One that has yet to read of the last purge reads of this one with it."""
         self._purge_is_due = False
-        if _unread(self._stdin) < len(_PURGE_LINE) and self._write(_PURGE_LINE) and not self._leaving:
+        if self._pipes.unread < len(_PURGE_LINE) and self._pipes.write(_PURGE_LINE) and not self._leaving:
             self.purges += 1
             self._last_purge_ms = time.time_ns() // 1_000_000
 
@@ -449,22 +395,8 @@ class Worker:
 
     def log_of_call(self) -> str:
         """What it has written to stderr since it was given its call."""
-        if self._stderr != _NO_FD and _unread(self._stderr):  # it was written before the reply
-            self._read_stderr()
+        self._pipes.read_log()  # it was written before the reply
         return self._kept_log()
-
-    def _read_stderr(self) -> bool:
-        if self._stderr == _NO_FD:
-            return False
-        try:
-            data = os.read(self._stderr, READ_SIZE)
-        except BlockingIOError:
-            return False
-        if data:
-            self._take_log(data)
-        else:
-            self._stderr = self._without_reader(self._stderr)
-        return bool(data)
 
     def _take_log(self, data: bytes) -> None:
         if self._log is None:
@@ -496,7 +428,7 @@ class Worker:
         self._at_once |= at_once
         if self._fault is None:
             self._leave(code, what)
-        self._stdout = self._without_reader(self._stdout)
+        self._pipes.close_output()
         self._signal_to_end()
 
     def _leave(self, code: Code, what: str) -> None:
@@ -504,7 +436,7 @@ class Worker:
         self._leaving = True
         self._voice.note(what)
         self._owner.stopping(self)
-        self._stdin = self._without_writer(self._stdin)
+        self._pipes.close_input()
 
     def _signal_to_end(self) -> None:
         """What is still being started gets its signal as soon as it is."""
@@ -518,12 +450,12 @@ class Worker:
             self.process.signal(signal.SIGTERM)
             self._set_timer(self._means.kill_grace_s, self.process.signal, signal.SIGKILL)
 
-    def _let_exit(self, how: str) -> None:
-        """It has closed a pipe, so it is about to end: wait for that, as its exit tells more."""
+    def _closed_a_pipe(self, name: str) -> None:
+        """It is about to end, then: wait for that, as its exit tells more."""
         if not self._leaving:
             self._leaving = True
             self._owner.withdraw(self)
-            what = f"{how} and went on, and was ended"
+            what = f"closed its {name} and went on, and was ended"
             self._set_timer(self._means.pace.exit_grace_s, self.stop, Code.PROTOCOL, what)
 
     def _set_timer(self, delay_s: float | None, act: Callable[..., None] | None = None, *arguments: object) -> None:
@@ -536,14 +468,10 @@ class Worker:
         """The process has ended: take what it has left in its pipes, a reply perhaps."""
         self._leaving = True
         self._exit = exit_ = ended.result()
-        # Whether all that was written of the call still lies there; before it may lie a purge, behind it nothing.
         call = self.awaited
-        untouched = call is not None and self._stdin != _NO_FD and _unread(self._stdin) >= self._written
-        for read in (self._read_stderr, self._read_stdout):
-            for _ in range(LAST_READS):
-                if not read():
-                    break
-        self._close_pipes()
+        untouched = call is not None and self._pipes.is_untouched  # before the call may lie a purge, behind it nothing
+        self._pipes.read_last()
+        self._pipes.close()
         self._set_timer(None)
         if (
             call is not None
@@ -592,25 +520,6 @@ class Worker:
             return how
         return f"{how} {'in the middle of a line' if self._chunks else 'before it answered'}"
 
-    # Pipes
-
-    def _close_pipes(self) -> None:
-        self._stdin = self._without_writer(self._stdin)
-        self._stdout = self._without_reader(self._stdout)
-        self._stderr = self._without_reader(self._stderr)
-
-    def _without_reader(self, fd: int) -> int:
-        if fd != _NO_FD:
-            self._loop.remove_reader(fd)
-            os.close(fd)
-        return _NO_FD
-
-    def _without_writer(self, fd: int) -> int:
-        if fd != _NO_FD:
-            self._loop.remove_writer(fd)
-            os.close(fd)
-        return _NO_FD
-
 
 def _code_of(exit_: Exit) -> Code:
     """What it was ended for, where nobody here had it ended, but its helper or the kernel perhaps."""
@@ -619,10 +528,3 @@ def _code_of(exit_: Exit) -> Code:
     if exit_.had_too_many:
         return Code.PROCESS_LIMIT
     return Code.SCRATCH_LIMIT if exit_.was_too_full else Code.CRASH
-
-
-def _unread(pipe: int) -> int:
-    """How many bytes were written to a pipe and not yet read, told by either of its ends: FIONREAD, pipe(7)."""
-    size = array.array("i", [0])
-    fcntl.ioctl(pipe, termios.FIONREAD, size)
-    return size[0]

@@ -239,6 +239,9 @@ def test_the_folder_on_the_disk_is_gone_when_a_process_of_the_helper_was_killed(
         assert list(tmp_path.iterdir()) == []
 
 
+TRIES = 20
+"""Of a program that the watch may end before it comes to what is asked of it."""
+
 FILL = """
 import os
 try:
@@ -255,8 +258,14 @@ def test_a_namespace_holds_no_more_than_its_quota_and_none_of_it_stays(tmp_path:
         if helper.heard()[0] != "contained":
             pytest.skip("this kernel gives no pid namespace")
         helper.heard()
-        for _ in range(2):
-            assert helper.run(python(FILL))[0] == f"{errno.ENOSPC}\n"
+        told = 0
+        for _ in range(TRIES):
+            said, (_, _, _, _, why) = helper.run(python(FILL))
+            assert said == f"{errno.ENOSPC}\n" or (not said and "scratch" in why)  # it may be seen while it is full
+            told += bool(said)
+            if told == 2:
+                break
+        assert told == 2
         assert list(tmp_path.iterdir()) == []
 
 
@@ -511,9 +520,18 @@ def test_a_call_that_runs_on_with_too_much_is_ended_and_no_other(helper: tuple[B
 
 def test_a_call_that_has_ended_with_too_much_is_told_so(helper: tuple[BareHelper, list[str]]) -> None:
     made, command = helper
-    said, (_, status, _, _, why) = made.run([*command, filling(2 * QUOTA_KIB - 128, "print('done')")])
-    assert (said, os.waitstatus_to_exitcode(status)) == ("done\n", 0)
-    assert_too_full(why)
+    at_once = f"""
+import os
+fd = os.open(os.environ["OVERLAY_SCRATCH"] + "/file", os.O_WRONLY | os.O_CREAT)
+os.posix_fallocate(fd, 0, {(2 * QUOTA_KIB - 128) << 10})
+os._exit(0)
+"""
+    for _ in range(TRIES):  # one that was looked at in between is ended, and so told as well
+        _, (_, status, _, _, why) = made.run([*command, at_once])
+        assert_too_full(why)
+        if status == 0:
+            break
+    assert status == 0
 
 
 def test_a_call_that_has_what_it_may_goes_on_beside_one_that_has_too_much(

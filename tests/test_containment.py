@@ -153,8 +153,9 @@ async def test_nothing_is_left_of_such_an_interpreter_when_the_bus_is_killed(
 
 
 async def test_an_interpreter_that_takes_no_message_keeps_the_bus_from_nothing(
-    shared: ProcessRunner, tmp_path: Path
+    shared: ProcessRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(module, "GONE_S", 0.05)
     put_python(tmp_path, "deaf to the bus")
     call = asyncio.create_task(shared.run(a_job(tmp_path, overlay=tmp_path.name, timeout_s=0.5)))
     result, _ = await honest(shared)
@@ -291,7 +292,9 @@ async def test_no_program_ignores_a_signal_that_the_bus_was_told_to_ignore(
     runner: ProcessRunner, tmp_path: Path
 ) -> None:
     (tmp_path / "run.py").write_text(SIGNALS)
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
     plain = subprocess.run([sys.executable, "run.py"], cwd=tmp_path, capture_output=True, check=True)  # noqa: ASYNC221
+    signal.signal(signal.SIGINT, interrupt)
     before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
         modes: tuple[Mode, ...] = ("spawn", "fork")
@@ -370,6 +373,17 @@ async def test_what_carries_the_mark_of_a_helper_is_ended_and_nothing_else() -> 
     for process in others:
         process.kill()
         process.wait()
+
+
+async def test_what_shows_no_environment_as_it_is_being_executed_is_looked_at_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mark = f"aal-{os.getpid()}-1"
+    marked = carrying(mark, strays.MARK)
+    read, blank = Path.read_bytes, [Path(f"/proc/{marked.pid}/environ")] * 2
+    monkeypatch.setattr(Path, "read_bytes", lambda path: b"" if path in blank and blank.pop() else read(path))
+    await asyncio.to_thread(strays.end, mark)
+    assert marked.wait(timeout=10) == -signal.SIGKILL
 
 
 async def test_who_cannot_look_for_the_mark_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

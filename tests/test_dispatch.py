@@ -413,14 +413,10 @@ async def test_a_second_cancellation_does_not_keep_the_line_from_being_written(s
 
 
 async def test_closing_ends_what_does_not_finish_in_time_and_writes_its_line(settings: Settings) -> None:
-    folder = add_script(
-        settings.overlays, "slow", "echo $$ > ../slow.pid.new; mv ../slow.pid.new ../slow.pid; exec sleep 600"
-    )
-    pid_file = folder.parent / "slow.pid"
+    add_script(settings.overlays, "slow", "exec sleep 600")
     async with running_bus(replace(settings, drain_s=0.0)) as bus:
         task = asyncio.create_task(bus.invoke(a_call("slow")))
-        await until(pid_file.exists)
-        assert running(str(settings.state))
+        await until(lambda: running(str(settings.state)) != [])
     assert not running(str(settings.state))
     answer = await task
     assert not answer.ok

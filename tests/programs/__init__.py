@@ -102,6 +102,7 @@ def running(mark: str) -> list[int]:
 
     The call of a helper, and of what was forked from it, has the number 0 there.
     A process id that a program says of itself is no help: it counts in a namespace of its own.
+    While a process executes another program the kernel shows no environment of it: who waits for one looks again.
     """
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
