@@ -523,7 +523,7 @@ class Found:
 
 
 @dataclass
-class Wanted:
+class Evidence:
     """What a log is held against: the roots of its first so many lines, the hashes of single lines, and keys.
 
     Every line in `hashes` is to have the `members`, too. With `a_signature` it is wrong where no checkpoint in it is
@@ -546,12 +546,12 @@ class Log:
     What is closed or compressed meanwhile is read all the same.
     """
 
-    def __init__(self, place: Path, wanted: Wanted, start: int | None = None, end: int | None = None) -> None:
+    def __init__(self, place: Path, evidence: Evidence, start: int | None = None, end: int | None = None) -> None:
         self._segments = segments(place)
         begins = None if place.is_dir() else self._segments[0].first
         self._start = start or begins or 1
         self._end = end
-        self._wanted = wanted
+        self._evidence = evidence
         self._prev = BEFORE_LINE_1 if self._start == 1 else None
         self._seq = self._start - 1
         self._tree = Tree() if self._start == 1 else None
@@ -560,7 +560,7 @@ class Log:
         self._found = Found(self._start, self._seq)
 
     def check(self) -> Found:
-        """Raises `Unusable` where what is wanted lies outside of what is read."""
+        """Raises `Unusable` where the evidence lies outside of what is read."""
         found = self._found
         try:
             self._hold_against(0, {})
@@ -624,7 +624,7 @@ class Log:
 
     def _take(self, lines: Iterator[bytes]) -> bool:
         """Check lines that come next, one after the other; False where there are none."""
-        read, wanted = self._lines.record, {*self._wanted.roots, *self._wanted.hashes}
+        read, wanted = self._lines.record, {*self._evidence.roots, *self._evidence.hashes}
         seq, tree, before = self._seq, self._tree, self._seq
         for line in lines:
             record, digest = read(line)
@@ -664,7 +664,7 @@ class Log:
     def _check_note(self, note: object, tree: Tree) -> None:
         if not isinstance(note, str):
             raise Wrong("signature", "its note is not text")
-        checkpoint = read_note(note, self._wanted.keys)
+        checkpoint = read_note(note, self._evidence.keys)
         if (checkpoint.size, checkpoint.root) != (tree.size, tree.root()):
             raise Wrong("signature", "its note says another size or root than it does itself")
         if checkpoint.signed_by:
@@ -672,15 +672,15 @@ class Log:
             self._found.signed_size = tree.size
 
     def _hold_against(self, seq: int, record: dict[str, Any]) -> None:
-        """Compare what is wanted of the first `seq` lines with what is there, where that is known."""
-        hash_ = self._wanted.hashes.pop(seq, None)
+        """Compare the evidence of the first `seq` lines with what is there, where that is known."""
+        hash_ = self._evidence.hashes.pop(seq, None)
         if hash_ not in (None, self._prev):
             raise Wrong("hash", f"line {seq} has the hash {self._prev}, and not {hash_}", is_line=False)
-        for name, member in self._wanted.members.items() if hash_ is not None else ():
+        for name, member in self._evidence.members.items() if hash_ is not None else ():
             if record.get(name) != member:
                 reason = f"the answer's {name} is {shown(member)}, and that of line {seq} is {shown(record.get(name))}"
                 raise Wrong("answer", reason, is_line=False)
-        if self._tree is not None and (roots := self._wanted.roots.pop(seq, None)):
+        if self._tree is not None and (roots := self._evidence.roots.pop(seq, None)):
             root = self._tree.root()
             if roots != {root}:
                 said = ", ".join(sorted(other.hex() for other in roots - {root}))
@@ -693,12 +693,12 @@ class Log:
             raise Unusable(f"there is no line {self._start}")
         if self._end is not None and last < self._end:
             raise Wrong("seq", f"the log ends with line {last}, and there was to be a line {self._end}", is_line=False)
-        for seq in sorted({*self._wanted.roots, *self._wanted.hashes}):
+        for seq in sorted({*self._evidence.roots, *self._evidence.hashes}):
             if seq <= last or self._end is not None:
                 raise Unusable(f"lines {self._start} to {last} do not tell what the first {seq} lines are")
             reason = f"the log ends with line {last}, and once it had {seq} lines"
             raise Wrong("tree", reason, is_line=False)
-        if self._wanted.a_signature and not self._found.signed:
+        if self._evidence.a_signature and not self._found.signed:
             raise Wrong("signature", "no checkpoint in it is signed with the key", is_line=False)
 
 
@@ -771,9 +771,9 @@ def require_signed(checkpoints: Iterable[Checkpoint | None], keys: list[Key]) ->
         raise Wrong("signature", "no checkpoint in it is signed with the key")
 
 
-def hold_against_log(place: str, wanted: Wanted, end: int = 0) -> None:
+def hold_against_log(place: str, evidence: Evidence, end: int = 0) -> None:
     """Raise `Wrong` where a log has something else, has no line `end`, or is wrong itself up to what was asked."""
-    found = Log(Path(place), wanted, end=max(end, *wanted.roots, *wanted.hashes)).check()
+    found = Log(Path(place), evidence, end=max(end, *evidence.roots, *evidence.hashes)).check()
     if found.fault is not None:
         where = f"line {found.first_bad} of the log: " if found.first_bad else "the log: "
         raise Wrong(found.fault, f"{where}{found.reason}")
@@ -789,13 +789,13 @@ SAID_BY_BOTH = (
 
 
 def check_log(given: argparse.Namespace, keys: list[Key]) -> Answer:
-    wanted = Wanted(keys)
+    evidence = Evidence(keys)
     against = [read_note(read_text(name), keys) for name in given.against]
     for checkpoint in against:
         require_signed([checkpoint], keys)
-        wanted.root(checkpoint.size, checkpoint.root)
-    wanted.a_signature = bool(keys) and not against
-    found = Log(Path(given.logs), wanted, given.start, given.end).check()
+        evidence.root(checkpoint.size, checkpoint.root)
+    evidence.a_signature = bool(keys) and not against
+    found = Log(Path(given.logs), evidence, given.start, given.end).check()
     if keys and found.fault is None:
         sizes = [checkpoint.size for checkpoint in against]
         found.signed_size = max([found.signed_size or 0, *sizes])
@@ -821,14 +821,14 @@ def check_proof(given: argparse.Namespace, keys: list[Key]) -> Answer:
     said, checkpoint = check(members, keys)
     require_signed([checkpoint], keys)
     if given.log is not None:
-        wanted = Wanted()
+        evidence = Evidence()
         if "consistency" in members:
-            wanted.root(members["old_size"], bytes.fromhex(members["old_root"]))
-            wanted.root(members["new_size"], bytes.fromhex(members["new_root"]))
+            evidence.root(members["old_size"], bytes.fromhex(members["old_root"]))
+            evidence.root(members["new_size"], bytes.fromhex(members["new_root"]))
         else:
-            wanted.hashes[members["seq"]] = members["hash"]
-            wanted.root(members["tree_size"], bytes.fromhex(members["root"]))
-        hold_against_log(given.log, wanted)
+            evidence.hashes[members["seq"]] = members["hash"]
+            evidence.root(members["tree_size"], bytes.fromhex(members["root"]))
+        hold_against_log(given.log, evidence)
     return _answer(said, given, keys)
 
 
@@ -875,10 +875,10 @@ def check_receipt(given: argparse.Namespace, keys: list[Key]) -> Answer:
     require_signed(vouching, keys)
     if given.log is not None:
         said = {name: members[name] for name in SAID_BY_BOTH if name in members}
-        wanted = Wanted(hashes={seq: leaf.hex()}, members=said if receipt is not members else {})
+        evidence = Evidence(hashes={seq: leaf.hex()}, members=said if receipt is not members else {})
         if own is not None:
-            wanted.root(size, own.root)
-        hold_against_log(given.log, wanted, size)
+            evidence.root(size, own.root)
+        hold_against_log(given.log, evidence, size)
     return _answer(f"the receipt is right: line {seq} has the hash {leaf.hex()}", given, keys)
 
 
@@ -897,10 +897,10 @@ def check_checkpoints(given: argparse.Namespace, keys: list[Key]) -> Answer:
         if named != [(old.size, old.root.hex()), (new.size, new.root.hex())]:
             raise Wrong("tree", "the proof is of other trees than the checkpoints")
     if given.log is not None:
-        wanted = Wanted()
-        wanted.root(old.size, old.root)
-        wanted.root(new.size, new.root)
-        hold_against_log(given.log, wanted)
+        evidence = Evidence()
+        evidence.root(old.size, old.root)
+        evidence.root(new.size, new.root)
+        hold_against_log(given.log, evidence)
     return _answer(_said_of_growth(old, new), given, keys)
 
 

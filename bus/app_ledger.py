@@ -108,8 +108,8 @@ class LedgerApi:
 
     def _proved(self, ask: Callable[[Prover], T]) -> T:
         """What a prover says of the ledger as it is now. In a thread; raises as `Prover` and `ask`."""
-        ledger, signer = self._bus.settings.ledger, self._bus.signer
-        with Prover(ledger, signer, most_lines=provenance.CAUGHT_UP_LINES) as prover:
+        ledger, notary = self._bus.settings.ledger, self._bus.notary
+        with Prover(ledger, notary, most_lines=provenance.CAUGHT_UP_LINES) as prover:
             return ask(prover)
 
 

@@ -14,7 +14,8 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from bus.checkpoints import TYPE, Checkpoints, told, tree_of
+from bus import tails
+from bus.checkpoints import TYPE, Checkpoints, root_at, told, tree_of
 from bus.merkle import Frontier
 from bus.model import now_ms
 from bus.records import (
@@ -32,7 +33,6 @@ from bus.segments import (
     FILE_MODE,
     closed_backwards,
     closed_firsts,
-    end_of_lines,
     finish_rotation,
     identity,
     identity_at,
@@ -46,18 +46,23 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from bus.checkpoints import Note
     from bus.records import Draft
 
 PROBE_BYTES = 4096
 CHECKPOINT_MARK = b'"type":"checkpoint"'
 """Stands in every checkpoint's line, and may stand in others."""
 
+RECOVERED_MARK = b'"type":"recovered"'
+"""The same of a record of what was cut off."""
+
 _RECENT_BYTES = 1 << 18
 _FEW_BYTES = 1 << 18
 """How much of what others have appended is taken in without a thread."""
 
 _UNREAD = -1
-"""The size of a file whose end is not read yet, be it empty: the chain goes on from the segment before."""
+"""The size of a file whose end is not read yet, be it empty: the chain may go on from a segment before, and a line may
+be owed of what was cut off."""
 
 _log = logging.getLogger(__name__)
 
@@ -67,7 +72,8 @@ Fsync = Literal["always", "batch", "never"]
 class Receipt(NamedTuple):
     """Where a record stands. `tree_size` is the number of lines in the ledger once its group was written.
 
-    `checkpoint` is the signed note of the tree of that size, None without a key.
+    `checkpoint` is the signed note of the tree of that size; None without a key, with AAL_FSYNC=never, and where the
+    log is not the one that the key has signed.
     """
 
     seq: int
@@ -86,9 +92,8 @@ class Group:
         self.places: list[tuple[int, str]] = []
         self.text = bytearray()
         self.checkpoint_seq: int | None = None
-        self.note: str | None = None
-        self.kept: tuple[int, str] | None = None
-        """Of its checkpoint the size and the signed note, for the folder of notes."""
+        self.note: Note | None = None
+        self.checkpoint_note: Note | None = None
 
     @property
     def seq(self) -> int:
@@ -104,7 +109,8 @@ class Group:
         return self.tree.size, self.prev
 
     def receipts(self) -> list[Receipt]:
-        return [Receipt(seq, hash_, self.tree.size, self.note) for seq, hash_ in self.places]
+        note = None if self.note is None else self.note.text
+        return [Receipt(seq, hash_, self.tree.size, note) for seq, hash_ in self.places]
 
 
 class Chain:
@@ -143,7 +149,8 @@ class Chain:
         self._size = 0
         self._prev = GENESIS
         self._environment_stands = False
-        self._owed: list[Draft] = []
+        self._owed: dict[str | None, Draft] = {}
+        """Records of what was cut off or lost, by the name of what is kept of it, for the next group."""
         self._unsynced: tuple[tuple[int, int], int] | None = None
         """Which file has lines whose sync failed, and from which byte on."""
 
@@ -174,7 +181,7 @@ class Chain:
         except OSError:  # somebody has it; or it cannot be taken, which who waits for it will say
             return False
         try:
-            if (self._is_as_left() or self._has_only_grown()) and not self._is_full():
+            if self._may_answer() and (self._is_as_left() or self._has_only_grown()) and not self._is_full():
                 return True
         except (OSError, BrokenLineError):  # which who waits for it will say
             pass
@@ -189,6 +196,11 @@ class Chain:
             os.close(self._lock_fd)
             self._lock_fd = -1
 
+    def _may_answer(self) -> bool:
+        """Whether a group need not be kept back for the sake of what is signed with it."""
+        notary = self._checkpoints.notary
+        return notary is None or (notary.is_held and (notary.may_answer or self._fsync == "never"))
+
     def append(self, drafts: Sequence[Draft]) -> list[Receipt]:
         """Take the lock, write a group, and make it last while others write already. Raises as `locked`."""
         with self.locked():
@@ -198,21 +210,36 @@ class Chain:
         except OSError:
             self.abandon()
             raise
-        return self._kept(group)
+        may_answer = self._may_answer()
+        receipts = self._commit_and_keep(group)
+        if group.note is None or may_answer:
+            return receipts
+        with contextlib.suppress(OSError, BrokenLineError):  # the lines stand; who writes next says what is wrong
+            if self.remember():
+                return receipts
+        return [receipt._replace(checkpoint=None) for receipt in receipts]
+
+    def remember(self) -> bool:
+        """Remember what was signed last; False where that cannot be. Without the lock; raises as `locked`."""
+        notary = self._checkpoints.notary
+        if notary is None or notary.remember():
+            return notary is None or notary.refusal is None
+        with self.locked():  # where another process has signed meanwhile: the log is held against that, too
+            return notary.refusal is None
 
     def extend(self, drafts: Sequence[Draft], *, with_checkpoint: bool = False) -> list[Receipt]:
         """With the lock, write a group and make it last. All of it is in the file then, or nothing."""
         group = self.write(drafts, with_checkpoint=with_checkpoint)
         with self.or_cut_back():
             self.sync(group)
-        return self._kept(group)
+        return self._commit_and_keep(group)
 
     def wants_checkpoint(self, *, at_end: bool = False) -> bool:
         """Whether there is to be a checkpoint, as far as is known; `at_end` is whether this writer is about to end."""
         return self._checkpoints.are_due(self.seq, at_end=at_end)
 
     def write(self, drafts: Sequence[Draft], *, with_checkpoint: bool = False) -> Group:
-        """With the lock, write a group; it counts only once it is settled.
+        """With the lock, write a group; it counts only once it is committed.
 
         Where the segment is full, the group begins a new one.
         """
@@ -222,7 +249,7 @@ class Chain:
         group = Group(self._tree.copy(), self._prev, environment_stands=self._environment_stands)
         if self._size == 0 and self.seq:  # so that who opens a new segment need not read the one before
             self._add_checkpoint(group)
-        for owed in self._owed:
+        for owed in self._owed.values():
             group.add(owed)
         for one in drafts:
             group.places.append(group.add(one))
@@ -231,41 +258,45 @@ class Chain:
                 group.environment_stands = True
         if group.checkpoint_seq is None and (with_checkpoint or self._checkpoints.are_due(group.seq)):
             self._add_checkpoint(group)
-        if group.places:
+        if group.places and self._fsync != "never":
             group.note = self._checkpoints.note(group.tree)
         with self.or_cut_back():
             write_all(self._fd, group.text)
         return group
 
     def _add_checkpoint(self, group: Group) -> None:
-        size, note = group.seq, self._checkpoints.note(group.tree)
-        group.checkpoint_seq, _ = group.add(self._checkpoints.draft(group.tree, note))
-        group.kept = None if note is None else (size, note)
+        note = group.checkpoint_note = self._checkpoints.note(group.tree)
+        group.checkpoint_seq, _ = group.add(self._checkpoints.draft(group.tree, note and note.text))
 
     def sync(self, group: Group) -> None:
         """Make what was written last, as far as asked for."""
-        if group.seq == self.seq or self._fsync == "never":
-            return
-        os.fdatasync(self._fd)
+        if group.seq != self.seq and self.fd_to_sync(group) is not None:
+            os.fdatasync(self._fd)
 
-    def fd_to_sync(self) -> int | None:
-        """The descriptor whose fdatasync is all that a written group wants; None where it wants nothing."""
-        return None if self._fsync == "never" else self._fd
+    def fd_to_sync(self, group: Group) -> int | None:
+        """The descriptor whose fdatasync is all that a written group wants; None where it wants nothing.
 
-    def _kept(self, group: Group) -> list[Receipt]:
-        """As `settle`, and the note of its checkpoint is kept: for a thread that may wait for the disk."""
-        receipts = self.settle(group)
-        if group.kept is not None:
-            self._checkpoints.keep(*group.kept)
+        What was signed must not be lost, whatever was asked for.
+        """
+        return None if self._fsync == "never" and group.checkpoint_note is None else self._fd
+
+    def _commit_and_keep(self, group: Group) -> list[Receipt]:
+        """As `commit`, and the note of its checkpoint is kept: for a thread that may wait for the disk."""
+        receipts = self.commit(group)
+        if group.checkpoint_seq is not None:
+            self._checkpoints.keep(group.checkpoint_note)
         return receipts
 
-    def settle(self, group: Group) -> list[Receipt]:
+    def commit(self, group: Group) -> list[Receipt]:
         """A group that was written and synced counts from now on. Gives where each record stands."""
         self._tree, self._prev, self._environment_stands = group.tree, group.prev, group.environment_stands
         self._size += len(group.text)
         self._owed.clear()
         if group.checkpoint_seq is not None:
             self._checkpoints.stands(group.checkpoint_seq)
+        note = group.note or group.checkpoint_note
+        if note is not None and self._checkpoints.notary is not None:
+            self._checkpoints.notary.handed_out(note.signed)
         return group.receipts()
 
     def abandon(self) -> None:
@@ -347,7 +378,7 @@ class Chain:
         end = self._size_under_name()
         if end is None or not self._environment_stands or not 0 < self._size < end <= self._size + _FEW_BYTES:
             return False
-        return self._sound_end(end) == end and self._read_on(end)
+        return not self._owed and self._sound_end(end) == end and self._read_on(end)
 
     def _catch_up(self) -> None:
         """Learn what others did since: appended, died in the middle of a write, moved the file away."""
@@ -360,6 +391,19 @@ class Chain:
         self._write_again(status.st_size)
         if status.st_size != self._size:
             self._read_end(status.st_size)
+        notary = self._checkpoints.notary
+        if notary is not None and not notary.is_held:
+            notary.hold(self.seq, self._root_at)
+
+    def _root_at(self, size: int) -> bytes | None:
+        """Of the first `size` lines, as `root_at`. Raises `OSError`."""
+        backwards = itertools.chain(lines_backwards(self._fd, self._size), closed_backwards(self._path))
+        return root_at(size, self._tree, backwards)
+
+    def _hold_anew(self) -> None:
+        """It may be another log now than the one that was signed."""
+        if self._checkpoints.notary is not None:
+            self._checkpoints.notary.is_held = False
 
     def _is_full(self) -> bool:
         return 0 < self._segment_bytes <= self._size
@@ -383,8 +427,9 @@ class Chain:
         if status.st_size == 0 and self._fsync != "never":  # now: others may soon be answered for lines in it
             sync_folder(self._path.parent)
         self._identity = identity(status)
-        self._size, self._tree, self._prev = _UNREAD if closed else 0, Frontier(), GENESIS
+        self._size, self._tree, self._prev = _UNREAD, Frontier(), GENESIS
         self._checkpoints.stands(0)
+        self._hold_anew()
         self._environment_stands = False
         return status
 
@@ -399,10 +444,14 @@ class Chain:
 
     def _read_end(self, size: int) -> None:
         end = self._sound_end(size)
-        if not 0 < self._size <= end or not self._read_on(end):
+        is_new = not 0 < self._size <= end or not self._read_on(end)
+        if is_new:
             self._read_back(end)
+        self._drop_said(end)
         if end < size:
-            self._cut_tail(end, size, self.seq + 1)
+            self._cut_tail(end, size)
+        if is_new or end < size:
+            self._owe_kept()
         self._environment_stands = self._environment_stands or self._finds_environment(end)
 
     def _read_on(self, end: int) -> bool:
@@ -425,6 +474,7 @@ class Chain:
 
     def _read_back(self, end: int) -> None:
         """Learn from the end of the file what the ledger is; where that says too little, from the segments before."""
+        self._hold_anew()
         tree, prev, checkpoint_seq = Frontier(), GENESIS, 0
         backwards = itertools.chain(lines_backwards(self._fd, end), closed_backwards(self._path))
         if (line := next(backwards, None)) is not None:
@@ -437,43 +487,32 @@ class Chain:
         self._checkpoints.stands(checkpoint_seq)
 
     def _sound_end(self, size: int) -> int:
-        """The end of the last whole line. After a power loss, a block that never reached the disk reads as NULs."""
-        end = end_of_lines(self._fd, size)
-        for line in lines_backwards(self._fd, end):
-            if b"\x00" not in line:
-                break
-            end -= len(line)
-        return end
+        known = self._size if 0 < self._size <= size else 0
+        return tails.sound_end(self._fd, size, known, self._checkpoints.is_kept)
 
-    def _cut_tail(self, end: int, size: int, seq: int) -> None:
+    def _cut_tail(self, end: int, size: int) -> None:
         """Cut off what a writer that is no more left behind; the bytes stay beside the log, and a record says so."""
-        kept = self._keep(os.pread(self._fd, size - end, end), seq)
+        tail = os.pread(self._fd, size - end, end)
+        kept = tails.keep(self._path, tail, self.seq + 1, sync=self._fsync != "never")
         os.ftruncate(self._fd, end)
-        _log.warning("cut %d bytes of an unfinished line off %s; they are in %s", size - end, self._path, kept)
-        self._owe_recovered(size - end, kept)
+        _log.warning("cut %d bytes of unfinished lines off %s; they are in %s", size - end, self._path, kept)
 
     def _owe_recovered(self, size: int | None, kept: str | None) -> None:
         """Have the next group begin with a record of the `size` bytes that lie in the file `kept`; None where lost."""
         members = {"type": "recovered", "timestamp_ms": now_ms(), "cut_bytes": size, "kept_as": kept}
-        self._owed.append(draft(members))
+        self._owed.setdefault(kept, draft(members))
 
-    def _keep(self, tail_: bytes, seq: int) -> str:
-        name = f"{self._path.name}.torn-{seq}"
-        number = 1
-        while (path := self._path.with_name(name)).exists():
-            number += 1
-            name = f"{self._path.name}.torn-{seq}-{number}"
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
-        try:
-            write_all(fd, tail_)
-            if self._fsync != "never":
-                os.fsync(fd)
-        except OSError:
-            path.unlink(missing_ok=True)
-            raise
-        finally:
-            os.close(fd)
-        return name
+    def _owe_kept(self) -> None:
+        """Owe a record of each tail that was cut off here, be it by a process that was killed before it wrote one."""
+        for name, size in tails.kept(self._path, self.seq + 1):
+            self._owe_recovered(size, name)
+
+    def _drop_said(self, end: int) -> None:
+        """Owe no record that another, who found the same, has written meanwhile."""
+        for line in lines_backwards(self._fd, end) if self._owed else ():
+            record = parse_or_none(line) if RECOVERED_MARK in line else None
+            if record is not None and record["type"] == "recovered" and (name := record.get("kept_as")) is not None:
+                self._owed.pop(name, None)
 
     def _finds_environment(self, end: int) -> bool:
         """Whether the end of the log holds this environment, so that many short-lived writers do not repeat it."""

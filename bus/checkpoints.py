@@ -8,21 +8,23 @@ lines and no further.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bus.merkle import Frontier
 from bus.model import now_ms
-from bus.records import BrokenLineError, check, draft, parse
+from bus.notary import Signed
+from bus.records import BrokenLineError, check, draft, hash_in, parse
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from bus.model import Record
-    from bus.notes import Signer
+    from bus.notary import Notary
     from bus.records import Draft
 
 TYPE = "checkpoint"
@@ -40,23 +42,41 @@ _DIGITS = 12
 _log = logging.getLogger(__name__)
 
 
+class Note(NamedTuple):
+    """A signed note, and the tree that it is of."""
+
+    signed: Signed
+    text: str
+
+
 class Checkpoints:
-    """When the ledger at `path` gets a checkpoint, and what stands in it. `signer` is None where there is no key."""
+    """When the ledger at `path` gets a checkpoint, and what stands in it. `notary` is None where there is no key."""
 
     def __init__(
-        self, path: Path, signer: Signer | None = None, *, clock: Callable[[], float] = time.monotonic
+        self, path: Path, notary: Notary | None = None, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._folder = path.parent / FOLDER
-        self._signer = signer
+        self.notary = notary
         self.serves = False
         """Whether this is a server's ledger."""
         self._clock = clock
         self._last_seq = 0
-        self._due_at = clock() + AFTER_S
+        self._due_at = self._look_at = clock() + AFTER_S
 
-    def note(self, tree: Frontier) -> str | None:
-        """The signed note of a tree; None without a key, and of a tree without lines."""
-        return None if self._signer is None or not tree.size else self._signer.checkpoint(tree.size, tree.root())
+    def note(self, tree: Frontier) -> Note | None:
+        """The signed note of a tree; None without a key, where nothing is signed, and of a tree without lines."""
+        if self.notary is None or not tree.size:
+            return None
+        signed = Signed(tree.size, tree.root())
+        text = self.notary.note(signed)
+        return None if text is None else Note(signed, text)
+
+    def is_time_to_look(self) -> bool:
+        """Whether a server is to look if others have appended, which they do not tell it: once in `AFTER_S` seconds."""
+        if not self.serves or self._clock() < self._look_at:
+            return False
+        self._look_at = self._clock() + AFTER_S
+        return True
 
     def are_due(self, size: int, *, at_end: bool = False) -> bool:
         """Whether a ledger of so many lines is to get one; never where nothing came since the last.
@@ -80,17 +100,39 @@ class Checkpoints:
         })  # fmt: skip
 
     def stands(self, seq: int) -> None:
-        """The line of the last one stands in the ledger, at `seq`."""
+        """The line of the last one stands in the ledger, at `seq`: the next is due some time from when that is new."""
+        if seq == self._last_seq:
+            return
         self._last_seq = seq
-        self._due_at = self._clock() + AFTER_S
+        self._due_at = self._look_at = self._clock() + AFTER_S
 
-    def keep(self, size: int, note: str) -> None:
-        """Put a note into the folder. Where that cannot be, it stands in the ledger all the same."""
+    def keep(self, note: Note | None) -> None:
+        """What a checkpoint was signed of is remembered, and then its note put into the folder.
+
+        Where that cannot be, it stands in the ledger all the same. None where nothing was signed.
+        """
+        if self.notary is None:
+            return
+        if note is None:
+            self.notary.try_again()
+            return
+        self.notary.remember()
+        self._put(note.signed.size, note.text)
+
+    def _put(self, size: int, note: str) -> None:
         try:
             self._write(size, note)
             self._prune()
         except OSError as error:
             _log.warning("the note of %d lines is not in %s: %s", size, self._folder, error)
+
+    def is_kept(self, record: Record) -> bool:
+        """Whether the signed note of a checkpoint's line lies in the folder, as it does once the line is synced."""
+        try:
+            note = (self._folder / f"{record['size']:0{_DIGITS}}").read_text("utf-8")
+            return bool(note == record["note"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
     def _write(self, size: int, note: str) -> None:
         self._folder.mkdir(exist_ok=True)
@@ -140,6 +182,26 @@ def tree_in(record: Record) -> Frontier:
     except (KeyError, TypeError, ValueError):
         pass
     raise BrokenLineError("tree", "its subtrees do not make the root that it names, of the lines before it")
+
+
+def root_at(size: int, whole: Frontier, lines_backwards: Iterator[bytes]) -> bytes | None:
+    """The root of the first `size` lines of a log, whose tree is `whole` and whose lines come the last first.
+
+    None where there are not so many, where a line cannot be read, and where `whole` did not grow out of that tree.
+    """
+    if size >= whole.size:
+        return whole.root() if size == whole.size else None
+    try:
+        later = [hash_in(line) for line in itertools.islice(lines_backwards, whole.size - size)]
+        tree, _ = tree_of(map(told, lines_backwards))
+    except BrokenLineError:
+        return None
+    if tree.size != size:
+        return None
+    root = tree.root()
+    for leaf in reversed(later):
+        tree.append(leaf)
+    return root if tree.root() == whole.root() else None
 
 
 def _whole(size: Any) -> int:  # noqa: ANN401

@@ -47,7 +47,7 @@ _STORED = "Give --payload, or make calls with AAL_DEV_LOG_PAYLOAD=1: then their 
 _PARAM = "--payload"
 
 
-Wanted = Annotated[
+CalledPhase = Annotated[
     Phase | None,
     typer.Option(
         parser=one_of(Phase),
@@ -103,7 +103,7 @@ def profile(
     *,
     name: Annotated[str, typer.Argument(metavar="NAME", help="The overlay's name.")],
     capability: Annotated[str | None, typer.Option(metavar="NAME", help="Needed where it has several.")] = None,
-    phase: Wanted = None,
+    phase: CalledPhase = None,
     payload: Payloads = None,
     recorded: Recorded = None,
     runs: Runs = None,

@@ -227,7 +227,7 @@ def _prover(ctx: typer.Context) -> "Prover":
 
     path = workplace(ctx).settings().ledger
     with _progress(path) as told:
-        return ctx.with_resource(Prover(path, _key(ctx).signer(), progress=told))
+        return ctx.with_resource(Prover(path, _key(ctx).notary(), progress=told))
 
 
 def _key(ctx: typer.Context) -> "LedgerKey":

@@ -121,14 +121,14 @@ class Bus:
         self.events = Events()
         self.environment = environment or collect_environment(settings.overlays.parent)
         self.environment_hash = environment_hash(self.environment)
-        self.signer = LedgerKey(settings.state).signer()
+        self.notary = LedgerKey(settings.state).notary()
         """Signs all that this Bus signs, whatever becomes of the key's file meanwhile; None where there was no key."""
         self.ledger = Ledger(
             settings.ledger,
             fsync=settings.fsync,
             environment=self.environment,
             more=lambda: self.scheduler.running > 0,
-            signer=self.signer,
+            notary=self.notary,
             segment_bytes=settings.ledger_segment_bytes,
         )
         self.starts = Starts(self.ledger)

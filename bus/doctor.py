@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from bus import memory as memory_files
 from bus import provenance, records, segments, verification
+from bus.checkpoints import root_at, told, tree_of
+from bus.errors import BusError
+from bus.ledger_key import LedgerKey
 from bus.plugins import tiers_of
 from bus.policy import PHASES
 from runners import cgroups, trial
@@ -61,6 +64,7 @@ def examine(settings: Settings, registry: Registry, tried: Mapping[str, Findings
     for name, folder in (("logs", settings.logs), ("state", settings.state)):
         yield writable(name, folder)
     yield ledger(settings.ledger)
+    yield from signing(settings)
     entries = registry.entries()
     yield overlays_folder(settings.overlays, entries)
     for entry in entries:
@@ -236,8 +240,31 @@ def _verdict(report: VerifyReport) -> Finding:
         return Finding("ledger", "warn", f"line {report.first_bad}: {report.reason}", hint)
     if not report.ok:
         hint = "Keep a copy, find out who changed it, and begin a new one."
+        if report.fault == "json":
+            hint = f"The next start cuts off what a power loss left. Where it does not: {hint[0].lower()}{hint[1:]}"
         return Finding("ledger", "fail", f"line {report.first_bad}: {report.reason}", hint)
     return Finding("ledger", "ok", f"{report.lines} lines, all good")
+
+
+def signing(settings: Settings) -> Iterator[Finding]:
+    """With a key: whether the ledger is the one that it has signed."""
+    name = "signing"
+    try:
+        notary = LedgerKey(settings.state).notary()
+        if notary is None:
+            return
+        known = notary.known()
+        with segments.Segments(settings.ledger, at_rest=True) as log:
+            whole, _ = tree_of(map(told, log.backwards()))
+            notary.require(known, whole.size, lambda size: root_at(size, whole, log.backwards()))
+    except records.BrokenLineError as error:
+        yield Finding(name, "fail", f"the ledger's end cannot be read: {error.detail}", "aal provenance verify")
+    except BusError as error:
+        yield Finding(name, "fail", error.detail, error.hint or "")
+    except OSError as error:
+        yield Finding(name, "fail", f"the ledger cannot be read: {error.strerror}", "Mend its permissions.")
+    else:
+        yield Finding(name, "ok", f"{known[-1].size} lines signed and there" if known else "nothing signed yet")
 
 
 def overlays_folder(folder: Path, entries: list[Entry]) -> Finding:

@@ -15,6 +15,7 @@ import logging
 import os
 import queue
 import threading
+import time
 from collections import defaultdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from bus.model import Record
-    from bus.notes import Signer
+    from bus.notary import Notary
     from bus.records import Draft
 
 __all__ = ["Fsync", "Ledger", "LedgerError", "Receipt"]
@@ -51,7 +52,9 @@ _GROUP_LIMIT = 1024
 _SMALL_BYTES = 1 << 18
 """What the event loop may write by itself, in bytes."""
 _SHORTAGES = frozenset({errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
-_BROKEN_HINT = "aal provenance verify names the first bad line; with the log moved away, a new chain begins."
+_BROKEN_HINT = (
+    "aal provenance verify names the first bad line; with all files of the log moved away, a new chain begins."
+)
 
 
 class LedgerError(OverloadError):
@@ -111,20 +114,23 @@ class Ledger:
         fsync: Fsync,
         environment: Mapping[str, Any],
         more: Callable[[], bool] = lambda: True,
-        signer: Signer | None = None,
+        notary: Notary | None = None,
         segment_bytes: int = 0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`more` says whether records may be on their way: where none are, a group is not kept waiting for any.
 
-        With a `signer` every answer's receipt has a signed note of the tree that its line is in. A file of
-        `segment_bytes` or more is closed, compressed, and followed by another; 0 is never.
+        With a `notary` every answer's receipt has a signed note of the tree that its line is in, unless `fsync` is
+        never. A file of `segment_bytes` or more is closed, compressed, and followed by another; 0 is never. `clock`
+        gives seconds; checkpoints are due by it.
         """
         self.path = path
         self.reason: str | None = "the ledger is not open"
         self.hint: str | None = None
         self._fsync = fsync
         self._more = more
-        self._checkpoints = Checkpoints(path, signer)
+        self._notary = notary
+        self._checkpoints = Checkpoints(path, notary, clock=clock)
         self._chain = Chain(path, fsync, environment, self._checkpoints, segment_bytes=segment_bytes)
         self._upkeep = Upkeep(path)
         self._writing = threading.Lock()
@@ -148,6 +154,11 @@ class Ledger:
     def size(self) -> int:
         """Lines in the ledger, as far as this process knows: others may have appended since its last write."""
         return self._chain.seq
+
+    @property
+    def unsigned(self) -> str | None:
+        """Why nothing is signed though there is a key; None where it is, and without a key."""
+        return None if self._notary is None or self._notary.refusal is None else self._notary.refusal.detail
 
     def open(self, *, serves: bool = False) -> None:
         """Make the folder and the file, heal a torn tail, move another program's log aside, start the writer.
@@ -249,6 +260,9 @@ class Ledger:
             if self._chain.wants_checkpoint(at_end=at_end):
                 self._chain.extend((), with_checkpoint=True)
 
+    def _remember(self) -> None:
+        self._chain.remember()
+
     def _try_beside(self) -> None:
         path = self.path.with_name(f"{self.path.name}.probe-{os.getpid()}")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -291,12 +305,13 @@ class Ledger:
             if written is None:
                 self._steps.put(partial(self._write, group))
                 return
-            if self._fsync != "never" and not self._sync_by_kernel(group, written):
-                self._steps.put(partial(self._settle_after, partial(self._chain.sync, written), group, written))
-        if self._fsync == "never":
-            self._conclude(group, written)
-        else:
+            wants_sync = self._chain.fd_to_sync(written) is not None
+            if wants_sync and not self._sync_by_kernel(group, written):
+                self._steps.put(partial(self._commit_after, partial(self._chain.sync, written), group, written))
+        if wants_sync:
             _tell_places(group, written)
+        else:
+            self._finish(group, written)
 
     def _take(self) -> list[_Waiting]:
         group, self._waiting = self._waiting[:_GROUP_LIMIT], self._waiting[_GROUP_LIMIT:]
@@ -317,7 +332,7 @@ class Ledger:
 
     def _sync_by_kernel(self, group: list[_Waiting], written: Group) -> bool:
         """Have a group synced that the loop wrote. False where a thread has to."""
-        loop, fd = running_loop(), self._chain.fd_to_sync()
+        loop, fd = running_loop(), self._chain.fd_to_sync(written)
         if self._kernel is None or loop is None or fd is None:
             return False
         try:
@@ -360,23 +375,23 @@ class Ledger:
             if flight is None or kernel is None or flight is not self._flight:
                 return
             self._flight = None
-        self._settle_after(kernel.end, flight.waiting, flight.written)
+        self._commit_after(kernel.end, flight.waiting, flight.written)
 
-    def _settle_after(self, sync: Callable[[], None], group: list[_Waiting], written: Group) -> None:
-        """Let a group that the loop wrote count once it is synced."""
+    def _commit_after(self, sync: Callable[[], None], group: list[_Waiting], written: Group) -> None:
+        """Have a group that the loop wrote synced, then let it count."""
         error = None
         try:
             sync()
         except Exception as failed:  # noqa: BLE001  # as above
             self._chain.abandon()
             error = failed
-        self._conclude(group, written, error)
+        self._finish(group, written, error)
 
-    def _conclude(self, group: list[_Waiting], written: Group, error: Exception | None = None) -> None:
+    def _finish(self, group: list[_Waiting], written: Group, error: Exception | None = None) -> None:
         """Let a group count that the loop wrote, and answer it; with an `error` nobody is answered for it."""
         answers: Sequence[Receipt | LedgerError]
         if error is None:
-            answers = self._chain.settle(written)
+            answers = self._chain.commit(written)
             self._keep(written)
             self.reason = self.hint = None
         else:
@@ -387,9 +402,9 @@ class Ledger:
 
     def _keep(self, written: Group) -> None:
         """Have the note of a group's checkpoint kept: not in the loop, which would wait for the disk."""
-        if written.kept is None:
+        if written.checkpoint_seq is None:
             return
-        keep = partial(self._checkpoints.keep, *written.kept)
+        keep = partial(self._checkpoints.keep, written.checkpoint_note)
         if running_loop() is None:
             keep()
         else:
@@ -419,6 +434,9 @@ class Ledger:
         if self.healthy and self._chain.wants_checkpoint(at_end=True):
             with self._writing:
                 self._do(partial(self._checkpoint, at_end=True))
+        if self.healthy:
+            with self._writing:
+                self._do(self._remember)
 
     def _run(self) -> None:
         """The thread: one step after the other."""
@@ -439,7 +457,7 @@ class Ledger:
         if not self._writing.locked():  # else a loop writes; or it ended before it came to the end of that
             if not self.healthy:
                 self.probe()
-            elif self._chain.wants_checkpoint():
+            elif self._chain.wants_checkpoint() or self._checkpoints.is_time_to_look():
                 self._attempt(self._checkpoint)
         self._flush()
 
@@ -449,17 +467,17 @@ class Ledger:
         for one, answer in zip(group, answers, strict=True):
             by_loop[one.future.get_loop()].append((one, answer))
         woken, here = False, running_loop()
-        for loop, settled in by_loop.items():
+        for loop, answered in by_loop.items():
             if loop is here:
-                self._settle(settled)
+                self._resolve(answered)
                 woken = True
                 continue
             with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits any more
-                loop.call_soon_threadsafe(self._settle, settled)
+                loop.call_soon_threadsafe(self._resolve, answered)
                 woken = True
         return woken
 
-    def _settle(self, answers: _Answers) -> None:
+    def _resolve(self, answers: _Answers) -> None:
         """In the callers' loop: let them go on, and begin with what came meanwhile."""
         for waiting, answer in answers:
             if isinstance(answer, Receipt) and waiting.written:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from bus.errors import OperatorError
+from bus.notary import Notary
 from bus.notes import Signer, new_key
 from bus.private_file import PrivateFile
 
@@ -39,12 +40,18 @@ class LedgerKey:
     """The key of a state folder. Read once by whoever writes the ledger: another takes effect at the next start."""
 
     def __init__(self, state: Path) -> None:
+        self._state = state
         self._file = PrivateFile(state, _Form())
 
     def signer(self) -> Signer | None:
         """None where there is no key. Raises `SettingError` where the file cannot be used."""
         text = self._file.get()
         return None if text is None else Signer.read(text)
+
+    def notary(self) -> Notary | None:
+        """What signs with it, None where there is no key. Raises as `signer`."""
+        signer = self.signer()
+        return None if signer is None else Notary(signer, self._state)
 
     def create(self, name: str) -> Signer:
         """Make a key of this name. Raises `OperatorError` where there is one, `ValueError` for what is no name."""

@@ -173,6 +173,11 @@ class _BusState:
             ("aal_event_readers", "Who listens to GET /events.", float(self._bus.events.readers)),
             ("aal_ledger_size", "Lines of the ledger.", ledger.size),
             ("aal_ledger_healthy", "1 where the ledger can be written.", float(ledger.healthy)),
+            (
+                "aal_ledger_refuses_to_sign",
+                "1 where its key has signed another log.",
+                float(ledger.unsigned is not None),
+            ),
         ):
             if math.isfinite(value):  # the room is not, before the first look at the machine
                 yield GaugeMetricFamily(name, text, value=value)

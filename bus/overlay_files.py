@@ -33,11 +33,14 @@ REMOVED_FOLDER = "removed"
 
 
 @contextlib.contextmanager
-def locked(state: Path) -> Iterator[None]:
-    """Hold the one lock of `state` between processes. Raises `OperatorError`."""
-    with failing_as_operator_error(f"lock {state / LOCK_FILE}"):
+def locked(state: Path, name: str = LOCK_FILE) -> Iterator[None]:
+    """Hold a lock of `state` between processes, by default the one of all that has none of its own.
+
+    Raises `OperatorError`.
+    """
+    with failing_as_operator_error(f"lock {state / name}"):
         state.mkdir(parents=True, exist_ok=True)
-        file = (state / LOCK_FILE).open("ab")
+        file = (state / name).open("ab")
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -18,7 +18,7 @@ import orjson
 from bus.canonical import shown
 from bus.codehash import Stamp
 from bus.errors import Fault, SettingError
-from bus.overlay_files import failing_as_operator_error, locked
+from bus.overlay_files import LOCK_FILE, failing_as_operator_error, locked
 from runners.base import parse_json
 
 if TYPE_CHECKING:
@@ -53,8 +53,10 @@ class Form(Protocol[Held]):
 class PrivateFile(Generic[Held]):
     """The file `<state>/<form.name>`, as the values of `form`."""
 
-    def __init__(self, state: Path, form: Form[Held]) -> None:
+    def __init__(self, state: Path, form: Form[Held], *, lock: str = LOCK_FILE) -> None:
+        """Who changes it holds the lock of the name `lock` in `state`; some hold the usual one for seconds."""
         self._state = state
+        self._lock = lock
         self._form = form
         self._file = state / form.name
         self._path = str(self._file)
@@ -86,7 +88,7 @@ class PrivateFile(Generic[Held]):
 
         Raises `OperatorError` where it cannot be written, and `SettingError` as `get`.
         """
-        with locked(self._state):
+        with locked(self._state, self._lock):
             held = self.get()
             if (changed := change(held)) != held:
                 text = orjson.dumps(self._form.document(changed), option=orjson.OPT_INDENT_2)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from bus.checkpoints import told, tree_of
 from bus.errors import NotFoundError
-from bus.index import UnfitError, index_of
+from bus.index import index_of
+from bus.index_view import UnfitError
 from bus.merkle import (
     HASH_BYTES,
     Frontier,
@@ -26,6 +27,7 @@ from bus.merkle import (
     node_hash,
     root_of,
 )
+from bus.notary import Signed
 from bus.records import BrokenLineError, hash_in
 from bus.segments import Segments
 
@@ -33,8 +35,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
-    from bus.index import View
-    from bus.notes import Signer
+    from bus.index_view import View
+    from bus.notary import Notary
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -59,7 +61,7 @@ class Inclusion:
 
 
 @dataclass(frozen=True, slots=True)
-class Tree:
+class TreeHead:
     """What the ledger is now; the members as in `Inclusion`."""
 
     tree_size: int
@@ -92,20 +94,22 @@ class Prover:
     index says is held against the log before it is given out: the tree of all lines against the last checkpoint and
     the lines since, every other tree and every proof against that one. An index that is wrong is dropped, and all
     lines are read. A context manager, for as long as nobody is to change that index; for one thread at a time. Raises
-    `BrokenLineError` where the log cannot be read, and `OperatorError` where it cannot be synced to be signed.
+    `BrokenLineError` where the log cannot be read; with a key `OperatorError` where it cannot be synced to be signed or
+    is not the one that the key has signed, and whatever else `Notary` raises.
     """
 
     def __init__(
         self,
         path: Path,
-        signer: Signer | None = None,
+        notary: Notary | None = None,
         *,
         progress: Callable[[int], None] | None = None,
         most_lines: int = sys.maxsize,
     ) -> None:
         """The index takes in at most `most_lines`; `progress` is called with the number of those that it holds."""
         self._path = path
-        self._signer = signer
+        self._notary = notary
+        known = [] if notary is None else notary.known()
         self._index = index_of(path)
         self._kept = ExitStack()
         self._view: View | None = None
@@ -113,13 +117,15 @@ class Prover:
         try:
             if self._index is not None:
                 self._index.refresh(progress, most_lines=most_lines)
-                reading = self._index.reading(at_rest=True, to_sign=signer is not None)
+                reading = self._index.reading(at_rest=True, to_sign=notary is not None)
                 self._view = self._kept.enter_context(reading)
             self._leaves = self._leaves_behind()
             """Those of the lines that the index does not hold."""
             self.size = self._held + len(self._leaves)
             if self._view is not None:
                 self._of_index(lambda: self._whole)
+            if notary is not None:
+                self._of_index(lambda: notary.require(known, self.size, self._root_at))
         except BaseException:
             self.close()
             raise
@@ -128,7 +134,7 @@ class Prover:
         if self._view is not None:
             self._held = self._view.size
             return _Leaves(self._view.lines_behind())
-        with Segments(self._path, at_rest=True, to_sign=self._signer is not None) as log:
+        with Segments(self._path, at_rest=True, to_sign=self._notary is not None) as log:
             return _Leaves(log.lines())
 
     def __enter__(self) -> Self:
@@ -141,9 +147,9 @@ class Prover:
         """Let go of the index."""
         self._kept.close()
 
-    def checkpoint(self) -> Tree:
+    def checkpoint(self) -> TreeHead:
         """Of all lines."""
-        return self._of_index(lambda: Tree(self.size, self._whole.hex(), self._note(self.size, self._whole)))
+        return self._of_index(lambda: TreeHead(self.size, self._whole.hex(), self._note(self.size, self._whole)))
 
     def inclusion(self, seq: int, size: int | None = None) -> Inclusion:
         """Of line `seq` in the tree of the first `size` lines, or of all. Raises `NotFoundError`."""
@@ -236,7 +242,12 @@ class Prover:
             self._index.drop()
 
     def _note(self, size: int, root: bytes) -> str | None:
-        return None if self._signer is None or not size else self._signer.checkpoint(size, root)
+        if self._notary is None or not size:
+            return None
+        return self._notary.sign(Signed(size, root), self.size, self._root_at)
+
+    def _root_at(self, size: int) -> bytes | None:
+        return self._root(size) if size <= self.size else None
 
 
 class _UntoldError(Exception):

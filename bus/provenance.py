@@ -13,7 +13,8 @@ import sys
 from typing import TYPE_CHECKING
 
 from bus.errors import NotFoundError
-from bus.index import UnfitError, View, Wanted, index_of
+from bus.index import index_of
+from bus.index_view import Filter, UnfitError, View
 from bus.records import BrokenLineError, check, parse, parse_or_none
 from bus.segments import Segments
 
@@ -101,10 +102,10 @@ def tail(
 ) -> list[Record]:
     """The last `limit` records that fit and may be shown, oldest first. What is no record `verify` names.
 
-    What is asked for is as `Wanted` has it. No further line is read after `most_bytes` of those that no index names,
+    What is asked for is as `Filter` has it. No further line is read after `most_bytes` of those that no index names,
     nor after `most_lines`.
     """
-    wanted = Wanted(overlay, phase, ok, code, caller, since_ms, until_ms, types, among)
+    wanted = Filter(overlay, phase, ok, code, caller, since_ms, until_ms, types, among)
     index = index_of(path) if wanted.is_narrow else None
     if index is not None:
         index.refresh(most_lines=CAUGHT_UP_LINES)
@@ -135,7 +136,7 @@ def _at_most(lines: Iterator[bytes], most_bytes: int) -> Iterator[bytes]:
 
 
 def _last(
-    lines_backwards: Iterator[bytes], limit: int, wanted: Wanted, shown: Callable[[Record], bool]
+    lines_backwards: Iterator[bytes], limit: int, wanted: Filter, shown: Callable[[Record], bool]
 ) -> list[Record]:
     """Of lines, the last first, so many that fit and may be shown, oldest first."""
     records = (record for line in lines_backwards if (record := parse_or_none(line)) is not None)
@@ -143,7 +144,7 @@ def _last(
     return list(itertools.islice(fitting, limit))[::-1]
 
 
-def _indexed(view: View, wanted: Wanted, most_bytes: int) -> Iterator[bytes]:
+def _indexed(view: View, wanted: Filter, most_bytes: int) -> Iterator[bytes]:
     """The lines that may be wanted, the last first: those behind the index, and those that it names.
 
     After `most_bytes` of those behind it nothing follows, so that no line between is left out.

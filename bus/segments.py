@@ -75,11 +75,21 @@ def _closed(path: Path) -> dict[int, set[str]]:
 def _list_closed(path: Path) -> dict[int, set[str]]:
     pattern = re.compile(rf"{re.escape(path.stem)}-([0-9]{{{_DIGITS},}}){re.escape(path.suffix)}({PACKED})?")
     found: dict[int, set[str]] = {}
-    with contextlib.suppress(FileNotFoundError):
-        for name in os.listdir(path.parent):  # noqa: PTH208  # names alone
-            if match := pattern.fullmatch(name):
-                found.setdefault(int(match[1]), set()).add(match[2] or "")
+    for name in names_in(path.parent):
+        if match := pattern.fullmatch(name):
+            found.setdefault(int(match[1]), set()).add(match[2] or "")
     return found
+
+
+def names_in(folder: Path) -> list[str]:
+    """Of all files in it; none where it is not there. Begun again where a signal interrupts it, as Python does not."""
+    while True:
+        try:
+            return os.listdir(folder)  # noqa: PTH208  # names alone
+        except InterruptedError:
+            continue
+        except FileNotFoundError:
+            return []
 
 
 def closed_firsts(path: Path) -> list[int]:

@@ -1,6 +1,6 @@
-"""`aal serve`: one server a working folder. It holds the folder's lock and a listening socket before anything starts.
+"""`aal serve`: one server a working folder and a ledger. It holds their locks and a listening socket before all else.
 
-Both are taken first, so that a second server or a taken port is refused at once and leaves the ledger alone.
+They are taken first, so that a second server or a taken port is refused at once and leaves the ledger alone.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ FILES_WANTED = 16_384
 COLLECT_AFTER = (10_000, 10, 50)
 """New objects before the youngest are collected, and how many such rounds before the older ones are (`gc`)."""
 
+log = logging.getLogger(__name__)
+
 _PID_CHARACTERS = 32
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -60,6 +62,7 @@ def serve(settings: Settings, ready: Callable[[str, Bus], None]) -> None:
     _require_tokens(settings)
     with (
         folder_lock(settings.state),
+        ledger_lock(settings.ledger),
         _listen(settings.host, settings.port) as listener,
         serving.announced(settings.state, _address(_reached_by(settings.host), listener)),
     ):
@@ -87,17 +90,36 @@ def folder_lock(state: Path) -> Iterator[None]:
     except OSError as error:
         raise OperatorError("ERR_FILES", f"cannot lock {path}: {error.strerror}") from None
     with os.fdopen(handle, "r+") as file:
-        _take(file, state)
+        _take(file, str(state.parent))
         yield
 
 
-def _take(file: TextIO, state: Path) -> None:
-    """Lock the file, and leave this process's number in it."""
+@contextmanager
+def ledger_lock(ledger: Path) -> Iterator[None]:
+    """Hold the lock that only one server of a ledger can have, whatever the folders of their states, as `folder_lock`.
+
+    Beside a ledger that cannot be written there may be no lock; then there is nothing that two servers could write.
+    """
+    path = ledger.with_suffix(serving.LEDGER_LOCK)
+    try:
+        ledger.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+    except OSError as error:
+        log.warning("cannot lock %s: %s", path, error.strerror)
+        yield
+        return
+    with os.fdopen(handle, "r+") as file:
+        _take(file, f"the ledger in {ledger.parent}")
+        yield
+
+
+def _take(file: TextIO, what: str) -> None:
+    """Lock the file of what is served, and leave this process's number in it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         holder = file.read(_PID_CHARACTERS).strip() or "unknown"
-        raise OperatorError("ERR_IN_USE", f"process {holder} serves {state.parent}") from None
+        raise OperatorError("ERR_IN_USE", f"process {holder} serves {what}") from None
     file.truncate(0)
     file.write(f"{os.getpid()}\n")
     file.flush()

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 LOCK = "serve.lock"
 """The file in the state folder that a server has locked as long as it lives."""
 
+LEDGER_LOCK = ".serving"
+"""The same of the file beside the ledger, by its suffix."""
+
 LOCKS = Path("/proc/locks")
 
 _ADDRESS = re.compile(r"http://[^/\s]+:[0-9]+")

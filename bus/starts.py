@@ -25,7 +25,7 @@ from bus import provenance
 from bus.chain import write_all
 from bus.ledger import LedgerError
 from bus.model import Phase, now_ms
-from bus.records import CALL_TYPES, parse_or_none
+from bus.records import CALL_TYPES, BrokenLineError, parse_or_none
 from bus.segments import FILE_MODE
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ FOLDER = "started"
 PHASES = frozenset({Phase.ASCEND, Phase.SEAL})
 """The calls of these are written down before they start."""
 
-SEARCHED_BYTES = 1 << 28
-"""How much of the ledger's end is searched at most for what one process left open."""
+TOLD_LINES = 100_000
+"""A search through so many lines takes a while, and is told before."""
 
 _REPEATED = ("request_id", "run_id", "caller", "overlay", "capability", "phase", "replay_of")
 """What an `interrupted` line repeats of its `started` line."""
@@ -145,11 +145,12 @@ class Starts:
         try:
             await self._interrupt(writer, lines_before)
             marker.remove()
-        except (OSError, ValueError, LedgerError) as error:  # a line that somebody else wrote may say anything
+        # ValueError: a line that somebody else wrote may say anything
+        except (OSError, ValueError, LedgerError, BrokenLineError) as error:
             _log.warning("calls that were cut off are not marked in the ledger %s: %s", self._ledger.path, error)
 
     async def _interrupt(self, writer: str, lines_before: int) -> None:
-        """Close what stands open in the name of a writer. Raises `OSError`, `LedgerError`."""
+        """Close what stands open in the name of a writer. Raises `OSError`, `LedgerError`, `BrokenLineError`."""
         started = await asyncio.to_thread(_still_open, self._ledger.path, writer, lines_before)
         closing = [self._ledger.submit(_interrupted(line)) for line in started]
         for failed in await asyncio.gather(*closing, return_exceptions=True):
@@ -271,28 +272,28 @@ def _abandoned(path: Path) -> tuple[_Marker, int] | None:
 
 
 def _still_open(path: Path, writer: str, lines_before: int) -> list[Record]:
-    """The started lines of a writer that no line has ended, oldest first. Reads back to `lines_before`."""
-    ended: set[str] = set()
-    interrupted: set[int] = set()
-    found: list[Record] = []
-    seq = None
-    for line in provenance.backwards(path, SEARCHED_BYTES):
-        if (record := parse_or_none(line)) is None:
+    """The started lines of a writer that no line has ended, oldest first.
+
+    Reads all that comes behind `lines_before`, be it much: from there on, so that only what is open is held meanwhile.
+    Raises `OSError`, `BrokenLineError`.
+    """
+    size = next((record["seq"] for line in provenance.backwards(path) if (record := parse_or_none(line))), 0)
+    if size <= lines_before:  # another log bears the name now
+        lines_before = 0
+    if size - lines_before >= TOLD_LINES:
+        _log.info("%d lines of %s are searched for calls that were cut off", size - lines_before, path)
+    found: dict[int, Record] = {}
+    named = f'"writer":"{writer}"'.encode()
+    for line in provenance.raw_lines(path, lines_before + 1):
+        if (not found and named not in line) or (record := parse_or_none(line)) is None:
             continue
-        if seq is None and record["seq"] <= lines_before:  # another log bears the name now
-            lines_before = 0
-        seq = record["seq"]
-        if seq <= lines_before:
-            break
-        if record["type"] in CALL_TYPES:
-            ended.add(record["request_id"])
+        if (record["type"], record.get("writer")) == (STARTED, writer):
+            found[record["seq"]] = record
         elif record["type"] == INTERRUPTED:
-            interrupted.add(record["started"])
-        elif (record["type"], record.get("writer")) == (STARTED, writer) and seq not in interrupted:
-            found.append(record)
-    if seq is not None and seq > lines_before + 1:
-        _log.warning("calls that were cut off before line %d of %s were not searched for", seq, path)
-    return [record for record in found[::-1] if record["request_id"] not in ended]
+            found.pop(record["started"], None)
+        elif record["type"] in CALL_TYPES:
+            found = {seq: one for seq, one in found.items() if one["request_id"] != record["request_id"]}
+    return list(found.values())
 
 
 def _interrupted(started: Record) -> dict[str, Any]:

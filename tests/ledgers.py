@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
+    from bus.notary import Notary
+
 ENVIRONMENT = {
     "python": "CPython 3.11.9",
     "platform": "Linux 6.1",
@@ -38,8 +40,9 @@ def opened(
     more: Callable[[], bool] = lambda: True,
     segment_bytes: int = 0,
     serves: bool = False,
+    notary: Notary | None = None,
 ) -> Iterator[Ledger]:
-    ledger = Ledger(path, fsync=fsync, environment=environment, more=more, segment_bytes=segment_bytes)
+    ledger = Ledger(path, fsync=fsync, environment=environment, more=more, segment_bytes=segment_bytes, notary=notary)
     ledger.open(serves=serves)
     try:
         yield ledger

@@ -11,17 +11,19 @@ import orjson
 import pytest
 
 from bus import checkpoints, merkle
+from bus import ledger as ledger_module
 from bus.dispatch import Bus
 from bus.errors import OperatorError, SettingError
 from bus.index import Index
 from bus.ledger import Ledger
 from bus.ledger_key import LedgerKey
+from bus.notary import Notary
 from bus.notes import Signer, Verifier, new_key
 from bus.proofs import Prover
 from bus.segments import lock_path, taken
 from bus.verification import verify
 from tests.ledgers import ENVIRONMENT, append, call, opened, write
-from tests.support import a_call, add_overlay, misfits, settings_in
+from tests.support import a_call, add_overlay, eventually, misfits, settings_in
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -91,6 +93,36 @@ def test_a_server_writes_one_once_time_has_passed(path: Path, monkeypatch: pytes
     assert types(path) == ["invoke", "checkpoint"] * 2
 
 
+def test_a_server_writes_one_for_the_lines_of_others_once_time_has_passed(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_module, "RETRY_S", 0.01)
+    now_s = [0.0]
+    looks: list[float] = []
+    look = Ledger._checkpoint
+
+    def noted(self: Ledger, *, at_end: bool = False) -> None:
+        look(self, at_end=at_end)
+        looks.append(now_s[0])
+
+    monkeypatch.setattr(Ledger, "_checkpoint", noted)
+    server = Ledger(path, fsync="never", environment=ENVIRONMENT, clock=lambda: now_s[0])
+    server.open(serves=True)
+    try:
+        write(path, call("other"))
+        now_s[0] = checkpoints.AFTER_S
+        eventually(lambda: types(path) == ["invoke", "checkpoint"], "the server tells of the other's line")
+        now_s[0] = 2 * checkpoints.AFTER_S
+        eventually(lambda: len(looks) == 2, "it looks again")
+        write(path, call("other"))
+        now_s[0] = 3 * checkpoints.AFTER_S
+        eventually(lambda: types(path) == ["invoke", "checkpoint"] * 2, "it tells of the other's next line")
+    finally:
+        server.close()
+    assert looks == [checkpoints.AFTER_S, 2 * checkpoints.AFTER_S, 3 * checkpoints.AFTER_S]
+    assert types(path) == ["invoke", "checkpoint"] * 2
+
+
 def test_who_opens_the_ledger_reads_back_to_the_last_one_and_no_further(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,8 +171,13 @@ def signer() -> Signer:
     return Signer.read(new_key("example.org/aal"))
 
 
+def notary_of(path: Path, signer: Signer) -> Notary:
+    """As a process has it that starts on this folder."""
+    return Notary(signer, path.parent.parent / ".aal")
+
+
 def signed(path: Path, signer: Signer, *members: dict[str, Any]) -> list[Receipt]:
-    ledger = Ledger(path, fsync="never", environment=ENVIRONMENT, signer=signer)
+    ledger = Ledger(path, fsync="batch", environment=ENVIRONMENT, notary=notary_of(path, signer))
     ledger.open(serves=True)
     try:
         return [append(ledger, record) for record in members]
@@ -245,7 +282,7 @@ def test_no_writer_can_take_lines_back_while_they_are_synced_to_be_signed(
     monkeypatch.setattr(os, "fdatasync", sync)
     with Prover(path) as prover:
         assert (prover.checkpoint().checkpoint, held_off) == (None, [])
-    with Prover(path, signer) as prover:
+    with Prover(path, notary_of(path, signer)) as prover:
         assert prover.checkpoint().checkpoint is not None
     assert held_off == [True]
 
@@ -267,5 +304,5 @@ def test_nothing_is_signed_that_the_disk_may_yet_lose(
     with Prover(path) as prover:
         assert prover.checkpoint().checkpoint is None
     with pytest.raises(OperatorError, match="nothing is signed"):
-        Prover(path, signer)
+        Prover(path, notary_of(path, signer))
     assert len(failed) == 1  # a second sync may not tell of it again

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from bus import merkle
 from bus.ledger import Ledger
 from bus.ledger_key import LedgerKey
+from bus.notary import Notary
 from bus.notes import Signer, Verifier, new_key
 from tests.cli_fixtures import aal, plain_environment
 from tests.ledgers import ENVIRONMENT, append, call, write
@@ -115,7 +117,7 @@ def signed_ledger(tmp_path: Path, *signers: Signer) -> Path:
     """Of a call and a checkpoint by each of these keys, one after the other; in the working folder."""
     path = tmp_path / "logs" / "provenance.jsonl"
     for signer in signers:
-        ledger = Ledger(path, fsync="never", environment=ENVIRONMENT, signer=signer)
+        ledger = Ledger(path, fsync="batch", environment=ENVIRONMENT, notary=Notary(signer, tmp_path / ".aal"))
         ledger.open(serves=True)
         append(ledger, call())
         ledger.close()
@@ -176,3 +178,25 @@ def test_part_of_the_ledger_is_verified(aal: Callable[..., Ran], ledger: Path) -
     report = json.loads(refused(aal, 4, "provenance", "verify", "--json").out)
     assert (report["first_bad"], report["fault"]) == (3, "hash")
     assert aal("provenance", "prove", "1", "--json").json["tree_size"] == 7
+
+
+COMMANDS = [("checkpoint",), ("prove", "1"), ("prove-consistency", "1")]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+def test_commands_that_sign_refuse_another_log_until_there_is_a_new_key(
+    aal: Callable[..., Ran], tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    path = tmp_path / "logs" / "provenance.jsonl"
+    write(path, call(), call())
+    aal("provenance", "key", "new", "example.org/aal")
+    assert aal("provenance", *command).code == 0
+    shutil.rmtree(path.parent)
+    write(path, call("other"), call("other"))
+    ran = aal("provenance", *command)
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err.startswith("ERR_CONTRADICTED: the key example.org/aal has signed")
+    assert "aal provenance key new" in ran.err
+    (tmp_path / ".aal" / "ledger_key.json").rename(tmp_path / "old_key.json")
+    aal("provenance", "key", "new", "example.org/aal")
+    assert aal("provenance", *command).code == 0

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from bus import chain
-from tests.faults import disks, facts, kills, scenario, syscalls
+from bus.checkpoints import Checkpoints
+from tests.faults import disks, facts, kills, pairs, scenario, syscalls
 from tests.faults.children import DIED, HUNG, Child
 from tests.faults.syscalls import Fault, Setting
 from tests.ledgers import append, call, opened
@@ -24,10 +25,12 @@ from tests.support import REPO
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from bus.checkpoints import Note
     from bus.ledger import Receipt
+    from bus.merkle import Frontier
     from tests.faults.children import Say
 
-PARTS = ("syscalls", "kills", "full disk", "read-only", "truncated", "flipped bits")
+PARTS = ("syscalls", "pairs", "kills", "full disk", "read-only", "truncated", "flipped bits")
 LIMIT_S = 300
 """How long the sample may take; it takes some ten seconds where nothing is wrong."""
 
@@ -70,7 +73,7 @@ def strace() -> None:
 
 
 def stands(receipt: Receipt, name: str) -> str:
-    return f"stands {receipt.seq} {receipt.hash} {name}"
+    return scenario._stands(receipt, name)
 
 
 # --- What is said, and what is seen ---
@@ -148,6 +151,33 @@ def test_a_ledger_that_nobody_can_write_any_more_is_a_fault(path: Path) -> None:
     assert "cannot be written any more" in next(iter(facts.after_reopening(path, [])))
 
 
+needs_a_key = pytest.mark.skipif(scenario.signer() is None, reason="signatures cannot be made here")
+
+
+@needs_a_key
+def test_a_note_that_the_log_contradicts_is_a_fault(path: Path) -> None:
+    with opened(path, "batch", notary=scenario.notary(path)) as ledger:
+        said = [stands(append(ledger, call(name)), name) for name in ("a", "b")]
+    assert [len(line.split(" ")) for line in said] == [6, 6]
+    assert list(facts.of_file(path, said)) == []
+    kept = [line.split(" ")[4:] for line in said]
+    path.unlink()
+    with opened(path) as ledger:
+        append(ledger, call("other"))
+    assert [fault.split(" and ")[0] for fault in facts.of_notes(path, said)] == [
+        f"a note of {size} lines with the root {root} was answered with," for size, root in kept
+    ]
+
+
+@needs_a_key
+def test_a_key_that_takes_the_log_for_another_is_a_fault(path: Path) -> None:
+    with opened(path, "batch", notary=scenario.notary(path)) as ledger:
+        append(ledger, call("a"))
+    path.unlink()
+    faults = list(facts.after_reopening(path, [], scenario.notary(path)))
+    assert [fault.partition(":")[0] for fault in faults] == ["the ledger is not signed any more"]
+
+
 def test_writers_that_lose_lines_when_they_are_killed_are_found(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lines that a process keeps to itself before it writes them are lost with it."""
     monkeypatch.setattr(chain, "write_all", lambda *_: None)
@@ -177,6 +207,39 @@ def test_an_answer_for_a_line_whose_write_failed_is_found(monkeypatch: pytest.Mo
     monkeypatch.setattr(chain, "write_all", _write_or_not)
     fault = Fault(Setting("new", "always"), "write", 2, "EIO", lasting=True)
     assert any("was answered with line" in wrong for wrong in syscalls.run(fault))
+
+
+@needs_a_key
+@pytest.mark.usefixtures("strace")
+def test_a_writer_that_signs_what_it_has_not_written_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It remembers first: killed before its lines are there, it leaves a key that takes the log for another."""
+    note = Checkpoints.note
+
+    def noted(self: Checkpoints, tree: Frontier) -> Note | None:
+        made = note(self, tree)
+        if made is not None and self.notary is not None:
+            self.notary.handed_out(made.signed)
+            self.notary.remember()
+        return made
+
+    monkeypatch.setattr(Checkpoints, "note", noted)
+    runs = [syscalls.run(Fault(Setting("new", "always"), "fsync", number, "KILL")) for number in (2, 4, 6)]
+    assert any("the ledger is not signed any more" in wrong for run in runs for wrong in run)
+
+
+@pytest.mark.usefixtures("strace")
+@pytest.mark.parametrize("takes_turns", [True, False])
+def test_two_writers_to_which_nothing_is_done_are_answered(takes_turns: bool) -> None:
+    assert list(pairs.run(Fault(Setting("rotating", "batch"), "write", 10**4, "EIO"), takes_turns=takes_turns)) == []
+
+
+@pytest.mark.usefixtures("strace")
+def test_who_takes_back_what_it_could_not_sync_though_another_has_gone_on_from_it_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(chain, "_write_at", lambda fd, _, start: os.ftruncate(fd, start))
+    fault = Fault(Setting("new", "always"), "fdatasync", 3, "EIO", lasting=True)
+    assert any(wrong.startswith("other-0 was answered with line") for wrong in pairs.run(fault, takes_turns=True))
 
 
 @pytest.mark.usefixtures("strace")

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bus import index as index_module
-from bus import proofs, provenance, segments
-from bus.index import Index, Wanted
+from bus import index_view, proofs, provenance, segments
+from bus.index import Index
+from bus.index_view import Filter
 from bus.merkle import Subtree, root_of
 from bus.proofs import Prover
 from bus.provenance import iter_lines, raw_lines, read_line, tail
@@ -50,9 +51,11 @@ def path(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks, batches and tiles so small that a short log has many, and an index is worth it."""
-    sizes = {"WORTH_BYTES": 0, "BATCH_LINES": 37, "_BLOCK_LINES": 16, "_BLOCKS_AT_ONCE": 3, "_EVERY": 4, "_KEPT": 2}
-    for name, value in (sizes | {"_TILE_LEVELS": 2, "_TILE": 4}).items():
+    for name, value in {"WORTH_BYTES": 0, "BATCH_LINES": 37}.items():
         monkeypatch.setattr(index_module, name, value)
+    sizes = {"BLOCK_LINES": 16, "_BLOCKS_AT_ONCE": 3, "EVERY": 4, "_KEPT": 2, "TILE_LEVELS": 2, "TILE": 4}
+    for name, value in sizes.items():
+        monkeypatch.setattr(index_view, name, value)
     monkeypatch.setattr(segments, "MEMBER_BYTES", 3000)
 
 
@@ -75,7 +78,7 @@ def records(count: int) -> Iterator[dict[str, Any]]:
 
 def slowly(path: Path, limit: int, **narrowed: Any) -> list[dict[str, Any]]:
     """What a tail is, by all lines."""
-    wanted = Wanted(**narrowed)
+    wanted = Filter(**narrowed)
     return [record for record in iter_lines(path) if wanted.fits(record)][-limit:]
 
 
@@ -223,8 +226,8 @@ def test_an_index_agrees_with_a_slow_reader_whatever_the_log_and_the_question(
             if view:
                 assert seqs(slowly(path, 1000, **narrowed)) == [
                     seq
-                    for seq in reversed(list(view.newest(Wanted(**narrowed))))
-                    if Wanted(**narrowed).fits(read_line(path, seq))
+                    for seq in reversed(list(view.newest(Filter(**narrowed))))
+                    if Filter(**narrowed).fits(read_line(path, seq))
                 ]
 
 

@@ -266,6 +266,22 @@ def test_a_log_that_others_rotated_is_not_called_removed(path: Path, caplog: pyt
     assert_one_chain(path)
 
 
+def test_a_listing_of_the_segments_that_a_signal_interrupts_is_begun_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(path, *(call() for _ in range(8)), segment_bytes=SMALL)
+    whole, real, interrupts = closed_firsts(path), os.listdir, [InterruptedError(errno.EINTR, "a signal")]
+
+    def interrupted(folder: Path) -> list[str]:
+        if interrupts:
+            raise interrupts.pop()
+        return real(folder)
+
+    monkeypatch.setattr(os, "listdir", interrupted)
+    assert closed_firsts(path) == whole != []
+    assert interrupts == []
+
+
 # --- Compression ---
 
 

@@ -232,7 +232,7 @@ def test_the_next_call_sees_a_change_however_many_others_come_with_it(tmp_path: 
     with Server(tmp_path) as server, ThreadPoolExecutor(8) as others:
         under_way = [others.submit(call_on, server) for _ in range(8)]
         try:
-            for number in range(40):
+            for number in range(12):
                 changed = add_overlay(tmp_path / f"changed-{number}", version=f"1.0.{number}") / "manifest.json"
                 changed.rename(tmp_path / "overlays/echo/manifest.json")
                 assert server.invoke("echo").json()["result"]["version"] == f"1.0.{number}"
@@ -316,3 +316,17 @@ def test_who_wants_to_ask_a_server_finds_it_while_it_runs(tmp_path: Path) -> Non
         assert remote.address_of(settings.state) == f"http://{address}"
     with pytest.raises(OperatorError, match="no server runs"):
         remote.address_of(settings.state)
+
+
+def test_a_ledger_has_one_server_whatever_the_folders_of_their_states(tmp_path: Path) -> None:
+    other = str(tmp_path / "other-state")
+    command = [sys.executable, "-m", "bus.cli", "-C", str(tmp_path), "serve", "--port", "0"]
+    with serving(tmp_path) as (server, _):
+        env = {"PATH": "/usr/bin:/bin", "AAL_SANDBOX": "off", "AAL_STATE": other}
+        ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+        assert (ran.returncode, ran.stdout) == (1, "")
+        assert f"ERR_IN_USE: process {server.pid} serves the ledger in {tmp_path / 'logs'}" in ran.stderr
+        server.kill()
+        server.wait(PATIENCE_S)
+        with serving(tmp_path, state=other) as (_, address):
+            assert address

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import subprocess
 import sys
+import tracemalloc
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 
-from bus import provenance, replay, starts, verification
+from bus import provenance, replay, segments, starts, verification
 from bus.dispatch import Bus
 from bus.errors import ReplayError
 from bus.ledger import LedgerError
 from bus.starts import Starts
 from runners.base import Outcome
-from tests.ledgers import opened
+from tests.ledgers import call, opened
 from tests.support import (
     REPO,
     InProcessRunner,
@@ -295,16 +297,16 @@ def test_a_start_that_died_between_line_and_file_does_not_close_a_call_twice(
 
 
 def noted(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """The lines that are read backwards from now on."""
+    """The lines that are searched from now on."""
     read: list[bytes] = []
-    real = provenance.backwards
+    real = provenance.raw_lines
 
-    def noting(path: Path, most_bytes: int) -> Iterator[bytes]:
-        for line in real(path, most_bytes):
+    def noting(path: Path, start: int) -> Iterator[bytes]:
+        for line in real(path, start):
             read.append(line)
             yield line
 
-    monkeypatch.setattr(provenance, "backwards", noting)
+    monkeypatch.setattr(provenance, "raw_lines", noting)
     return read
 
 
@@ -324,7 +326,7 @@ def test_only_the_lines_since_the_first_call_that_may_be_open_are_searched(
         read = noted(monkeypatch)
         close_left(ledger)
     assert types(path)[-1] == ("interrupted", "open")
-    assert len(read) == 2
+    assert len(read) == 1
 
 
 def test_of_calls_that_overlap_all_the_time_only_the_lines_since_the_oldest_open_one_are_searched(
@@ -398,20 +400,63 @@ def test_a_file_whose_calls_cannot_be_closed_keeps_no_other_call_open(
     assert left(path) == ["0000"]
 
 
-def test_a_search_that_is_cut_short_is_told(
-    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_call_is_found_however_much_of_the_ledger_lies_behind_it_and_a_long_search_is_told(
+    path: Path, packed: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setattr(starts, "TOLD_LINES", 7)
+    caplog.set_level(logging.INFO)
+    large = "x" * (1 << 20)
+    with opened(path, segment_bytes=1 << 25) as ledger:
+        asyncio.run(_submit(ledger, "before"))
+        leave_open(ledger, "open")
+        for number in range(260):
+            asyncio.run(_submit(ledger, str(number), error=large))
+        assert len(segments.closed_firsts(path)) > 6
+        assert segments.total_bytes(path) > 1 << 28
+        if packed:
+            segments.compress(path)
+        tracemalloc.start()
+        try:
+            close_left(ledger)
+            _, most = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        size = ledger.size
+    assert types(path)[-1] == ("interrupted", "open")
+    assert most < 1 << 26
+    assert f"{size - 2} lines of {path} are searched" in caplog.text
+
+
+def test_a_short_search_is_not_told(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     with opened(path) as ledger:
         leave_open(ledger, "open")
-        for number in range(3):
-            asyncio.run(_submit(ledger, str(number)))
-        monkeypatch.setattr(starts, "SEARCHED_BYTES", 10)
         close_left(ledger)
-    assert "before line 4" in caplog.text
+    assert types(path)[-1] == ("interrupted", "open")
+    assert "searched" not in caplog.text
 
 
-async def _submit(ledger: Ledger, request_id: str) -> None:
-    await ledger.submit({"type": "invoke", "timestamp_ms": 1, "request_id": request_id, "ok": True, "code": "OK"})
+def test_a_segment_that_cannot_be_read_is_told_and_the_calls_in_it_are_closed_by_a_later_start(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with opened(path, segment_bytes=1) as ledger:
+        leave_open(ledger, "open")
+        asyncio.run(_submit(ledger, "behind"))
+        segments.compress(path)
+        packed = segments.packed_path(path, 1)
+        whole = packed.read_bytes()
+        packed.write_bytes(whole[:-20])
+        close_left(ledger)
+        assert "not marked in the ledger" in caplog.text
+        packed.write_bytes(whole)
+        close_left(ledger)
+    assert types(path) == [("started", "open"), ("invoke", "behind"), ("interrupted", "open")]
+    assert left(path) == []
+
+
+async def _submit(ledger: Ledger, request_id: str, **members: str) -> None:
+    await ledger.submit(call(request_id, **members))
 
 
 async def test_a_log_that_is_begun_anew_meanwhile_is_searched_from_its_start(path: Path) -> None:
@@ -423,6 +468,14 @@ async def test_a_log_that_is_begun_anew_meanwhile_is_searched_from_its_start(pat
         await of_another.begin(started("open"))
         of_another.close()
         await Starts(ledger).close_left()
+    assert types(path) == [("started", "open"), ("interrupted", "open")]
+
+
+def test_a_log_shorter_than_a_process_noted_is_another_and_is_searched_from_its_start(path: Path) -> None:
+    with opened(path) as ledger:
+        name = leave_open(ledger, "open")
+        (path.parent / starts.FOLDER / name).write_text(f"{99:020}\n")
+        close_left(ledger)
     assert types(path) == [("started", "open"), ("interrupted", "open")]
 
 

@@ -27,6 +27,7 @@ from bus.dispatch import Bus
 from bus.ledger import Ledger
 from bus.ledger_key import LedgerKey
 from bus.merkle import Frontier
+from bus.notary import Notary
 from bus.notes import Checkpoint, Signer, Verifier, new_key
 from bus.proofs import Prover
 from bus.records import GENESIS, draft
@@ -203,7 +204,7 @@ def test_a_log_that_the_bus_wrote_is_right(logs: Path) -> None:
 def test_checkpoints_that_the_bus_wrote_and_signed_are_right(logs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "LINES", 3)
     path = logs / "provenance.jsonl"
-    ledger = Ledger(path, fsync="never", environment=ENVIRONMENT, signer=SIGNER)
+    ledger = Ledger(path, fsync="batch", environment=ENVIRONMENT, notary=Notary(SIGNER, logs.parent / ".aal"))
     ledger.open()
     receipts = [append(ledger, call(f"r{number}")) for number in range(10)]
     ledger.close()
@@ -346,7 +347,7 @@ def test_a_bit_flipped_at_any_byte_of_a_small_log_is_found(logs: Path, tool: Mod
         changed = bytearray(whole)
         changed[index] ^= 1 << index % 8
         path.write_bytes(changed)
-        found = tool.Log(path, tool.Wanted()).check()
+        found = tool.Log(path, tool.Evidence()).check()
         assert found.first_bad == whole.count(b"\n", 0, index) + 1, (index, found)
 
 
@@ -358,11 +359,11 @@ def test_a_log_cut_off_at_any_byte_is_torn_or_ends_with_a_line(logs: Path, tool:
     against = tool.read_note(note.read_text(), [])
     for end in range(len(whole)):
         path = put(logs, [whole[:end]])
-        found = tool.Log(path, tool.Wanted()).check()
+        found = tool.Log(path, tool.Evidence()).check()
         assert found.fault == (None if end == 0 or whole[end - 1 : end] == b"\n" else "torn")
-        wanted = tool.Wanted()
-        wanted.root(against.size, against.root)
-        assert tool.Log(path, wanted).check().fault in {"torn", "tree"}
+        evidence = tool.Evidence()
+        evidence.root(against.size, against.root)
+        assert tool.Log(path, evidence).check().fault in {"torn", "tree"}
 
 
 # --- Checkpoints in a log ---
@@ -475,7 +476,7 @@ def test_the_bus_and_the_tool_agree_on_every_note(logs: Path, tool: ModuleType) 
     for note in notes:
         path = put(logs, _sealed(7, note=note)(lines))
         for signers in ([], [SIGNER], [OTHER], [SIGNER, OTHER]):
-            told = tool.Log(path, tool.Wanted([tool.read_key(signer.vkey) for signer in signers])).check()
+            told = tool.Log(path, tool.Evidence([tool.read_key(signer.vkey) for signer in signers])).check()
             report = verify(path, verifiers=[Verifier.read(signer.vkey) for signer in signers])
             verdict = (told.first_bad, told.fault, told.signed, told.signed_size)
             assert (report.first_bad, report.fault, report.signed, report.signed_size) == verdict, (note, report)
@@ -562,7 +563,9 @@ def test_segments_are_one_log(logs: Path) -> None:
 def test_segments_that_the_bus_closed_and_compressed_are_one_log(logs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "LINES", 5)
     path = logs / "provenance.jsonl"
-    ledger = Ledger(path, fsync="never", environment=ENVIRONMENT, signer=SIGNER, segment_bytes=3000)
+    ledger = Ledger(
+        path, fsync="batch", environment=ENVIRONMENT, notary=Notary(SIGNER, logs.parent / ".aal"), segment_bytes=3000
+    )
     ledger.open()
     receipts = [append(ledger, call(f"r{number}")) for number in range(30)]
     ledger.close()
@@ -586,7 +589,7 @@ def test_a_bit_flipped_in_any_segment_is_found(logs: Path, tool: ModuleType) -> 
             changed = bytearray(whole)
             changed[index] ^= 1 << index % 8
             path.write_bytes(changed)
-            found = tool.Log(logs, tool.Wanted()).check()
+            found = tool.Log(logs, tool.Evidence()).check()
             is_same = path.suffix == ".gz" and unpacks_to(gzip.decompress(whole), bytes(changed))
             assert (found.fault is None) == is_same, (path, index, found)
         path.write_bytes(whole)
@@ -648,12 +651,12 @@ def test_segments_that_are_closed_and_compressed_after_they_were_listed_are_read
 ) -> None:
     lines = log_of(15)
     put_segments(logs, lines[:12])
-    log = tool.Log(logs, tool.Wanted(), start)
+    log = tool.Log(logs, tool.Evidence(), start)
     closed_at(logs, lines, 12)
     assert compress(logs / "provenance.jsonl") == 2
     found = log.check()
     assert (found.fault, found.first, found.last) == (None, start, 12)
-    assert tool.Log(logs, tool.Wanted()).check().last == 15
+    assert tool.Log(logs, tool.Evidence()).check().last == 15
 
 
 def test_a_segment_that_is_closed_while_the_others_are_listed_is_read_once(
@@ -671,7 +674,7 @@ def test_a_segment_that_is_closed_while_the_others_are_listed_is_read_once(
         return list_closed(place)
 
     monkeypatch.setattr(tool, "list_closed", and_rotate)
-    found = tool.Log(logs, tool.Wanted()).check()
+    found = tool.Log(logs, tool.Evidence()).check()
     assert (found.fault, found.last) == (None, 15)
 
 
@@ -683,7 +686,7 @@ def test_a_segment_that_is_compressed_while_the_others_are_listed_is_not_missed(
     list_closed = tool.list_closed
     listings = iter([lambda found: found[:1]])
     monkeypatch.setattr(tool, "list_closed", lambda place: next(listings, lambda found: found)(list_closed(place)))
-    assert tool.Log(logs, tool.Wanted()).check().last == 12
+    assert tool.Log(logs, tool.Evidence()).check().last == 12
 
 
 def test_segments_before_the_part_are_not_opened(logs: Path) -> None:
@@ -733,7 +736,7 @@ def test_a_proof_alone_is_right_in_itself_and_says_so(logs: Path, tmp_path: Path
 
 
 def test_a_signed_proof_needs_no_log(logs: Path, tmp_path: Path) -> None:
-    prover = Prover(put(logs, log_of(10)), SIGNER)
+    prover = Prover(put(logs, log_of(10)), Notary(SIGNER, tmp_path / ".aal"))
     for body in (prover.inclusion(6).body(), prover.consistency(4).body()):
         proof = as_file(tmp_path, "proof", body)
         ran = run("proof", proof, "--key", SIGNER.vkey, "--json", packages=True)
@@ -850,7 +853,11 @@ def test_a_signed_receipt_is_vouched_for_by_the_key(logs: Path, tmp_path: Path) 
     plain = as_file(tmp_path, "plain", receipt_of(lines, 6, 7))
     same_size = as_file(tmp_path, "same", Prover(logs / "provenance.jsonl").inclusion(6, 7).body())
     later = as_file(tmp_path, "later", Prover(logs / "provenance.jsonl").inclusion(6).body())
-    later_signed = as_file(tmp_path, "later-signed", Prover(logs / "provenance.jsonl", SIGNER).inclusion(6).body())
+    later_signed = as_file(
+        tmp_path,
+        "later-signed",
+        Prover(logs / "provenance.jsonl", Notary(SIGNER, tmp_path / ".aal")).inclusion(6).body(),
+    )
     key = ["--key", SIGNER.vkey]
     for answer, how, status in (
         (signed, ["--log", logs], 0),
@@ -1038,7 +1045,7 @@ def test_no_member_of_a_line_is_more_than_wrong(
     lines = log_of(8)
     text = json.dumps({key: value for key, value in json.loads(lines[7]).items() if key != "hash"} | {name: member})
     path = put(tmp_path_factory.getbasetemp(), [*lines[:7], held(text.encode())], "any.jsonl")
-    found = tool.Log(path, tool.Wanted()).check()
+    found = tool.Log(path, tool.Evidence()).check()
     assert found.first_bad in {None, 8}
     assert json.dumps(tool.asdict(found))
 

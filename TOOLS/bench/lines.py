@@ -404,9 +404,9 @@ def main() -> None:
     say("appending")
     found: dict[str, Any] = {"append": appending(given.rounds)}
     say("two processes")
-    found["together"] = together(given.rounds)
+    found["together"] = together(8 * given.rounds)
     say("calls")
-    found["call"] = of_a_call(given.rounds)
+    found["call"] = of_a_call(4 * given.rounds)  # whole calls drift most
     with tempfile.TemporaryDirectory() as folder:
         found["many"] = many(Path(folder), given.lines, say)
     if given.json:

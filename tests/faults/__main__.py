@@ -17,7 +17,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
-from tests.faults import damage, disks, kills, scenario, syscalls
+from tests.faults import damage, disks, kills, pairs, scenario, syscalls
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -75,6 +75,7 @@ def _parts(rng: Random, *, everything: bool) -> Iterator[Part]:
     sampling = None if everything else rng
     kills_ = KILLS if everything else SAMPLED_KILLS
     yield _part("syscalls", syscalls.play(sampling), syscalls.lacking())
+    yield _part("pairs", pairs.play(sampling), syscalls.lacking())
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         yield _part("kills", kills.play(Path(folder) / "logs" / "provenance.jsonl", rng, kills_))
     why = disks.lacking()

@@ -1,4 +1,5 @@
-"""The three facts: what was answered for is there, nothing is double, the chain and its tree verify."""
+"""The four facts: what was answered for is there, nothing is double, the chain and its tree verify, and no note that
+was answered with is contradicted."""
 
 from __future__ import annotations
 
@@ -9,11 +10,12 @@ from typing import TYPE_CHECKING
 from bus import provenance
 from bus.errors import BusError
 from bus.ledger import LedgerError
+from bus.merkle import Frontier
 from bus.records import CALL_TYPES
 from bus.starts import Starts
 from bus.verification import verify
 from tests.chaos.verdicts import of_starts
-from tests.ledgers import appended, call, opened
+from tests.ledgers import appended, call, iter_hashes, opened
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -21,18 +23,24 @@ if TYPE_CHECKING:
     from typing import Any
 
     from bus.ledger import Ledger
+    from bus.notary import Notary
 
 AFTER = "after"
 """The call that is written to the ledger that was opened again."""
 
 
-def after_reopening(path: Path, said: Iterable[str]) -> Iterator[str]:
-    """What is wrong, in words for people, once the next process has opened the ledger and written to it."""
-    with opened(path) as ledger:
+def after_reopening(path: Path, said: Iterable[str], notary: Notary | None = None) -> Iterator[str]:
+    """What is wrong, in words for people, once the next process has opened the ledger and written to it.
+
+    With the key's `notary` that process signs.
+    """
+    with opened(path, notary=notary) as ledger:
         try:
             asyncio.run(_next_start(ledger))
         except LedgerError as error:
             yield f"the ledger cannot be written any more: {error}"
+        if ledger.unsigned is not None:
+            yield f"the ledger is not signed any more: {ledger.unsigned}"
     yield from of_file(path, said)
 
 
@@ -52,7 +60,9 @@ def of_file(path: Path, said: Iterable[str], *, closed: bool = True) -> Iterator
     except BusError as error:
         yield f"the ledger cannot be read: {error}"
         return
+    said = list(said)
     yield from of_lines(lines, said)
+    yield from of_notes(path, said)
     if closed:
         yield from of_starts(lines)
 
@@ -61,8 +71,8 @@ def of_lines(lines: Iterable[Mapping[str, Any]], said: Iterable[str]) -> Iterato
     """Of those of a ledger that anything was said of: missing or other than was answered, and double."""
     by_seq = {line["seq"]: line for line in lines}
     for receipt in said:
-        seq, hash_, name = _receipt(receipt)
-        line = by_seq.get(seq)
+        seq, hash_, name, *_ = receipt.split(" ")[1:]
+        line = by_seq.get(int(seq))
         if line is None:
             yield f"{name} was answered with line {seq}, which is not there"
         elif (line["hash"], line.get("request_id")) != (hash_, name):
@@ -71,11 +81,31 @@ def of_lines(lines: Iterable[Mapping[str, Any]], said: Iterable[str]) -> Iterato
     yield from (f"{name} is there {count} times" for name, count in names.items() if count > 1)
 
 
+def of_notes(path: Path, said: Iterable[str]) -> Iterator[str]:
+    """Of the notes that were answered with: those that name another tree than the log has."""
+    noted = {(int(size), root) for size, root in map(_note, said) if root}
+    roots = _roots(path, {size for size, _ in noted})
+    for size, root in sorted(noted):
+        if roots.get(size) != root:
+            yield f"a note of {size} lines with the root {root} was answered with, and their root is {roots.get(size)}"
+
+
+def _roots(path: Path, sizes: set[int]) -> dict[int, str]:
+    """Of the trees of so many first lines, in hex digits; those that there are."""
+    tree, roots = Frontier(), {}
+    for leaf in iter_hashes(path):
+        tree.append(leaf)
+        if tree.size in sizes:
+            roots[tree.size] = tree.root().hex()
+    return roots
+
+
 def stands(said: Iterable[str]) -> list[str]:
     """The lines by which a writer has said that the ledger answered for a call."""
     return [line for line in said if line.startswith("stands ")]
 
 
-def _receipt(line: str) -> tuple[int, str, str]:
-    _, seq, hash_, name = line.split(" ")
-    return int(seq), hash_, name
+def _note(line: str) -> tuple[int, str]:
+    """The size and the root of the note that was answered with; no root where none was."""
+    size, root = [*line.split(" ")[4:], "0", ""][:2]
+    return int(size), root

@@ -30,7 +30,7 @@ def play(path: Path, rng: Random, kills: int) -> Iterator[list[str]]:
         yield [f"after kill {number + 2}: {fault}" for fault in facts.of_lines(lines, said)]
         seen += len(lines)
         history += said
-    yield list(facts.after_reopening(path, history))
+    yield list(facts.after_reopening(path, history, scenario.notary(path)))
 
 
 def _kill_two(path: Path, rng: Random, number: int) -> list[str]:

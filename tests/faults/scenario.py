@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bus.errors import OperatorError
 from bus.ledger import Fsync, Ledger, LedgerError
-from bus.notes import Signer, new_key
+from bus.notary import Notary
+from bus.notes import Signer, new_key, read_checkpoint
 from bus.records import environment_hash
 from bus.starts import Starts
 from tests.ledgers import ENVIRONMENT, call, write
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from tests.faults.children import Say
@@ -26,6 +28,9 @@ that is to go on in a new file every few lines."""
 ROTATING_BYTES = 4_000
 CROWD_BYTES = 20_000
 """After so many bytes a file is full, in the one scenario and in the other."""
+
+TURNS = 4
+"""Of each of two writers."""
 
 CALLERS = 16
 STARTING = 3
@@ -47,6 +52,12 @@ def signer() -> Signer | None:
         return None
 
 
+def notary(path: Path) -> Notary | None:
+    """A process's own, with what the key has signed kept beside the ledger's folder; None without signatures."""
+    key = signer()
+    return None if key is None else Notary(key, path.parent.parent / ".aal")
+
+
 def prepare(path: Path, beginning: str) -> list[str]:
     """Lay a beginning; gives what writers have said of the lines that are in it."""
     said: list[str] = []
@@ -63,7 +74,7 @@ def prepare(path: Path, beginning: str) -> list[str]:
 
 def every_way(path: Path, fsync: Fsync, say: Say, *, large: bool = True, segment_bytes: int = 0) -> None:
     """Open a ledger, append in each way that there is, close it."""
-    ledger = Ledger(path, fsync=fsync, environment=ENVIRONMENT, signer=signer(), segment_bytes=segment_bytes)
+    ledger = Ledger(path, fsync=fsync, environment=ENVIRONMENT, notary=notary(path), segment_bytes=segment_bytes)
     asyncio.run(_every_way(ledger, say, large))
 
 
@@ -83,13 +94,42 @@ async def _every_way(ledger: Ledger, say: Say, large: bool) -> None:
     starts.close()
 
 
+class Turn(NamedTuple):
+    """How a writer waits for its turn, and how it gives it on."""
+
+    wait: Callable[[], None]
+    end: Callable[[], None]
+
+
+def in_turns(path: Path, fsync: Fsync, name: str, turn: Turn, say: Say, *, segment_bytes: int = 0) -> None:
+    """Open a ledger, append in each turn, close it."""
+    turn.wait()
+    ledger = Ledger(path, fsync=fsync, environment=ENVIRONMENT, notary=notary(path), segment_bytes=segment_bytes)
+    asyncio.run(_in_turns(ledger, name, turn, say))
+    turn.end()
+
+
+async def _in_turns(ledger: Ledger, name: str, turn: Turn, say: Say) -> None:
+    ledger.open(serves=True)
+    starts = Starts(ledger)
+    for number in range(TURNS):
+        if number:
+            turn.end()
+            turn.wait()
+        await _append(ledger, f"{name}-{number}", say)
+        await asyncio.gather(*(_append(ledger, f"{name}-{number}-{which}", say) for which in range(2)))
+        await _append_started(ledger, starts, f"{name}-{number}-starting", say)
+    await asyncio.to_thread(ledger.close)
+    starts.close()
+
+
 def crowd(path: Path, fsync: Fsync, name: str, say: Say) -> None:
     """Append from many callers until somebody kills the process."""
     asyncio.run(_crowd(path, fsync, name, say))
 
 
 async def _crowd(path: Path, fsync: Fsync, name: str, say: Say) -> None:
-    ledger = Ledger(path, fsync=fsync, environment=ENVIRONMENT, segment_bytes=CROWD_BYTES)
+    ledger = Ledger(path, fsync=fsync, environment=ENVIRONMENT, notary=notary(path), segment_bytes=CROWD_BYTES)
     ledger.open(serves=True)
     starts = Starts(ledger)
     await starts.close_left()
@@ -131,4 +171,8 @@ def _members(name: str, **members: Any) -> dict[str, Any]:
 
 
 def _stands(receipt: Any, name: str) -> str:
-    return f"stands {receipt.seq} {receipt.hash} {name}"
+    said = f"stands {receipt.seq} {receipt.hash} {name}"
+    if receipt.checkpoint is None:
+        return said
+    note = read_checkpoint(receipt.checkpoint)
+    return f"{said} {note.size} {note.root.hex()}"

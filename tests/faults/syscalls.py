@@ -23,18 +23,20 @@ from tests.faults import facts, scenario
 from tests.faults.children import HANG_S, HUNG, Child
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from random import Random
 
 _CHANGING = ("write", "fdatasync", "fsync", "ftruncate", "mkdir", "mkdirat", "rename", "renameat", "renameat2")
-_INTERRUPTIBLE = frozenset({"read", "pread64", "write", "pwrite64", "fdatasync", "fsync", "ftruncate", "flock"})
-"""Those that are made again by whoever made them. Listing a folder is not: then a line is refused."""
+_INTERRUPTIBLE = frozenset({
+    "openat", "read", "pread64", "write", "pwrite64", "fdatasync", "fsync", "ftruncate", "flock", "getdents64"
+})  # fmt: skip
+"""Those that are made again by whoever made them."""
 
 _OTHERS = ("openat", "unlink", "unlinkat", "read", "pread64", "pwrite64", "lseek", "flock", "getdents64")
 _LOOKS = ("stat", "lstat", "fstat", "newfstatat", "statx")
 _SYNCS = ("io_setup", "io_submit", "io_getevents", "io_destroy")
 TRACED = (*_CHANGING, *_OTHERS, *_LOOKS, *_SYNCS)
-_TAKEN_BACK = frozenset({"write", "fdatasync", "io_getevents"})
+TAKEN_BACK = frozenset({"write", "fdatasync", "io_getevents"})
 _NO_SPACE = frozenset({*_CHANGING, "openat", "pwrite64"})
 SAMPLED = 15
 """How many kinds of fault (which system call, in which way) a sample takes of each setting."""
@@ -97,7 +99,7 @@ def lacking() -> str | None:
         return "there is no strace"
     with Child(lambda _: None) as child:
         try:
-            with _strace(child, ["-e", "trace=read"]):
+            with strace(child, ["-e", "trace=read"]):
                 child.go()
                 child.lines()
         except PermissionError as error:
@@ -125,16 +127,21 @@ def draw(rng: Random | None) -> Iterator[Fault]:
         yield from (rng.choice(faults) for faults in rng.sample(kinds, min(SAMPLED, len(kinds))))
 
 
+def faults_at(place: Callable[..., Fault], syscall: str) -> Iterator[Fault]:
+    """The ways to fail that every system call has; `place` is where."""
+    yield place("KILL")
+    yield place("EIO")
+    yield place("EIO", lasting=True)
+    if syscall in TAKEN_BACK:
+        yield place("EIO", then="EIO")
+        yield place("EIO", then="KILL")
+
+
 def _faults(setting: Setting) -> Iterator[Fault]:
     for syscall, numbers in _occurrences(setting).items():
         for number in sorted(numbers):
             place = functools.partial(Fault, setting, syscall, number)
-            yield place("KILL")
-            yield place("EIO")
-            yield place("EIO", lasting=True)
-            if syscall in _TAKEN_BACK:
-                yield place("EIO", then="EIO")
-                yield place("EIO", then="KILL")
+            yield from faults_at(place, syscall)
             if syscall in _NO_SPACE:
                 yield place("ENOSPC")
                 yield place("ENOSPC", lasting=True)
@@ -145,7 +152,7 @@ def _faults(setting: Setting) -> Iterator[Fault]:
 def _occurrences(setting: Setting) -> dict[str, set[int]]:
     """Each system call on the ledger's files, with its numbers among those of its thread."""
     with _writer(setting) as (path, _, child), tempfile.NamedTemporaryFile() as trace:
-        with _strace(child, ["-y", "-o", trace.name, "-e", f"trace={_names(TRACED)}"]):
+        with strace(child, ["-y", "-o", trace.name, "-e", f"trace={_names(TRACED)}"]):
             child.go()
             said = child.lines()
         if child.status != 0:
@@ -172,7 +179,7 @@ def run(fault: Fault) -> Iterator[str]:
     """What is wrong after a run with it."""
     with _writer(fault.setting) as (path, before, child):
         trace = f"trace={fault.syscall},ftruncate"
-        with _strace(child, ["-o", "/dev/null", "-e", trace, *fault.injections]):
+        with strace(child, ["-o", "/dev/null", "-e", trace, *fault.injections]):
             child.go()
             said = child.lines()
         refused = [line for line in said if line.startswith("refused ")]
@@ -182,7 +189,7 @@ def run(fault: Fault) -> Iterator[str]:
             yield f"the writer ended with {child.status}: {' '.join(said[-1:])}"
         if fault.what == "EINTR" and refused:
             yield f"a call that was interrupted is not made again: {', '.join(refused)}"
-        yield from facts.after_reopening(path, [*before, *facts.stands(said)])
+        yield from facts.after_reopening(path, [*before, *facts.stands(said)], scenario.notary(path))
 
 
 @contextlib.contextmanager
@@ -197,7 +204,7 @@ def _writer(setting: Setting) -> Iterator[tuple[Path, list[str], Child]]:
 
 
 @contextlib.contextmanager
-def _strace(child: Child, options: list[str]) -> Iterator[None]:
+def strace(child: Child, options: list[str]) -> Iterator[None]:
     """Have strace on a child, from now until that ends. Raises `PermissionError` where it may not."""
     command = ["strace", "-f", *options, "-p", str(child.pid)]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as strace:
