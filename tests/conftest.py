@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import signal
 from typing import TYPE_CHECKING
@@ -43,6 +44,17 @@ def _has_cgroups() -> bool:
 
 # Elsewhere all of them would be skipped: `python -m tests.vm` runs them. Who names them is told what this kernel lacks.
 collect_ignore = [] if _has_cgroups() else [str(vm.REPO / path) for path in vm.ON_ITS_KERNEL]
+
+
+def pytest_collection() -> None:
+    """The tests are thousands of objects that live to the end: the garbage collector is not to look at them again."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 def _checked_own(members: dict[str, Any]) -> bytes:

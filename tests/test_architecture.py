@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
+from functools import cache
 from typing import TYPE_CHECKING
 
 import pytest
@@ -26,10 +27,14 @@ FLOORS = [
     ["codehash", "drift", "filesync", "manifest_form", "metrics", "overlay_entry", "records"],
     ["members"],
     ["segments"],
+    ["index_view"],
     ["index"],
     ["manifests", "overlay_files", "overlay_packages", "overlay_programs", "profiles", "provenance"],
-    ["overlays", "policy", "claims", "degradation", "checkpoints", "private_file", "upkeep"],
-    ["admission", "needs", "chain", "ledger_key", "verification", "serving", "envelopes", "tokens", "secrets"],
+    ["overlays", "policy", "claims", "degradation", "private_file", "upkeep"],
+    ["notary"],
+    ["checkpoints", "ledger_key"],
+    ["admission", "needs", "tails", "verification", "serving", "envelopes", "tokens", "secrets"],
+    ["chain"],
     ["ledger", "guard", "openapi", "proofs", "protocol", "web"],
     ["scheduler", "course", "callers", "targets", "plugins", "profiling"],
     ["balance", "starts"],
@@ -54,7 +59,7 @@ RUNNER_FLOORS = [
     ["zygote_script", "zygote_reading", "zygote_loading", "zygote_ending"],
     ["output", "logs", "ports", "breaker", "http_client", "python_command", "strays", "seccomp"],
     ["exits", "sealed_file", "helper_errors", "cgroups"],
-    ["wire", "probe", "contained", "purges", "faults", "scratch_root", "places"],
+    ["wire", "probe", "contained", "purges", "faults", "scratch_root", "places", "worker_pipes"],
     ["processes"],
     ["helper"],
     ["helpers", "confinement"],
@@ -66,6 +71,9 @@ RUNNER_FLOORS = [
     ["trial"],
 ]
 RUNNER_FLOOR = {f"runners.{name}": floor for floor, names in enumerate(RUNNER_FLOORS, 1) for name in names}
+OVERLAY = REPO / "overlays/aos_context/aos_context"
+OF_OVERLAY = sorted(OVERLAY.rglob("*.py"))
+TESTS = sorted([*(REPO / "tests").glob("test_*.py"), *(REPO / "tests/context").glob("test_*.py")])
 DOCTORS = {"runners.cgroups", "runners.confinement", "runners.helpers", "runners.tiers", "runners.trial"}
 LONGEST_FUNCTION = 60
 PACKAGES = {"bus", "runners"}
@@ -75,7 +83,8 @@ def name_of(file: Path) -> str:
     return ".".join(file.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imports(file: Path, *, of_types: bool = False) -> set[str]:
+@cache
+def imports(file: Path, *, of_types: bool = False) -> frozenset[str]:
     """The modules of ours that a file imports when it runs, wherever in it; with `of_types` those for types as well."""
     nodes = list(statements(ast.parse(file.read_text()), of_types=of_types))
     plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
@@ -85,7 +94,7 @@ def imports(file: Path, *, of_types: bool = False) -> set[str]:
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    return {name for name in plain | from_ if name.partition(".")[0] in PACKAGES}
+    return frozenset(name for name in plain | from_ if name.partition(".")[0] in PACKAGES)
 
 
 def statements(node: ast.AST, *, of_types: bool) -> Iterator[ast.AST]:
@@ -166,14 +175,36 @@ def test_the_bus_knows_of_the_runners_the_ground_floor_only(file: Path) -> None:
 @pytest.mark.parametrize(
     "file", sorted((REPO / "overlays").rglob("*.py")), ids=lambda file: str(file.relative_to(REPO))
 )
-def test_overlays_stand_on_the_standard_library_alone(file: Path) -> None:
+def test_overlays_stand_on_the_standard_library_and_what_they_require(file: Path) -> None:
+    folder = REPO / "overlays" / file.relative_to(REPO / "overlays").parts[0]
     nodes = list(ast.walk(ast.parse(file.read_text())))
     roots = {alias.name.partition(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     roots |= {
         str(node.module).partition(".")[0] for node in nodes if isinstance(node, ast.ImportFrom) and not node.level
     }
-    siblings = {path.stem for path in file.parent.glob("*.py")}
-    assert roots - sys.stdlib_module_names - siblings == set()
+    siblings = {path.stem for path in [*file.parent.glob("*.py"), *folder.iterdir()]}
+    assert roots - sys.stdlib_module_names - siblings - required(folder / "requirements.txt") == set()
+
+
+def required(file: Path) -> set[str]:
+    """The modules of the distributions that a requirements file names, optional ones in its comments, too."""
+    text = file.read_text() if file.exists() else ""
+    names = re.findall(r"^(?:# optional: )?([A-Za-z0-9_-]+)[>=]", text, re.MULTILINE)
+    return {{"mem0ai": "mem0"}.get(name, name.replace("-", "_")) for name in names}
+
+
+def test_a_module_of_the_context_overlay_imports_only_what_stands_before_it_on_the_map() -> None:
+    """Those of `api` stand together, where the map has `api`."""
+    text = ast.get_docstring(ast.parse((OVERLAY / "__init__.py").read_text())) or ""
+    order = re.findall(r"`(\w+)`", text.partition("Reading order")[2])
+    place = {name: number for number, name in enumerate(order)}
+    assert {file.relative_to(OVERLAY).parts[0].removesuffix(".py") for file in OF_OVERLAY} - {"__init__"} == set(order)
+    for file in OF_OVERLAY:
+        own = file.relative_to(OVERLAY).parts[0].removesuffix(".py")
+        nodes = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
+        named = [f"{node.module}.{alias.name}" for node in nodes for alias in node.names]
+        needs = {name.split(".")[1] for name in named if name.startswith("aos_context.")} - {own}
+        assert {name for name in needs if place[name] >= place[own]} == set(), file
 
 
 def test_nothing_imports_in_a_circle() -> None:
@@ -190,13 +221,13 @@ def functions(file: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
             yield node
 
 
-@pytest.mark.parametrize("file", [*MODULES, *RUNNERS], ids=name_of)
+@pytest.mark.parametrize("file", [*MODULES, *RUNNERS, *OF_OVERLAY], ids=name_of)
 def test_no_function_is_too_long_to_read(file: Path) -> None:
     lengths = {function.name: (function.end_lineno or 0) - function.lineno + 1 for function in functions(file)}
     assert {name: length for name, length in lengths.items() if length > LONGEST_FUNCTION} == {}
 
 
-@pytest.mark.parametrize("file", sorted((REPO / "tests").glob("test_*.py")), ids=lambda file: file.name)
+@pytest.mark.parametrize("file", TESTS, ids=name_of)
 def test_every_test_can_fail(file: Path) -> None:
     """A test asserts, expects an exception, or calls something that does: then it has at least one call."""
     tests = [function for function in functions(file) if function.name.startswith("test_")]
@@ -207,12 +238,12 @@ def test_every_test_can_fail(file: Path) -> None:
         assert asserted or any(isinstance(node, ast.Call) for node in ast.walk(test)), test.name
 
 
-@pytest.mark.parametrize("file", sorted((REPO / "tests").glob("test_*.py")), ids=lambda file: file.name)
+@pytest.mark.parametrize("file", TESTS, ids=name_of)
 def test_no_test_hides_another_of_the_same_name(file: Path) -> None:
     names = [function.name for function in functions(file) if function.name.startswith("test_")]
     assert len(names) == len(set(names))
 
 
-@pytest.mark.parametrize("file", [*MODULES, *RUNNERS], ids=name_of)
+@pytest.mark.parametrize("file", [*MODULES, *RUNNERS, *OF_OVERLAY], ids=name_of)
 def test_a_module_opens_with_its_job(file: Path) -> None:
     assert ast.get_docstring(ast.parse(file.read_text()))

@@ -825,7 +825,7 @@ _JSON = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(document=_JSON, base=st.sampled_from([{}, shape_a(), shape_b(), native()]), key=_KEYS)
 def test_any_json_document_is_a_manifest_or_a_manifest_error(
     tmp_path: Path, document: object, base: dict[str, Any], key: str

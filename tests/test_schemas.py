@@ -68,7 +68,7 @@ def test_a_shipped_overlay_has_a_manifest_without_faults_and_warnings(folder: Pa
 
 
 def test_three_overlays_are_shipped() -> None:
-    assert [folder.name for folder in SHIPPED] == ["abraxas", "abraxas_exec", "psyfi"]
+    assert [folder.name for folder in SHIPPED] == ["abraxas", "abraxas_exec", "aos_context", "psyfi"]
 
 
 # A schema, a value, and what is said of it: path, found, allowed.

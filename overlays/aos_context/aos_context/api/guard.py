@@ -1,0 +1,90 @@
+"""Keeps foreign web pages out, and says to browsers what the page may do; on the bus lets nobody past the bus.
+
+A page of another site can make a browser send requests to this machine: by its own name, once that is resolved to the
+loopback address (DNS rebinding), or across origins. The first shows in `Host`, the second in `Origin`; both are
+refused. A service that the bus has started has no page: it serves what the bus asks for, whose calls have a phase and a
+line of its ledger, and nothing else.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+
+from aos_context.api.answers import json_response
+from aos_context.errors import ForbiddenError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from aos_context.settings import Settings
+
+BUS_PATHS, BUS_ROOT = frozenset({"/health"}), "/aal/"
+"""What a service on the bus serves."""
+OWN_NAMES = frozenset({"localhost"})
+HEADERS = {
+    "content-security-policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
+        "form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
+    ),
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-store",
+}
+
+
+class Guard:
+    """An ASGI application before another; the service's settings say by which names it is reached, and by whom."""
+
+    def __init__(self, app: ASGIApp, settings: Callable[[], Settings]) -> None:
+        self._app = app
+        self._settings = settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        refused = self._refused(Headers(scope=scope), scope["path"])
+        app = self._app if refused is None else json_response(refused.body(), refused.status)
+        await app(scope, receive, send_guarded)
+
+    def _refused(self, headers: Headers, path: str) -> ForbiddenError | None:
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if not self._is_own(host):
+            hint = "AOS_CONTEXT_HOSTS has the further names by which the service is reached, with commas between."
+            return ForbiddenError(f"this service is not {host[:100]!r}", hint=hint)
+        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+            return ForbiddenError(f"a page of {origin[:100]!r} may not call this service")
+        if self._settings().on_bus and path not in BUS_PATHS and not path.startswith(BUS_ROOT):
+            hint = "Call it through the bus, at POST /invoke/aos_context/CAPABILITY."
+            return ForbiddenError(f"{path[:100]} is not served where the bus has started the service", hint=hint)
+        return None
+
+    def _is_own(self, host: str) -> bool:
+        """An address is: no name was resolved to get here."""
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+        except ValueError:
+            return False
+        return name in OWN_NAMES or name in self._settings().hosts or _is_address(name)
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,122 @@
+"""The seven documents that are kept or exchanged, and their schemas (Draft 2020-12, nothing beyond what they name).
+
+`jsonschema-rs` validates them: a working set of 64 KB takes 0.02 ms, where a validator in Python takes 6 to 20.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from datetime import UTC, datetime, timedelta
+from functools import cache
+from importlib import resources
+from itertools import islice
+from typing import Any, Literal
+
+import jsonschema_rs
+
+from aos_context.config import SCHEMA_VERSION
+from aos_context.errors import BrokenError, SchemaError
+
+Artifact = Literal["working_set", "ws_patch", "ledger_event", "episode", "memory_item", "mcr", "resume_pack_manifest"]
+ARTIFACTS: tuple[Artifact, ...] = (
+    "working_set", "ws_patch", "ledger_event", "episode", "memory_item", "mcr", "resume_pack_manifest",
+)  # fmt: skip
+MAX_FAULTS = 20
+Document = dict[str, Any]
+
+_MAYBE_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
+"""An escape of a surrogate: half a pair is JSON to the parser, and no text that can be written."""
+
+
+def schema(artifact: Artifact) -> Document:
+    """Of `<artifact>.v2.1.schema.json`."""
+    file = resources.files("aos_context") / "schemas" / f"{artifact}.v{SCHEMA_VERSION}.schema.json"
+    document: Document = json.loads(file.read_text("utf-8"))
+    return document
+
+
+def validate(artifact: Artifact, document: Any) -> Document:
+    """The document, if its schema allows it. Raises `SchemaError`, which has every fault with its JSON path."""
+    validator = _validator(artifact)
+    if not validator.is_valid(document):
+        raise SchemaError(artifact, faults(validator, document))
+    valid: Document = document
+    return valid
+
+
+def encode(artifact: Artifact, document: Document) -> bytes:
+    """A validated document as one line of UTF-8 JSON with sorted keys, without its newline.
+
+    Raises `SchemaError`, also for what JSON in UTF-8 cannot say: NaN, half a surrogate pair, a set.
+    """
+    try:
+        return to_json(validate(artifact, document))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise SchemaError(artifact, [{"path": "$", "message": f"cannot be written as JSON: {error}"}]) from None
+
+
+def decode(artifact: Artifact, text: bytes, where: str) -> Document:
+    """What `encode` gave. Raises `BrokenError` that names `where` it lay."""
+    try:
+        document = json.loads(text, parse_float=_finite, parse_constant=_finite)
+        if _MAYBE_HALF.search(text):
+            to_json(document)
+        return validate(artifact, document)
+    except (ValueError, RecursionError) as error:
+        raise BrokenError(f"{where} is not JSON: {error}", file=where) from None
+    except SchemaError as error:
+        raise BrokenError(f"{where} is not what was written: {error}", file=where) from None
+
+
+def to_json(document: object) -> bytes:
+    """Compact, with sorted keys: the same document is always the same bytes. Raises `ValueError` for NaN."""
+    text = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":"), sort_keys=True)
+    return text.encode("utf-8")
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def now() -> str:
+    """UTC, RFC 3339, microseconds."""
+    return days_ago(0)
+
+
+def days_ago(days: float) -> str:
+    """That moment, as `now` writes it: later ones sort after earlier ones."""
+    moment = datetime.now(UTC) - timedelta(days=days)
+    return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def _finite(number: str) -> float:
+    """Raises `ValueError` for what `to_json` cannot write."""
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number} is no number of JSON")
+    return value
+
+
+@cache
+def _validator(artifact: Artifact) -> jsonschema_rs.Draft202012Validator:
+    return jsonschema_rs.Draft202012Validator(schema(artifact), registry=_registry(), validate_formats=True)
+
+
+@cache
+def _registry() -> jsonschema_rs.Registry:
+    schemas = (schema(artifact) for artifact in ARTIFACTS)
+    return jsonschema_rs.Registry([(one["$id"], one) for one in schemas])
+
+
+def faults(validator: jsonschema_rs.Draft202012Validator, document: Any) -> list[dict[str, str]]:
+    """The first `MAX_FAULTS`, as `SchemaError` has them."""
+    errors = islice(validator.iter_errors(document), MAX_FAULTS)
+    return [{"path": json_path(error.instance_path), "message": error.message} for error in errors]
+
+
+def json_path(steps: list[str | int]) -> str:
+    """As RFC 9535 writes one: `$.set.sliding_context[0]`."""
+    return "$" + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps)

@@ -1,0 +1,96 @@
+"""The part of a run's ledger that an episode stands for: a file beside it with the very bytes of these lines.
+
+Lines are copied and hashed as they pass, and not parsed: `seq` and type are read off the end of a line, where the
+ledger's sorted keys put them (`event_type`, `run_id`, `seq`, `timestamp`), so an episode costs what its lines weigh.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from aos_context.artifacts import decode
+from aos_context.errors import BrokenError
+from aos_context.files import staged
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
+    from aos_context.artifacts import Document
+
+SLICE_MODE = 0o444
+CHUNK_BYTES = 1 << 20
+"""How much is read at a time, where a slice is checked."""
+
+_END_BYTES = 512
+"""Of a line, in which the four members of `_END` are."""
+_END = re.compile(
+    rb'"event_type":"([A-Z][A-Z0-9_]{0,63})","run_id":"[A-Za-z0-9._-]{1,128}","seq":([0-9]{1,16}),'
+    rb'"timestamp":"[^"\\]{1,40}"\}\n'
+)
+
+
+class Passing:
+    """What lines were, once they have passed."""
+
+    def __init__(self, first_seq: int) -> None:
+        self._first_seq, self._last_seq = first_seq, first_seq - 1
+        self._bytes, self._digest = 0, hashlib.sha256()
+        self.counts: Counter[str] = Counter()
+        """How many events of each type."""
+
+    def through(self, lines: Iterable[bytes]) -> Iterator[bytes]:
+        """The lines, as they are. Raises `BrokenError` where they are not the events from `first_seq` on."""
+        for line in lines:
+            type_, seq = _type_and_seq(line)
+            if seq != self._last_seq + 1:
+                raise BrokenError(f"event {seq} follows event {self._last_seq} in the ledger")
+            self.counts[type_] += 1
+            self._last_seq, self._bytes = seq, self._bytes + len(line)
+            self._digest.update(line)
+            yield line
+
+    def document(self) -> Document:
+        """The member `ledger` of their episode."""
+        return {
+            "first_seq": self._first_seq,
+            "last_seq": self._last_seq,
+            "bytes": self._bytes,
+            "sha256": self._digest.hexdigest(),
+        }
+
+
+def _type_and_seq(line: bytes) -> tuple[str, int]:
+    """Raises `BrokenError`."""
+    end = line[-_END_BYTES:]
+    match = _END.fullmatch(end, max(end.rfind(b'"event_type":"'), 0))
+    if match:
+        return match[1].decode(), int(match[2])
+    event = decode("ledger_event", line, "a line of the ledger")  # another program wrote it with other spaces
+    return event["event_type"], event["seq"]
+
+
+@contextlib.contextmanager
+def staged_slice(path: Path, lines: Iterable[bytes], first_seq: int) -> Iterator[tuple[Path, Passing]]:
+    """The slice as `files.staged` has one, and what its lines were. Raises `BrokenError`, `OSError`."""
+    passing = Passing(first_seq)
+    with staged(path, passing.through(lines), SLICE_MODE) as temporary:
+        yield temporary, passing
+
+
+def check_slice(path: Path, ledger: Document) -> None:
+    """Raises `BrokenError` that names the file, where it is not what the episode's member `ledger` says."""
+    digest, size = hashlib.sha256(), 0
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                digest.update(chunk)
+                size += len(chunk)
+    except FileNotFoundError:
+        raise BrokenError(f"{path.name} is not there, and its episode is", file=path.name) from None
+    if (size, digest.hexdigest()) != (ledger["bytes"], ledger["sha256"]):
+        raise BrokenError(f"{path.name} was changed: it is not what its episode says", file=path.name)

@@ -1,0 +1,407 @@
+"""One run: its working set, ledger, episodes, memory and packs, changed under one lock.
+
+The decision that a reader could not guess: a milestone is four steps (memory, its event, the episode, its event), and
+no step is undone. A run that was cut off between them is made good by whoever changes it next: what stands in the
+memory store or among the episodes without its event gets the event. Readers change nothing. That something was cut off
+is seen by a file that lies there during a change; who opens a run looks once in any case, for a power cut may have
+taken that file.
+
+The double-key rule stands here and not in the store: memory is proposed at any time, and committed as part of a
+milestone, or by the bus in its phase SEAL.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from aos_context import context_brief, resume_pack
+from aos_context.artifacts import now, sha256, to_json
+from aos_context.episode import EpisodeStore
+from aos_context.errors import BrokenError, GateError, NotFoundError, SchemaError
+from aos_context.files import FILE_MODE
+from aos_context.layout import CHANGING, EPISODES, LEDGER, PACKS, WORKING_SET
+from aos_context.ledger import FileLedger
+from aos_context.memory import CommitResult, RecordingMemoryStore
+from aos_context.noted import Noted
+from aos_context.scratch import sweep
+from aos_context.ws_manager import WorkingSetManager
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from aos_context.artifacts import Document
+    from aos_context.config import Config
+    from aos_context.memory import Hit, MemoryStore, ProposeResult
+    from aos_context.resume_pack import Snapshot
+    from aos_context.tokens import Count
+    from aos_context.ws_manager import PatchResult
+
+SOURCE_REFS_MOST = 100
+"""Of one memory, as its schema has it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What all runs of a root share. `testing` lets a caller commit memory outside a milestone."""
+
+    memory: MemoryStore
+    config: Config
+    count: Count
+    testing: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Milestone:
+    """`already`: the same milestone was reached before, and nothing has happened since."""
+
+    episode: Document
+    sha256: str
+    memory: CommitResult | None
+    already: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Brought:
+    """What a pack has brought: it waits in a batch. `left_out`: how many were more than one batch holds."""
+
+    batch_id: str
+    staged: int
+    duplicates: int
+    left_out: int
+
+
+class Run:
+    """A run that is there. Safe to use from several threads, and beside other processes."""
+
+    def __init__(self, folder: Path, run_id: str, means: Means) -> None:
+        self.folder, self.run_id = folder, run_id
+        self._means = means
+        self._ledger = FileLedger(folder / LEDGER, run_id=run_id)
+        self._working_set = WorkingSetManager(
+            folder / WORKING_SET, config=means.config, ledger=self._ledger, count=means.count
+        )
+        self._episodes = EpisodeStore(folder / EPISODES)
+        self._noted = Noted(self._ledger)
+        self._records = means.memory if isinstance(means.memory, RecordingMemoryStore) else None
+        self._was_mended = False
+        """Whether all that was cut off before this was opened is made good."""
+
+    # What is read: nothing is written for it
+
+    def ws(self) -> Document:
+        """Raises `NotFoundError`, `BrokenError`."""
+        return self._working_set.load()
+
+    def events(self, *, limit: int, after: int | None = None) -> list[Document]:
+        """The events behind line `after`, else the last ones; the oldest first."""
+        return self._ledger.tail(limit) if after is None else list(self._ledger.read(after=after, limit=limit))
+
+    def last_seq(self) -> int:
+        return self._ledger.last_seq()
+
+    def episodes(self, *, limit: int | None = None, after: int | None = None) -> list[Document]:
+        """The first first; with a limit the last ones, or those behind `after`. `BrokenError` where one was changed."""
+        return self._episodes.list(limit=limit, after=after)
+
+    def episode(self, number: int) -> Document:
+        """Raises `NotFoundError`, `BrokenError`."""
+        return self._episodes.load(number)
+
+    def search(self, query: str, filters: Mapping[str, Any] | None = None, top_k: int | None = None) -> list[Hit]:
+        """What is remembered for all runs, for this task and for this run. Raises `SchemaError`."""
+        ws = self.ws()
+        here = {"task_id": ws["task_id"], "run_id": self.run_id}
+        config = self._means.config
+        wanted = config.search_top_k if top_k is None else top_k
+        if isinstance(wanted, int):  # the store says what is wrong with any other
+            wanted = min(wanted, config.search_most)
+        return self._means.memory.search(query, {**(filters or {}), **here}, wanted)
+
+    def brief(self, *, budget_tokens: int | None = None, query: str | None = None) -> str:
+        """Markdown for a model's prompt. Without a query the objective and the next action are looked for."""
+        ws = self.ws()
+        words = f"{ws['objective']} {ws['next_action']}" if query is None else query
+        budget = self._means.config.brief_max_tokens if budget_tokens is None else budget_tokens
+        hits, last = self.search(words), self._episodes.last()
+        return context_brief.render(ws, hits, budget_tokens=budget, count=self._means.count, last_episode=last)
+
+    def check(self) -> tuple[int, int]:
+        """How many events and episodes there are, each looked at from the first to the last, and the working set.
+
+        Raises `BrokenError` that names the first file that is not what was written.
+        """
+        self.ws()
+        return sum(1 for _ in self._ledger.read()), self._episodes.verify()
+
+    def pack(self, name: str) -> Path:
+        """A zipped resume pack of this run. Raises `NotFoundError`."""
+        path = self.folder / PACKS / name
+        if "/" in name or not name.startswith("pack_") or not name.endswith(".zip") or not path.is_file():
+            hint = "Only a pack that was made with zip_pack true can be downloaded."
+            raise NotFoundError(f"run {self.run_id} has no pack {name!r}", hint=hint)
+        return path
+
+    # What changes the run: under its lock, and each with its event
+
+    def update(self, patch: Document, *, actor: str | None = None) -> PatchResult:
+        """Raises `StaleError`, `SchemaError`, `LimitError`."""
+        return self._working_set.apply_patch(patch, actor=actor)
+
+    def propose(
+        self, mcrs: Sequence[Document], *, writer: str | None = None, actor: str | None = None
+    ) -> ProposeResult:
+        """Stage changes of memory, which wait for a milestone. Raises `SchemaError`, `NotFoundError`."""
+        with self._changing():
+            return self._propose(mcrs, writer, actor)
+
+    def bring(self, items: Iterable[Document], pack_id: str, *, actor: str | None = None) -> Brought | None:
+        """Propose what a pack remembers: its active memories that this memory does not have, as one batch.
+
+        None where nothing is new. Raises as `propose`.
+        """
+        with self._changing():
+            new = [item for item in items if item["status"] == "active" and not self._has(item["id"])]
+            most = self._means.config.batch_most
+            if not new:
+                return None
+            proposed = self._propose([_again(item, pack_id) for item in new[:most]], None, actor)
+        if not proposed.staged and all(one.batch_id is None for one in proposed.duplicates):
+            return None
+        return Brought(proposed.batch_id, proposed.staged, len(proposed.duplicates), len(new[most:]))
+
+    def commit(
+        self,
+        batch_id: str,
+        *,
+        sealed: bool = False,
+        allow_outside_milestone: bool = False,
+        committed_by: str | None = None,
+        actor: str | None = None,
+    ) -> CommitResult:
+        """Outside a milestone: for the bus in SEAL, and where tests ask for it. Raises `GateError`, `NotFoundError`."""
+        with self._changing():
+            if sealed or (allow_outside_milestone and self._means.testing):
+                return self._commit(batch_id, committed_by, actor)
+            why = "memory is committed at a milestone only"
+            if allow_outside_milestone:
+                why += "; allow_outside_milestone is for a service that was started with --testing"
+            self._note("MEMORY_COMMIT_REFUSED", actor, batch_id=batch_id, detail=why)
+            raise GateError(f"batch {batch_id}: {why}", batch_id=batch_id)
+
+    def milestone(
+        self,
+        reason: str,
+        *,
+        next_entry_point: str | None = None,
+        memory_batch_id: str | None = None,
+        request_id: str | None = None,
+        committed_by: str | None = None,
+        actor: str | None = None,
+    ) -> Milestone:
+        """Commit the batch, then make the episode. Raises `NotFoundError` (the batch), `SchemaError`.
+
+        With the `request_id` of the last episode it is that one again; without one only a batch tells a repetition.
+        """
+        with self._changing():
+            ws, last = self.ws(), self._episodes.last()
+            is_same = last is not None and request_id is not None and last.get("request_id") == request_id
+            if last is not None and is_same:
+                self._require_same(last, reason, next_entry_point, memory_batch_id)
+            if memory_batch_id is None:
+                memory = None
+            else:
+                memory = self._commit(memory_batch_id, committed_by, actor)
+                is_same = is_same or (last is not None and self._is_repeated(last, memory, reason, next_entry_point))
+            if last is not None and is_same:
+                return Milestone(last, self._episodes.sha256(last["number"]), memory, already=True)
+            episode = self._create_episode(ws, last, memory, reason, next_entry_point, request_id=request_id)
+            file_sha256 = self._note_episode(episode, actor)
+        return Milestone(episode, file_sha256, memory)
+
+    def snapshot(
+        self, *, zip_pack: bool = True, pointers: Document | None = None, actor: str | None = None
+    ) -> Snapshot:
+        """Pack the run as it is now. Raises `SchemaError`, `LimitError`."""
+        with self._changing():
+            packing = resume_pack.prepared(
+                self.folder,
+                pack_id=secrets.token_hex(8),
+                zip_pack=zip_pack,
+                pointers=pointers or {},
+                memory_items=self._remembered(),
+                now=now(),
+                working_set=self.ws(),
+                config=self._means.config,
+            )
+            with packing as ready:
+                self._note_pack(ready.snapshot, actor)
+                return ready.place()
+
+    # The steps, under the lock
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Hold the run's lock, and make good first what was cut off, where that may be."""
+        mark = self.folder / CHANGING
+        with self._working_set.locked():
+            self._noted.catch_up()
+            if mark.exists() or not self._was_mended:
+                self._mend()
+            mark.touch(FILE_MODE)
+            self._was_mended = True
+            yield
+            mark.unlink()  # what ends with an error leaves it, as a kill does
+
+    def _propose(self, mcrs: Sequence[Document], writer: str | None, actor: str | None) -> ProposeResult:
+        where = {"task_id": self.ws()["task_id"], "run_id": self.run_id}
+        proposed = self._means.memory.propose(mcrs, where if writer is None else {**where, "writer": writer})
+        duplicates, conflicts = len(proposed.duplicates), len(proposed.conflicts)
+        self._note_proposed(proposed.batch_id, proposed.staged, duplicates, conflicts, actor)
+        return proposed
+
+    def _has(self, item_id: str) -> bool:
+        """Where the memory cannot say it, its gate tells duplicates all the same."""
+        return self._records is not None and self._records.item(item_id) is not None
+
+    def _commit(self, batch_id: str, committed_by: str | None, actor: str | None) -> CommitResult:
+        self._require_own(batch_id)
+        if self._records is None:
+            committed = self._means.memory.commit(batch_id)
+        else:
+            committed = self._records.commit(batch_id, committed_by=committed_by)
+        self._note_committed(committed, committed_by, actor)
+        return committed
+
+    def _require_own(self, batch_id: str) -> None:
+        """Raises `NotFoundError` for a batch that this run has not proposed."""
+        if batch_id in self._noted.proposed:
+            return
+        batch = None if self._records is None else self._records.batch(batch_id)
+        if batch is None or batch.run_id != self.run_id:
+            raise NotFoundError(f"run {self.run_id} has proposed no batch {batch_id}", batch_id=batch_id)
+        self._note_proposed(batch_id, len(batch.mcrs), 0, 0, None)
+
+    def _remembered(self) -> list[Document]:
+        """What this run has committed, each memory as the last of its batches left it, whatever others made of it."""
+        found: dict[str, Document] = {}
+        for batch_id in self._noted.committed:
+            try:
+                found |= {item["id"]: item for item in self._recorded(batch_id)}
+            except NotFoundError:
+                why = f"run {self.run_id} has committed the batch {batch_id}, and the memory does not have it"
+                raise BrokenError(why, hint="Use the memory that the run was made with.") from None
+        return list(found.values())
+
+    def _recorded(self, batch_id: str) -> list[Document]:
+        """Raises `NotFoundError`."""
+        return self._means.memory.commit(batch_id).items if self._records is None else self._records.recorded(batch_id)
+
+    def _is_repeated(self, last: Document, memory: CommitResult, reason: str, next_entry_point: str | None) -> bool:
+        """Whether the last episode is that of the same request: its answer was lost, and it is made once more."""
+        happened = self._noted.episode_seq < self._ledger.last_seq()
+        same = (last["reason"], last["next_entry_point"]) == (reason, next_entry_point)
+        return memory.already and same and last["memory"]["batch_id"] == memory.batch_id and not happened
+
+    def _require_same(self, last: Document, reason: str, next_entry_point: str | None, batch_id: str | None) -> None:
+        """Raises `SchemaError` where a request that is repeated asks for another milestone than the first time."""
+        same = (last["reason"], last["next_entry_point"]) == (reason, next_entry_point)
+        made = last["memory"]["batch_id"]
+        if made is None and batch_id is not None:  # an episode before may have had it
+            same = same and batch_id in self._noted.committed
+        elif made != batch_id:
+            same = False
+        if not same:
+            message = f"is that of episode {last['number']}, which is another milestone"
+            raise SchemaError("milestone request", [{"path": "$.request_id", "message": message}])
+
+    def _create_episode(
+        self,
+        ws: Document,
+        last: Document | None,
+        memory: CommitResult | None,
+        reason: str,
+        next_entry_point: str | None,
+        *,
+        request_id: str | None,
+    ) -> Document:
+        first_seq = 1 if last is None else last["ledger"]["last_seq"] + 1
+        if memory is not None and self._noted.committed.get(memory.batch_id, 0) < first_seq:
+            memory = None  # an episode before has it
+        return self._episodes.create(
+            run_id=self.run_id,
+            task_id=ws["task_id"],
+            reason=reason,
+            next_entry_point=next_entry_point,
+            request_id=request_id,
+            ws_before=self._booted(ws) if last is None else last["ws_after"],
+            ws_after=ws,
+            ledger_lines=self._ledger.lines(first_seq - 1),
+            first_seq=first_seq,
+            memory_batch_id=None if memory is None else memory.batch_id,
+            memory_items=[] if memory is None else list(memory.items),
+        )
+
+    def _booted(self, otherwise: Document) -> Document:
+        """The working set that the run began with."""
+        first = next(iter(self._ledger.read(limit=1)), None)
+        is_boot = first is not None and first["event_type"] == "RUN_BOOTED"
+        booted: Document = first["data"]["working_set"] if first is not None and is_boot else otherwise
+        return booted
+
+    # Events, and what makes up for missing ones
+
+    def _mend(self) -> None:
+        """Give an event to what a crash has left without one, and remove what it has left half written."""
+        self._episodes.sweep()
+        sweep(self.folder / PACKS)
+        for batch in () if self._records is None else self._records.batches(self.run_id):
+            if batch.batch_id not in self._noted.proposed:
+                self._note_proposed(batch.batch_id, len(batch.mcrs), 0, 0, None)
+            if batch.state == "committed" and batch.batch_id not in self._noted.committed:
+                items = self._recorded(batch.batch_id)
+                self._note_committed(CommitResult(batch.batch_id, items, already=True), batch.committed_by, None)
+        if max(self._episodes.numbers(), default=0) > self._noted.episode:
+            last = self._episodes.last()
+            if last is not None:
+                self._note_episode(last, None)
+
+    def _note_proposed(self, batch_id: str, staged: int, duplicates: int, conflicts: int, actor: str | None) -> None:
+        counts = {"staged": staged, "duplicates": duplicates, "conflicts": conflicts}
+        self._note("MEMORY_PROPOSED", actor, batch_id=batch_id, **counts)
+
+    def _note_committed(self, committed: CommitResult, committed_by: str | None, actor: str | None) -> None:
+        """Once for each batch."""
+        if committed.batch_id not in self._noted.committed:
+            items = [{"id": item["id"], "sha256": sha256(to_json(item))} for item in committed.items]
+            self._note("MEMORY_COMMITTED", actor, batch_id=committed.batch_id, items=items, committed_by=committed_by)
+
+    def _note_episode(self, episode: Document, actor: str | None) -> str:
+        """Returns the SHA-256 of the episode's file."""
+        number = episode["number"]
+        file_sha256 = self._episodes.sha256(number)
+        self._note("EPISODE_CREATED", actor, episode_id=episode["episode_id"], number=number, sha256=file_sha256)
+        return file_sha256
+
+    def _note_pack(self, made: Snapshot, actor: str | None) -> None:
+        """Before the pack comes to its place: one that lies there has its hash in the ledger."""
+        pack_id, path = made.manifest["pack_id"], f"{PACKS}/{made.path.name}"
+        self._note("RESUME_PACK_CREATED", actor, pack_id=pack_id, path=path, manifest_sha256=made.manifest_sha256)
+
+    def _note(self, event_type: str, actor: str | None, **data: Any) -> None:
+        self._noted.add(self._ledger.append({"event_type": event_type, "actor": actor, "data": data}))
+
+
+def _again(item: Document, pack_id: str) -> Document:
+    """The change that would make this memory, with where it was."""
+    kept = ("_schema_version", "type", "scope", "content", "confidence", "rationale", "writer")
+    refs = [*item["source_refs"][: SOURCE_REFS_MOST - 1], f"pack:{pack_id}/{item['id']}"]
+    return {"op": "add", "source_refs": refs, **{name: item[name] for name in kept}}
+
+
+def new_id(kind: str) -> str:
+    """`run_5f0c…`: 64 random bits."""
+    return f"{kind}_{secrets.token_hex(8)}"

@@ -1,0 +1,192 @@
+"""Files that are whole or not there, and locks of all processes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from aos_context.errors import BusyError
+from aos_context.files import FILE_MODE, FOLDER_MODE, locked, make_folder, staged, write_all, write_atomic
+from aos_context.memory_sqlite import SQLiteMemoryStore
+from aos_context.opening import opened
+from aos_context.resume_pack import check, snapshot, unpack
+from aos_context.settings import Settings
+
+from tests.context import OVERLAY
+from tests.context.made import TIME, MadeRun
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+def test_a_thread_that_has_a_lock_may_take_it_again_and_keeps_it_until_the_first_ends(tmp_path: Path) -> None:
+    path = tmp_path / "run" / ".lock"
+    order = []
+
+    def other() -> None:
+        with locked(path):
+            order.append("other")
+
+    thread = threading.Thread(target=other)
+    with locked(path):
+        with locked(tmp_path / "run" / ".." / "run" / ".lock"):
+            thread.start()
+        order.append("first")
+    thread.join(10)
+    assert order == ["first", "other"]
+
+
+def test_a_lock_ends_with_an_error_and_can_be_taken_by_another_thread(tmp_path: Path) -> None:
+    def fail() -> None:
+        with locked(tmp_path / ".lock"):
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    thread = threading.Thread(target=lambda: locked(tmp_path / ".lock").__enter__())
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from aos_context.files import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that holds the lock and was stopped in the middle."""
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / ".lock")]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=OVERLAY) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        process.send_signal(signal.SIGSTOP)
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_lock_that_a_stopped_process_holds_is_busy_after_its_time_and_free_once_that_ends(
+    tmp_path: Path, holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aos_context.files.LOCK_WAIT_S", 0.05)
+    path = tmp_path / ".lock"
+    with pytest.raises(BusyError, match=r"\.lock has been held by others for 0\.05 s") as refused, locked(path):
+        pass
+    assert (refused.value.status, refused.value.code) == (503, "BUSY")
+    assert "stopped process" in str(refused.value.hint)
+    monkeypatch.setattr("aos_context.files.LOCK_WAIT_S", 60.0)
+    holder.kill()
+    with locked(path):
+        pass
+
+
+@pytest.mark.parametrize("call", ["write", "fsync", "replace"])
+def test_a_file_that_cannot_be_written_stays_as_it_was_and_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    path = tmp_path / "file"
+    write_atomic(path, b"old")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, call, full)
+        with pytest.raises(OSError, match="No space"):
+            write_atomic(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+    write_atomic(path, b"new", mode=0o400)
+    assert (path.read_bytes(), path.stat().st_mode & 0o777) == (b"new", 0o400)
+
+
+def test_a_staged_file_that_is_not_moved_is_removed(tmp_path: Path) -> None:
+    with staged(tmp_path / "file", b"content") as temporary:
+        assert temporary.read_bytes() == b"content"
+        assert temporary.stat().st_mode & 0o777 == FILE_MODE
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_folder_on_the_way_is_made_and_synced_in_the_one_above(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr("aos_context.files.sync_folder", synced.append)
+    make_folder(tmp_path / "a" / "b")
+    make_folder(tmp_path / "a" / "b")
+    assert synced == [tmp_path, tmp_path / "a"]
+    assert (tmp_path / "a" / "b").stat().st_mode & 0o777 == FOLDER_MODE
+
+
+def made_a_memory(folder: Path) -> Path:
+    SQLiteMemoryStore(folder / "new" / "root" / "memory.sqlite").close()
+    return folder / "new" / "root"
+
+
+def opened_a_service(folder: Path) -> Path:
+    with opened(Settings(root=folder / "new" / "root")):
+        return folder / "new" / "root"
+
+
+def reached_a_milestone(folder: Path) -> Path:
+    made = MadeRun(folder / "run_1")
+    made.milestone()
+    return made.folder / "episodes"
+
+
+def packed(folder: Path) -> Path:
+    made = MadeRun(folder / "run_1")
+    snapshot(made.folder, pack_id="p1", zip_pack=True, pointers={}, memory_items=[], now=TIME)
+    return made.folder / "resume"
+
+
+def unpacked(folder: Path) -> Path:
+    resume = packed(folder)
+    with check(resume / "pack_p1.zip") as pack:
+        unpack(pack, folder / "new" / "root" / "run_1", now=TIME)
+    return folder / "new" / "root"
+
+
+@pytest.mark.parametrize("make", [made_a_memory, opened_a_service, reached_a_milestone, packed, unpacked])
+def test_wherever_a_folder_is_made_its_name_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], Path]
+) -> None:
+    synced: list[Path] = []
+    fsync = os.fsync
+
+    def recording(fd: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{fd}").readlink())
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", recording)
+    made = make(tmp_path)
+    assert made.parent in synced
+    assert made.stat().st_mode & 0o777 == FOLDER_MODE
+    if made.parent.name == "new":
+        assert tmp_path in synced
+
+
+def test_what_is_written_in_parts_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.write
+    fd = os.open(tmp_path / "file", os.O_WRONLY | os.O_CREAT)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", lambda fd, data: write(fd, data[:3]))
+        write_all(fd, b"0123456789")
+    os.close(fd)
+    assert (tmp_path / "file").read_bytes() == b"0123456789"
