@@ -395,7 +395,7 @@ async def test_who_is_refused_reads_why_and_the_rest_of_a_large_body_is_not_read
     add_overlay(settings.overlays, "echo")
     async with (
         running_bus(replace(settings, max_body_mb=PIECE / 2**20), InProcessRunner()) as bus,
-        serving(QUICK_S, other=create_app(bus=bus)) as served,
+        serving(other=create_app(bus=bus)) as served,
     ):
         reader, writer = await served.connect(head + known + b"\r\n")
         pouring = asyncio.ensure_future(pour(writer, piece))
@@ -505,26 +505,27 @@ async def test_the_time_to_read_the_last_answer_begins_when_it_is_out() -> None:
 # --- Who is too slow ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "data",
-    [b"", b"\r\n", b"GET", HEAD[:-2], WHOLE + b"GET"],
-    ids=["nothing", "empty lines", "method", "head", "a second request"],
-)
+@pytest.mark.parametrize("data", [b"", b"\r\n", b"GET", HEAD[:-2]], ids=["nothing", "empty lines", "method", "head"])
 async def test_a_client_that_sends_no_whole_head_is_cut_off(data: bytes) -> None:
     async with serving(QUICK_S) as served:
         reader, _ = await served.connect(data)
-        if data.startswith(WHOLE):
-            assert await answer(reader) == (200, b"body")
         assert await rest(reader) == b""
 
 
-async def test_empty_lines_keep_no_connection_open() -> None:
-    """They are no request."""
-    async with serving(QUICK_S) as served:
-        reader, writer = await served.connect(WHOLE)
-        assert await answer(reader) == (200, b"body")
-        writer.write(b"\r\n")
-        assert await rest(reader) == b""
+@pytest.mark.parametrize("more", [b"\r\n", b"GET"], ids=["empty lines, which are no request", "a second request"])
+async def test_what_begins_after_an_answer_keeps_no_connection_open(more: bytes) -> None:
+    connection, transport, served = connected()
+    connection.data_received(WHOLE)
+    await asyncio.gather(*served.state.tasks)
+    assert transport.written.endswith(b"body")
+    answered = transport.written
+    now = asyncio.get_running_loop().time()
+    connection.data_received(more)
+    connection.look(now, 30)
+    assert not transport.closing
+    connection.look(now + 31, 30)
+    assert transport.aborted
+    assert transport.written == answered
 
 
 @pytest.mark.parametrize("data", [HEAD, WHOLE[:-1]])
@@ -550,11 +551,17 @@ async def test_a_client_that_drips_is_cut_off_all_the_same() -> None:
 
 
 async def test_a_refused_client_that_goes_on_sending_slowly_is_cut_off_without_a_second_answer() -> None:
-    async with serving(QUICK_S) as served:
-        reader, _ = await served.connect(HEAD.replace(b"/x", b"/refused"))
-        assert await answer(reader) == (403, b"no")
-        assert await rest(reader) == b""
-        await until(lambda: not served.state.connections)
+    connection, transport, served = connected()
+    connection.data_received(HEAD.replace(b"/x", b"/refused"))
+    await asyncio.gather(*served.state.tasks)
+    assert b"403" in transport.written
+    refused, now = transport.written, asyncio.get_running_loop().time()
+    connection.look(now, 30)
+    connection.data_received(b"b")
+    assert not transport.aborted
+    connection.look(now + 31, 30)
+    assert transport.aborted
+    assert transport.written == refused
     assert not served.refused
 
 
