@@ -40,7 +40,7 @@ from bus.index import index_of  # noqa: E402
 from bus.ledger import Ledger  # noqa: E402
 from bus.model import new_request_id, now_ms  # noqa: E402
 from bus.proofs import Prover  # noqa: E402
-from bus.records import draft_call  # noqa: E402
+from bus.records import draft_call, environment_hash  # noqa: E402
 from bus.settings import load  # noqa: E402
 from bus.verification import verify  # noqa: E402
 
@@ -65,6 +65,7 @@ ENVIRONMENT = {
     "git_commit": None,
     "bus_version": "0",
 }
+ENVIRONMENT_HASH = environment_hash(ENVIRONMENT)
 WORKER = ROOT / "TOOLS" / "bench" / "echo_worker.py"
 BODY = b'{"phase": "OPEN", "data": {"text": "hello world", "x": 1}}'
 
@@ -97,7 +98,7 @@ def record(number: int) -> Record:
                    "applied": [], "peak_mb": 11.879, "peak_floor_mb": 6.488},
         "sandbox": {"mode": "best-effort", "scope": "call", "enforced": ["read", "write", "network"], "missing": []},
         "deterministic": False,
-        "environment_hash": "ef" * 32,
+        "environment_hash": ENVIRONMENT_HASH,
         "prev_size": number,
         "cost_cents": 0,
         "timeout_ms": 30000,
@@ -300,7 +301,7 @@ def together(rounds: int) -> dict[str, float]:
     return {"shared_per_s": statistics.median(shared), "apart_per_s": statistics.median(apart), "ratio": ratio}
 
 
-def _two(names: Sequence[str], calls: int = 150) -> float:
+def _two(names: Sequence[str], calls: int = 600) -> float:
     with tempfile.TemporaryDirectory() as folder:
         writers = [
             subprocess.Popen(
