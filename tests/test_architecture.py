@@ -207,6 +207,32 @@ def test_a_module_of_the_context_overlay_imports_only_what_stands_before_it_on_t
         assert {name for name in needs if place[name] >= place[own]} == set(), file
 
 
+def test_a_public_name_of_the_context_overlay_is_given_once() -> None:
+    """One word means one thing: who meets a name in two modules may take it for the same."""
+    given: dict[str, list[str]] = {}
+    for file in OF_OVERLAY:
+        for name in public_names(ast.parse(file.read_text())):
+            given.setdefault(name, []).append(str(file.relative_to(OVERLAY)))
+    assert {name: files for name, files in given.items() if len(files) > 1} == {}
+
+
+def public_names(module: ast.Module) -> Iterator[str]:
+    """Of classes, functions and constants that a module defines."""
+    for node in module.body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            names = [node.name]
+        else:
+            targets = (
+                node.targets
+                if isinstance(node, ast.Assign)
+                else [node.target]
+                if isinstance(node, ast.AnnAssign)
+                else []
+            )
+            names = [one.id for target in targets for one in ast.walk(target) if isinstance(one, ast.Name)]
+        yield from (name for name in names if not name.startswith("_"))
+
+
 def test_nothing_imports_in_a_circle() -> None:
     graph = {name_of(file): imports(file) for file in [*MODULES, *RUNNERS]}
     while leaves := [name for name, needs in graph.items() if not needs & graph.keys() - {name}]:

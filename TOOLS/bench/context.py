@@ -33,7 +33,7 @@ from aos_context.artifacts import Document, now  # noqa: E402
 from aos_context.context_brief import render  # noqa: E402
 from aos_context.ledger import FileLedger  # noqa: E402
 from aos_context.memory import TYPES, Batch  # noqa: E402
-from aos_context.memory_gate import Scope, Staged, new_id, settle  # noqa: E402
+from aos_context.memory_gate import Proposer, Staged, ordered_id, settle  # noqa: E402
 from aos_context.memory_sqlite import SQLiteMemoryStore  # noqa: E402
 from aos_context.tokens import estimate  # noqa: E402
 from aos_context.ws_manager import WorkingSetManager  # noqa: E402
@@ -172,14 +172,14 @@ def fill(store: SQLiteMemoryStore, text: Text, count: int, say: Callable[[str], 
     contents = []
     for start in range(0, count, BATCH):
         number = start // BATCH
-        scope = Scope(task_id=f"task{number % 50}", run_id=f"run{number}")
+        proposer = Proposer(task_id=f"task{number % 50}", run_id=f"run{number}")
         kinds = text.random.choices(["global", "task", "run"], [6, 2, 2], k=min(BATCH, count - start))
         mcrs = [text.mcr(kind) for kind in kinds]
         contents += [mcr["content"] for mcr in mcrs]
         with store.transaction(writes=True) as shelf:
-            batch = Batch(new_id("batch"), "proposed", scope.run_id, scope.task_id, mcrs, now())
-            shelf.stage(batch, [Staged(mcr, new_id("none")) for mcr in mcrs])
-            shelf.record(batch, settle(mcrs, scope, shelf, batch_id=batch.batch_id, committed_by=None))
+            batch = Batch(ordered_id("batch"), "proposed", proposer.run_id, proposer.task_id, mcrs, now())
+            shelf.stage(batch, [Staged(mcr, ordered_id("none")) for mcr in mcrs])
+            shelf.record(batch, settle(mcrs, proposer, shelf, batch_id=batch.batch_id, committed_by=None))
         say(f"{start + len(mcrs):,} of {count:,} memories")
     return contents
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
 from aos_context.context_brief import CUT, SECTIONS, TITLE, quote, render
+from aos_context.memory import Hit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
@@ -35,12 +35,9 @@ LINE = re.compile(
 """All that a line may be."""
 
 
-@dataclass(frozen=True)
-class Found:
+def hit(item: Document) -> Hit:
     """A memory that was found."""
-
-    item: Document
-    score: float = 1.0
+    return Hit(item, 1.0)
 
 
 def quarter(text: str) -> int:
@@ -64,7 +61,7 @@ texts = st.sampled_from(NASTY) | st.text(st.characters(codec="utf-8"), min_size=
 
 
 @st.composite
-def inputs(draw: st.DrawFn) -> tuple[Document, list[Found], Document | None]:
+def inputs(draw: st.DrawFn) -> tuple[Document, list[Hit], Document | None]:
     names = iter(f"c{number}" for number in range(100))
     one = st.builds(lambda text, priority: item(next(names), text, priority=priority), texts, st.integers(0, 9))
     items = st.lists(one, max_size=8)
@@ -78,7 +75,7 @@ def inputs(draw: st.DrawFn) -> tuple[Document, list[Found], Document | None]:
         sliding_context=draw(items),
     )
     memories = draw(st.lists(texts.filter(str.strip), max_size=6))
-    hits = [Found(memory_item(f"mem_{n}", content=text)) for n, text in enumerate(memories)]
+    hits = [hit(memory_item(f"mem_{n}", content=text)) for n, text in enumerate(memories)]
     episode = {"number": 1, "reason": draw(texts), "next_entry_point": draw(texts | st.none())}
     return state, hits, draw(st.sampled_from([None, episode]))
 
@@ -86,7 +83,7 @@ def inputs(draw: st.DrawFn) -> tuple[Document, list[Found], Document | None]:
 @settings(max_examples=400, deadline=None)
 @given(given_=inputs(), budget=st.integers(0, 600), count=st.sampled_from(COUNTS))
 def test_a_brief_is_within_its_budget_and_always_the_same_and_keeps_its_structure(
-    given_: tuple[Document, list[Found], Document | None], budget: int, count: Callable[[str], int]
+    given_: tuple[Document, list[Hit], Document | None], budget: int, count: Callable[[str], int]
 ) -> None:
     state, hits, episode = given_
     brief = render(state, hits, budget_tokens=budget, count=count, last_episode=episode)
@@ -126,7 +123,7 @@ def test_a_brief_has_all_sections_in_order_when_all_fits() -> None:
         sliding_context=[item("s1"), item("s2")],
     )
     episode = {"number": 3, "reason": "checkpoint", "next_entry_point": "Continue."}
-    brief = render(state, [Found(memory_item())], budget_tokens=1000, count=quarter, last_episode=episode)
+    brief = render(state, [hit(memory_item())], budget_tokens=1000, count=quarter, last_episode=episode)
     assert (
         brief
         == """\
@@ -203,7 +200,7 @@ def test_sliding_context_gives_way_by_priority_then_age_then_id_and_stands_in_it
 
 def test_memories_have_room_beside_much_sliding_context_and_what_is_left_out_is_said() -> None:
     state = working_set(1, sliding_context=contexts(100))
-    hits = [Found(memory_item(f"mem_{n}", content="remembered " * 20)) for n in range(30)]
+    hits = [hit(memory_item(f"mem_{n}", content="remembered " * 20)) for n in range(30)]
     brief = render(state, hits, budget_tokens=2000, count=quarter)
     assert 5 <= brief.count("- mem_") < 30
     assert brief.count("- s0") >= 5
@@ -214,7 +211,7 @@ def test_memories_have_room_beside_much_sliding_context_and_what_is_left_out_is_
 
 
 def test_memories_take_the_room_that_sliding_context_leaves() -> None:
-    hits = [Found(memory_item(f"mem_{n}", content="remembered " * 20)) for n in range(30)]
+    hits = [hit(memory_item(f"mem_{n}", content="remembered " * 20)) for n in range(30)]
     brief = render(working_set(), hits, budget_tokens=1000, count=quarter)
     assert quarter(brief) > 850
 
@@ -223,7 +220,7 @@ def test_one_huge_text_is_cut_and_leaves_room_for_the_others() -> None:
     state = working_set(
         1, pinned_context=[item("huge", "word " * 13_000), item("small", "kept " * 200)], sliding_context=[item("s")]
     )
-    brief = render(state, [Found(memory_item())], budget_tokens=1000, count=quarter)
+    brief = render(state, [hit(memory_item())], budget_tokens=1000, count=quarter)
     assert CUT in brief
     assert "kept " * 199 in brief
     assert "- s:\n  > x" in brief

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from aos_context.errors import BusyError
-from aos_context.files import FILE_MODE, FOLDER_MODE, locked, make_folder, staged, write_all, write_atomic
+from aos_context.files import FILE_MODE, FOLDER_MODE, locked, make_folder, temporary_file, write_all, write_atomic
 from aos_context.memory_sqlite import SQLiteMemoryStore
 from aos_context.opening import opened
 from aos_context.resume_pack import check, snapshot, unpack
@@ -116,8 +116,8 @@ def test_a_file_that_cannot_be_written_stays_as_it_was_and_nothing_is_left(
     assert (path.read_bytes(), path.stat().st_mode & 0o777) == (b"new", 0o400)
 
 
-def test_a_staged_file_that_is_not_moved_is_removed(tmp_path: Path) -> None:
-    with staged(tmp_path / "file", b"content") as temporary:
+def test_a_temporary_file_that_is_not_moved_is_removed(tmp_path: Path) -> None:
+    with temporary_file(tmp_path / "file", b"content") as temporary:
         assert temporary.read_bytes() == b"content"
         assert temporary.stat().st_mode & 0o777 == FILE_MODE
     assert list(tmp_path.iterdir()) == []

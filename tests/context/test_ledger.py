@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from aos_context.errors import BrokenError, SchemaError
-from aos_context.ledger import CHUNK_BYTES, UNSURE_MOST, FileLedger
+from aos_context.ledger import BACK_BYTES, UNSURE_MOST, FileLedger
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -83,7 +83,7 @@ def test_a_ledger_that_is_not_there_has_no_events_and_reading_makes_none(ledger:
     assert not ledger.path.parent.exists()
 
 
-@given(sizes=st.lists(st.sampled_from([0, 1, 200, CHUNK_BYTES, 3 * CHUNK_BYTES]), min_size=1, max_size=12))
+@given(sizes=st.lists(st.sampled_from([0, 1, 200, BACK_BYTES, 3 * BACK_BYTES]), min_size=1, max_size=12))
 def test_every_part_is_found_whatever_the_lengths_of_the_lines(
     tmp_path_factory: pytest.TempPathFactory, sizes: list[int]
 ) -> None:
@@ -152,7 +152,7 @@ def test_a_line_torn_at_any_byte_is_passed_over_and_cut_off_by_the_next_append(l
         assert kept.read_bytes() == whole[before:size]
 
 
-@pytest.mark.parametrize("tail", [b"\0" * 700, b'{"_sch\0\0\0\n', b'\0\0\n{"a":1}\0\n\0', b"\0" * (2 * CHUNK_BYTES)])
+@pytest.mark.parametrize("tail", [b"\0" * 700, b'{"_sch\0\0\0\n', b'\0\0\n{"a":1}\0\n\0', b"\0" * (2 * BACK_BYTES)])
 def test_blocks_that_never_reached_the_disk_are_a_torn_tail_too(ledger: FileLedger, tail: bytes) -> None:
     first = note(ledger, 1)
     with ledger.path.open("ab") as file:

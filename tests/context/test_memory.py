@@ -25,7 +25,7 @@ no_mem0 = pytest.mark.skipif(importlib.util.find_spec("mem0") is None, reason="m
 
 @pytest.fixture(params=["memory", "sqlite", pytest.param("mem0", marks=no_mem0)])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RecordingMemoryStore]:
-    with opened(request.param, tmp_path, Config(batch_most=20)) as store:
+    with opened(request.param, tmp_path, Config(batch_max_changes=20)) as store:
         yield store
 
 

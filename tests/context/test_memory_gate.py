@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 from aos_context.errors import ConflictError
 from aos_context.memory import InMemoryMemoryStore
-from aos_context.memory_gate import Scope, draft_of, new_id, normalised
+from aos_context.memory_gate import Proposer, draft_of, normalised, ordered_id
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -98,8 +98,8 @@ def test_a_scope_sees_global_memories_and_those_of_its_task_and_run(scope: dict[
         "t": {"scope": "task", "task_id": "t1", "run_id": None},
         "r": {"scope": "run", "task_id": "t1", "run_id": "r1"},
     }
-    assert "".join(kind for kind, item in items.items() if Scope.parse(scope).sees(item)) == seen
+    assert "".join(kind for kind, item in items.items() if Proposer.parse(scope).sees(item)) == seen
 
 
 def test_no_id_is_made_twice() -> None:
-    assert len({new_id("mem") for _ in range(1_000)}) == 1_000
+    assert len({ordered_id("mem") for _ in range(1_000)}) == 1_000

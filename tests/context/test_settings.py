@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def test_the_memory_has_the_limits_that_the_service_has(tmp_path: Path) -> None:
-    settings = Settings(root=tmp_path / "runs", config=Config(batch_most=1))
+    settings = Settings(root=tmp_path / "runs", config=Config(batch_max_changes=1))
     with opened(settings) as runs:
         run = runs.open(runs.boot("Remember little.")["run_id"])
         with pytest.raises(SchemaError, match="1 to 1 items"):

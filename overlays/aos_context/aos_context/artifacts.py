@@ -24,7 +24,7 @@ Artifact = Literal["working_set", "ws_patch", "ledger_event", "episode", "memory
 ARTIFACTS: tuple[Artifact, ...] = (
     "working_set", "ws_patch", "ledger_event", "episode", "memory_item", "mcr", "resume_pack_manifest",
 )  # fmt: skip
-MAX_FAULTS = 20
+FAULTS_MOST = 20
 Document = dict[str, Any]
 
 _MAYBE_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -61,7 +61,7 @@ def encode(artifact: Artifact, document: Document) -> bytes:
 def decode(artifact: Artifact, text: bytes, where: str) -> Document:
     """What `encode` gave. Raises `BrokenError` that names `where` it lay."""
     try:
-        document = json.loads(text, parse_float=_finite, parse_constant=_finite)
+        document = json.loads(text, parse_float=finite, parse_constant=finite)
         if _MAYBE_HALF.search(text):
             to_json(document)
         return validate(artifact, document)
@@ -92,11 +92,11 @@ def days_ago(days: float) -> str:
     return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
-def _finite(number: str) -> float:
+def finite(number: str) -> float:
     """Raises `ValueError` for what `to_json` cannot write."""
     value = float(number)
     if not math.isfinite(value):
-        raise ValueError(f"{number} is no number of JSON")
+        raise ValueError(f"{number[:100]} is no number of JSON")
     return value
 
 
@@ -112,8 +112,8 @@ def _registry() -> jsonschema_rs.Registry:
 
 
 def faults(validator: jsonschema_rs.Draft202012Validator, document: Any) -> list[dict[str, str]]:
-    """The first `MAX_FAULTS`, as `SchemaError` has them."""
-    errors = islice(validator.iter_errors(document), MAX_FAULTS)
+    """The first `FAULTS_MOST`, as `SchemaError` has them."""
+    errors = islice(validator.iter_errors(document), FAULTS_MOST)
     return [{"path": json_path(error.instance_path), "message": error.message} for error in errors]
 
 

@@ -20,7 +20,7 @@ class Config:
     """As it is written."""
     brief_max_tokens: int = 4_000
     search_top_k: int = 10
-    search_most: int = 100
+    search_max_hits: int = 100
     search_candidates: int = 5_000
     """Memories that one search scores. Common words do not choose them where rarer ones do, and else the newest do."""
     body_max_bytes: int = 4 << 20
@@ -30,7 +30,7 @@ class Config:
     pack_max_files: int = 1_000
     conflict_similarity: float = 0.5
     """How alike the words of two memories are (Jaccard, 0 to 1), so that one is named as a conflict of the other."""
-    batch_most: int = 1_000
+    batch_max_changes: int = 1_000
     """Changes of memory in one batch."""
     proposal_max_age_days: float = 30.0
     """An older proposal that nobody has committed is not named to others any more. It can still be committed."""

@@ -12,7 +12,7 @@ so whatever is in it, heading, fence or HTML, ends with its quote.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from aos_context.eviction import rank
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from aos_context.artifacts import Document
+    from aos_context.memory import Hit
 
 TITLE = "# Context brief"
 CUT = "… [cut]"
@@ -32,16 +33,6 @@ _MEMORY_SHARE = 4
 """A quarter of the budget is for memories before sliding context takes the rest."""
 _NOTE_SHARE = 8
 """The line on what is left out has its room kept where it takes no more than an eighth of the budget."""
-
-
-class Hit(Protocol):
-    """A memory that was found."""
-
-    @property
-    def item(self) -> Document: ...
-
-    @property
-    def score(self) -> float: ...
 
 
 class Section(NamedTuple):

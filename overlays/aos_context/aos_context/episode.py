@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from aos_context.artifacts import Document, decode, encode, now, sha256, to_json
 from aos_context.config import SCHEMA_VERSION
-from aos_context.episode_slice import check_slice, staged_slice
+from aos_context.episode_slice import check_slice, temporary_slice
 from aos_context.errors import BrokenError, NotFoundError
 from aos_context.files import locked, make_folder, replace, write_atomic
 from aos_context.ledger import whole_lines
@@ -137,7 +137,7 @@ class EpisodeStore:
         with locked(self.folder / ".lock"):
             number = max(self.numbers(), default=0) + 1
             place = self.slice_path(number)
-            with staged_slice(place, ledger_lines, first_seq) as (temporary, passing):
+            with temporary_slice(place, ledger_lines, first_seq) as (temporary, passing):
                 document = self._completed(given, number, passing)
                 data = encode("episode", document) + b"\n"
                 replace(temporary, place)

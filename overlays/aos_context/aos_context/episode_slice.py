@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from aos_context.artifacts import decode
 from aos_context.errors import BrokenError
-from aos_context.files import staged
+from aos_context.files import CHUNK_BYTES, temporary_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -23,12 +23,10 @@ if TYPE_CHECKING:
     from aos_context.artifacts import Document
 
 SLICE_MODE = 0o444
-CHUNK_BYTES = 1 << 20
-"""How much is read at a time, where a slice is checked."""
 
 _END_BYTES = 512
-"""Of a line, in which the four members of `_END` are."""
-_END = re.compile(
+"""Of a line, in which the four members of `_LAST_MEMBERS` are."""
+_LAST_MEMBERS = re.compile(
     rb'"event_type":"([A-Z][A-Z0-9_]{0,63})","run_id":"[A-Za-z0-9._-]{1,128}","seq":([0-9]{1,16}),'
     rb'"timestamp":"[^"\\]{1,40}"\}\n'
 )
@@ -67,7 +65,7 @@ class Passing:
 def _type_and_seq(line: bytes) -> tuple[str, int]:
     """Raises `BrokenError`."""
     end = line[-_END_BYTES:]
-    match = _END.fullmatch(end, max(end.rfind(b'"event_type":"'), 0))
+    match = _LAST_MEMBERS.fullmatch(end, max(end.rfind(b'"event_type":"'), 0))
     if match:
         return match[1].decode(), int(match[2])
     event = decode("ledger_event", line, "a line of the ledger")  # another program wrote it with other spaces
@@ -75,10 +73,10 @@ def _type_and_seq(line: bytes) -> tuple[str, int]:
 
 
 @contextlib.contextmanager
-def staged_slice(path: Path, lines: Iterable[bytes], first_seq: int) -> Iterator[tuple[Path, Passing]]:
-    """The slice as `files.staged` has one, and what its lines were. Raises `BrokenError`, `OSError`."""
+def temporary_slice(path: Path, lines: Iterable[bytes], first_seq: int) -> Iterator[tuple[Path, Passing]]:
+    """The slice as `files.temporary_file` has one, and what its lines were. Raises `BrokenError`, `OSError`."""
     passing = Passing(first_seq)
-    with staged(path, passing.through(lines), SLICE_MODE) as temporary:
+    with temporary_file(path, passing.through(lines), SLICE_MODE) as temporary:
         yield temporary, passing
 
 

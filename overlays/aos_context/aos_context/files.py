@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 FILE_MODE = 0o600
 FOLDER_MODE = 0o700
+CHUNK_BYTES = 1 << 20
+"""How much of a file is read at a time."""
 LOCK_WAIT_S = 10.0
 """How long a call waits for a lock that others hold: a change takes milliseconds, a large pack seconds."""
 LOCK_PAUSE_S, LOCK_PAUSE_MOST_S = 0.0005, 0.02
@@ -82,12 +84,12 @@ def write_atomic(path: Path, data: bytes, mode: int = FILE_MODE) -> None:
     The temporary file and the folder are synced. Raises `OSError`; then the old content stands, or, where only the
     folder could not be synced, the new.
     """
-    with staged(path, data, mode) as temporary:
+    with temporary_file(path, data, mode) as temporary:
         replace(temporary, path)
 
 
 @contextlib.contextmanager
-def staged(path: Path, data: bytes | Iterable[bytes], mode: int = FILE_MODE) -> Iterator[Path]:
+def temporary_file(path: Path, data: bytes | Iterable[bytes], mode: int = FILE_MODE) -> Iterator[Path]:
     """A file beside `path` that has the content, synced; it is gone afterwards, unless it was moved. Raises `OSError`.
 
     `data` may come in chunks, which are written as they come.

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from aos_context.artifacts import Document
 
-CHUNK_BYTES = 1 << 16
+BACK_BYTES = 1 << 16
 """How much is read at a time, from the end."""
 UNSYNCED = frozenset({"WS_UPDATE_REJECTED"})
 """Types of events that are no change of state."""
@@ -266,7 +266,7 @@ def _backwards(fd: int, end: int) -> Iterator[tuple[int, bytes]]:
     while start or data:
         cut = data.rfind(b"\n", 0, max(len(data) - 1, 0)) + 1
         if not cut and start:
-            step = min(start, max(CHUNK_BYTES, len(data)))  # a long line is read in steps that double
+            step = min(start, max(BACK_BYTES, len(data)))  # a long line is read in steps that double
             start -= step
             data = os.pread(fd, step, start) + data
             continue

@@ -22,14 +22,15 @@ from aos_context.memory_gate import (
     Conflict,
     Draft,
     Duplicate,
-    Scope,
+    Proposer,
     Staged,
     View,
     check_members,
     check_name,
     draft_of,
+    holds,
     judge,
-    new_id,
+    ordered_id,
     settle,
 )
 from aos_context.memory_words import similarity, words
@@ -85,7 +86,7 @@ class Filters:
 
     def allow(self, item: Document) -> bool:
         return (
-            Scope(task_id=self.task_id, run_id=self.run_id).sees(item)
+            holds(item, task_id=self.task_id, run_id=self.run_id)
             and self.scope in {None, item["scope"]}
             and self.status in {"any", item["status"]}
             and self.type in {None, item["type"]}
@@ -147,11 +148,11 @@ class MemoryStore(Protocol):
         """The best matches of any of the query's words, best first, equals as they came; of an empty query the newest.
 
         Every query is words: there is no syntax in it. `filters` are those of `Filters`, `top_k` is 1 to
-        `Config.search_most`. Raises `SchemaError`.
+        `Config.search_max_hits`. Raises `SchemaError`.
         """
 
     def propose(self, mcrs: Sequence[Document], scope_filters: Mapping[str, Any] | None = None) -> ProposeResult:
-        """Stage changes as a batch; `scope_filters` are those of `Scope`. Raises `SchemaError`, and stages nothing."""
+        """Stage changes as a batch; `scope_filters` are those of `Proposer`. Raises `SchemaError`, staging nothing."""
 
     def commit(self, batch_id: str) -> CommitResult:
         """Make a batch part of memory; one that was committed before gives that commit's answer.
@@ -230,14 +231,14 @@ class GatedMemoryStore(ABC):
             return shelf.find(query, parsed, wanted)
 
     def propose(self, mcrs: Sequence[Document], scope_filters: Mapping[str, Any] | None = None) -> ProposeResult:
-        scope = Scope.parse(scope_filters)
+        proposer = Proposer.parse(scope_filters)
         with self.transaction(writes=True) as shelf:
-            verdict = judge(mcrs, scope, shelf, self.config)
-            staged = [one.mcr for one in verdict.staged]
+            judgement = judge(mcrs, proposer, shelf, self.config)
+            staged = [one.mcr for one in judgement.staged]
             state: Literal["proposed", "empty"] = "proposed" if staged else "empty"
-            batch = Batch(new_id("batch"), state, scope.run_id, scope.task_id, staged, now())
-            shelf.stage(batch, verdict.staged)
-        return ProposeResult(batch.batch_id, verdict.new, verdict.duplicates, verdict.conflicts)
+            batch = Batch(ordered_id("batch"), state, proposer.run_id, proposer.task_id, staged, now())
+            shelf.stage(batch, judgement.staged)
+        return ProposeResult(batch.batch_id, judgement.new, judgement.duplicates, judgement.conflicts)
 
     def commit(self, batch_id: str, *, committed_by: str | None = None) -> CommitResult:
         check_name("commit", "committed_by", committed_by)
@@ -245,8 +246,8 @@ class GatedMemoryStore(ABC):
             batch = _found(shelf, batch_id)
             if batch.state == "committed":
                 return CommitResult(batch_id, shelf.recorded(batch_id), already=True)
-            scope = Scope(task_id=batch.task_id, run_id=batch.run_id)
-            items = settle(batch.mcrs, scope, shelf, batch_id=batch_id, committed_by=committed_by)
+            proposer = Proposer(task_id=batch.task_id, run_id=batch.run_id)
+            items = settle(batch.mcrs, proposer, shelf, batch_id=batch_id, committed_by=committed_by)
             shelf.record(replace(batch, state="committed", committed_at=now(), committed_by=committed_by), items)
         return CommitResult(batch_id, items, already=False)
 
@@ -275,8 +276,8 @@ class GatedMemoryStore(ABC):
         if not isinstance(query, str):
             raise SchemaError("search", [{"path": "$.query", "message": f"{query!r} is not a string"}])
         wanted = self.config.search_top_k if top_k is None else top_k
-        if isinstance(wanted, bool) or not isinstance(wanted, int) or not 1 <= wanted <= self.config.search_most:
-            message = f"{top_k!r} is not a whole number from 1 to {self.config.search_most}"
+        if isinstance(wanted, bool) or not isinstance(wanted, int) or not 1 <= wanted <= self.config.search_max_hits:
+            message = f"{top_k!r} is not a whole number from 1 to {self.config.search_max_hits}"
             raise SchemaError("search", [{"path": "$.top_k", "message": message}])
         return wanted
 
@@ -286,14 +287,14 @@ class InMemoryMemoryStore(GatedMemoryStore):
 
     def __init__(self, config: Config = DEFAULT_CONFIG) -> None:
         super().__init__(config)
-        self._lock = threading.RLock()
+        self._mutex = threading.RLock()
         self._data = _Data(config)
 
     @contextmanager
     def transaction(self, *, writes: bool) -> Iterator[Shelf]:
         """`_Data` checks whatever could fail before it writes, so there is nothing to take back."""
         del writes
-        with self._lock:
+        with self._mutex:
             yield self._data
 
     def close(self) -> None:
@@ -314,7 +315,7 @@ class _Data:
     _records: dict[str, list[bytes]] = field(default_factory=dict)
 
     def item(self, item_id: str) -> Document | None:
-        return _item(self._items[item_id]) if item_id in self._items else None
+        return item_of(self._items[item_id]) if item_id in self._items else None
 
     def active(self, key: str) -> str | None:
         return self._active.get(key)
@@ -330,7 +331,7 @@ class _Data:
 
     def alike(self, draft: Draft, least: float) -> Iterable[tuple[float, Document]]:
         own, filters = set(words(draft.content)), beside(draft)
-        shares = ((similarity(own, set(self._words[item["id"]])), item) for item in map(_item, self._items.values()))
+        shares = ((similarity(own, set(self._words[item["id"]])), item) for item in map(item_of, self._items.values()))
         return [(share, item) for share, item in shares if share >= least and filters.allow(item)]
 
     def stage(self, batch: Batch, staged: Sequence[Staged]) -> None:
@@ -357,10 +358,10 @@ class _Data:
         return self._batch(batch_id) if batch_id in self._batches else None
 
     def recorded(self, batch_id: str) -> list[Document]:
-        return [_item(text) for text in self._records[batch_id]]
+        return [item_of(text) for text in self._records[batch_id]]
 
     def find(self, query: str, filters: Filters, top_k: int) -> list[Hit]:
-        allowed = [item for item in map(_item, self._items.values()) if filters.allow(item)]
+        allowed = [item for item in map(item_of, self._items.values()) if filters.allow(item)]
         if not query.strip():
             return [Hit(item, 0.0) for item in reversed(allowed[-top_k:])]
         rarity = {word: self._idf(word) for word in sorted(set(words(query)))}
@@ -376,7 +377,7 @@ class _Data:
 
     def items(self, run_id: str | None, batch_id: str | None) -> list[Document]:
         if run_id is None and batch_id is None:
-            return [_item(text) for text in self._items.values()]
+            return [item_of(text) for text in self._items.values()]
         last: dict[str, Document] = {}
         for one in self._records:  # in the order of their commits
             if run_id in {None, self._batches[one].run_id} and batch_id in {None, one}:
@@ -407,7 +408,8 @@ def _bm25(counts: Counter[str], rarity: Mapping[str, float], mean: float) -> flo
     return sum(idf * counts[word] * (K1 + 1) / (counts[word] + length) for word, idf in rarity.items())
 
 
-def _item(text: bytes) -> Document:
+def item_of(text: bytes) -> Document:
+    """A memory as a store keeps it. Raises `BrokenError`."""
     return decode("memory_item", text, "a memory")
 
 

@@ -43,7 +43,7 @@ _CHANGEABLE = ("type", "content", "confidence", "rationale", "source_refs")
 
 
 @dataclass(frozen=True, slots=True)
-class Scope:
+class Proposer:
     """Who proposes, and which task and run it is for."""
 
     task_id: str | None = None
@@ -51,19 +51,14 @@ class Scope:
     writer: str | None = None
 
     @classmethod
-    def parse(cls, scope_filters: Mapping[str, Any] | None) -> Scope:
+    def parse(cls, scope_filters: Mapping[str, Any] | None) -> Proposer:
         """Of `{"task_id", "run_id", "writer"}`, all optional. Raises `SchemaError`."""
         given = {} if scope_filters is None else scope_filters
         check_members("scope_filters", given, ("task_id", "run_id", "writer"))
         return cls(**given)
 
     def sees(self, item: Document) -> bool:
-        """Whether a memory holds here: another run's or task's does not, and is as if it were not there."""
-        return bool(
-            item["scope"] == "global"
-            or (item["scope"] == "task" and item["task_id"] == self.task_id)
-            or (item["scope"] == "run" and item["run_id"] == self.run_id)
-        )
+        return holds(item, task_id=self.task_id, run_id=self.run_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +106,7 @@ class Staged:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Judgement:
     """`staged` has the new ones (`new` of them) and those that wait in another batch, too."""
 
     staged: tuple[Staged, ...]
@@ -138,11 +133,20 @@ class View(Protocol):
         """Active memories of the draft's type, scope and place, with their `similarity` to its content."""
 
 
+def holds(item: Document, *, task_id: str | None, run_id: str | None) -> bool:
+    """Whether a memory holds for this task and run: another one's does not, and is as if it were not there."""
+    return bool(
+        item["scope"] == "global"
+        or (item["scope"] == "task" and item["task_id"] == task_id)
+        or (item["scope"] == "run" and item["run_id"] == run_id)
+    )
+
+
 def normalised(content: str) -> str:
     return " ".join(unicodedata.normalize("NFC", content).split())
 
 
-def new_id(prefix: str) -> str:
+def ordered_id(prefix: str) -> str:
     """Later ones sort after earlier ones."""
     return f"{prefix}_{time.time_ns():016x}{os.urandom(8).hex()}"
 
@@ -172,16 +176,16 @@ def check_name(artifact: str, member: str, name: object) -> None:
         raise SchemaError(artifact, [{"path": json_path([member]), "message": message}])
 
 
-def judge(mcrs: Sequence[Document], scope: Scope, view: View, config: Config) -> Verdict:
+def judge(mcrs: Sequence[Document], proposer: Proposer, view: View, config: Config) -> Judgement:
     """What becomes of a proposal. Raises `SchemaError` with paths from the list on, `$[2].target_id`."""
-    proposals = _resolved(_valid(mcrs, scope, config), scope, view)
+    proposals = _resolved(_valid(mcrs, proposer, config), proposer, view)
     staged: list[Staged] = []
     duplicates: list[Duplicate] = []
     conflicts: list[Conflict] = []
     identities: set[str] = set()
     targets: set[str] = set()
     for index, (mcr, target, draft) in enumerate(proposals):
-        one = Staged(mcr, _identity(mcr, draft))
+        one = Staged(mcr, _proposal_identity(mcr, draft))
         duplicate = Duplicate(index) if one.identity in identities else _duplicate(index, one, target, draft, view)
         if duplicate is not None and duplicate.memory_id in targets:
             duplicate = None  # What is there now is changed by this batch before.
@@ -195,11 +199,11 @@ def judge(mcrs: Sequence[Document], scope: Scope, view: View, config: Config) ->
         identities.add(one.identity)
         targets |= {mcr["target_id"]} if target else set()
     waiting = sum(1 for one in duplicates if one.batch_id is not None)
-    return Verdict(tuple(staged), len(staged) - waiting, tuple(duplicates), tuple(conflicts))
+    return Judgement(tuple(staged), len(staged) - waiting, tuple(duplicates), tuple(conflicts))
 
 
 def settle(
-    mcrs: Sequence[Document], scope: Scope, view: View, *, batch_id: str, committed_by: str | None
+    mcrs: Sequence[Document], proposer: Proposer, view: View, *, batch_id: str, committed_by: str | None
 ) -> list[Document]:
     """The memories that a batch adds or changes, as they then are. Raises `ConflictError` where one cannot be made."""
     desk = _Desk(view, {"batch_id": batch_id, "committed_by": committed_by, "updated_at": now()})
@@ -210,9 +214,9 @@ def settle(
         elif mcr["op"] == "update":
             desk.update(index, _known(target), mcr)
         elif mcr["op"] == "supersede":
-            desk.supersede(index, _known(target), mcr, scope)
+            desk.supersede(index, _known(target), mcr, proposer)
         else:
-            desk.add(mcr, scope)
+            desk.add(mcr, proposer)
     if desk.conflicts:
         first = desk.conflicts[0]
         detail = f"batch {batch_id} cannot be committed: {first.memory_id}: {first.reason}"
@@ -235,8 +239,8 @@ class _Desk:
     def item(self, item_id: str) -> Document | None:
         return self.changed.get(item_id) or self._view.item(item_id)
 
-    def add(self, mcr: Document, scope: Scope) -> None:
-        draft = _draft(mcr, scope, None)
+    def add(self, mcr: Document, proposer: Proposer) -> None:
+        draft = _draft(mcr, proposer, None)
         if self._active(draft.key) is None:
             self._put(self._new(mcr, draft, supersedes=None), mcr)
 
@@ -252,9 +256,9 @@ class _Desk:
         else:
             self._put(after, mcr)
 
-    def supersede(self, index: int, target: Document, mcr: Document, scope: Scope) -> None:
+    def supersede(self, index: int, target: Document, mcr: Document, proposer: Proposer) -> None:
         """Where the new content is an active memory already, that one takes the target's place."""
-        draft = _draft(mcr, scope, target)
+        draft = _draft(mcr, proposer, target)
         twin = self._active(draft.key)
         if target["status"] != "active":
             if twin is None or target["superseded_by"] != twin["id"]:
@@ -282,7 +286,7 @@ class _Desk:
     def _new(self, mcr: Document, draft: Draft, *, supersedes: str | None) -> Document:
         return {
             "_schema_version": SCHEMA_VERSION,
-            "id": new_id("mem"),
+            "id": ordered_id("mem"),
             "type": draft.type,
             "scope": draft.scope,
             "task_id": draft.task_id,
@@ -315,10 +319,10 @@ def draft_of(item: Document) -> Draft:
     return Draft(item["type"], item["scope"], item["task_id"], item["run_id"], item["content"])
 
 
-def _valid(mcrs: Sequence[Document], scope: Scope, config: Config) -> list[Document]:
+def _valid(mcrs: Sequence[Document], proposer: Proposer, config: Config) -> list[Document]:
     """Each with its writer."""
-    if not isinstance(mcrs, list | tuple) or not 1 <= len(mcrs) <= config.batch_most:
-        raise SchemaError("mcr", [{"path": "$", "message": f"not a list of 1 to {config.batch_most} items"}])
+    if not isinstance(mcrs, list | tuple) or not 1 <= len(mcrs) <= config.batch_max_changes:
+        raise SchemaError("mcr", [{"path": "$", "message": f"not a list of 1 to {config.batch_max_changes} items"}])
     faults: list[dict[str, str]] = []
     for index, mcr in enumerate(mcrs):
         try:
@@ -327,19 +331,21 @@ def _valid(mcrs: Sequence[Document], scope: Scope, config: Config) -> list[Docum
             faults += [{**fault, "path": f"$[{index}]{fault['path'][1:]}"} for fault in error.faults]
     if faults:
         raise SchemaError("mcr", faults)
-    return [{"writer": scope.writer or ANONYMOUS, **mcr} for mcr in mcrs]
+    return [{"writer": proposer.writer or ANONYMOUS, **mcr} for mcr in mcrs]
 
 
-def _resolved(mcrs: list[Document], scope: Scope, view: View) -> list[tuple[Document, Document | None, Draft | None]]:
+def _resolved(
+    mcrs: list[Document], proposer: Proposer, view: View
+) -> list[tuple[Document, Document | None, Draft | None]]:
     """Each with its target and what it would have memory hold (a delete nothing)."""
     resolved: list[tuple[Document, Document | None, Draft | None]] = []
     faults: list[dict[str, str]] = []
     for index, mcr in enumerate(mcrs):
         target = view.item(mcr["target_id"]) if "target_id" in mcr else None
-        if "target_id" in mcr and (target is None or not scope.sees(target)):
+        if "target_id" in mcr and (target is None or not proposer.sees(target)):
             faults.append({"path": f"$[{index}].target_id", "message": f"there is no memory {mcr['target_id']} here"})
             continue
-        draft = None if mcr["op"] == "delete" else _draft(mcr, scope, target)
+        draft = None if mcr["op"] == "delete" else _draft(mcr, proposer, target)
         for kind, place in (("task", draft and draft.task_id), ("run", draft and draft.run_id)):
             if draft is not None and draft.scope == kind and place is None:
                 message = f"scope {kind} needs the {kind}_id of scope_filters"
@@ -350,20 +356,20 @@ def _resolved(mcrs: list[Document], scope: Scope, view: View) -> list[tuple[Docu
     return resolved
 
 
-def _draft(mcr: Document, scope: Scope, target: Document | None) -> Draft:
+def _draft(mcr: Document, proposer: Proposer, target: Document | None) -> Draft:
     """A change stays where its target holds; one that names another scope goes where it is proposed."""
     before: Document = target or {}
     kind = mcr.get("scope", before.get("scope"))
     if target is not None and kind == target["scope"]:
         task_id, run_id = target["task_id"], target["run_id"]
     else:
-        task_id = None if kind == "global" else scope.task_id
-        run_id = scope.run_id if kind == "run" else None
+        task_id = None if kind == "global" else proposer.task_id
+        run_id = proposer.run_id if kind == "run" else None
     content = mcr.get("content", before.get("content"))
     return Draft(str(mcr.get("type", before.get("type"))), str(kind), task_id, run_id, str(content))
 
 
-def _identity(mcr: Document, draft: Draft | None) -> str:
+def _proposal_identity(mcr: Document, draft: Draft | None) -> str:
     """Of an add and a supersede what memory would hold, of an update what it names, of a delete its target."""
     if mcr["op"] == "update":
         named = {name: mcr[name] for name in _CHANGEABLE if name in mcr}

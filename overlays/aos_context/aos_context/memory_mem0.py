@@ -56,7 +56,7 @@ class Mem0MemoryStore:
         self._mem0 = mem0
         self._store = store
         self._user_id = user_id
-        self._guard = threading.Lock()
+        self._mutex = threading.Lock()
         self._behind: dict[str, None] = {}
         """Ids of what was committed here and is not known to be in Mem0, the oldest first."""
 
@@ -111,7 +111,7 @@ class Mem0MemoryStore:
 
     def _bring_all(self, items: Sequence[Document]) -> None:
         """These, in the form that they have now, behind those that are still to be brought."""
-        with self._guard:
+        with self._mutex:
             self._behind |= dict.fromkeys(item["id"] for item in items)
             for item_id in list(self._behind):
                 item = self._store.item(item_id)

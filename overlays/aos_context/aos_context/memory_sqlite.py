@@ -22,7 +22,7 @@ from aos_context.artifacts import Document, days_ago, decode, encode, sha256
 from aos_context.config import DEFAULT_CONFIG, Config
 from aos_context.errors import BrokenError, BusyError, ContextError
 from aos_context.files import FILE_MODE, locked, make_folder, sync_folder
-from aos_context.memory import Batch, Filters, GatedMemoryStore, Hit, beside
+from aos_context.memory import Batch, Filters, GatedMemoryStore, Hit, beside, item_of
 from aos_context.memory_gate import CONFLICTS_MOST, draft_of
 from aos_context.memory_words import similarity, words
 
@@ -85,7 +85,7 @@ class SQLiteMemoryStore(GatedMemoryStore):
     def __init__(self, path: Path, config: Config = DEFAULT_CONFIG) -> None:
         super().__init__(config)
         self.path = path
-        self._lock = threading.Lock()
+        self._mutex = threading.Lock()
         self._idle: list[sqlite3.Connection] = []
         self._pid = os.getpid()
         self._closed = False
@@ -93,7 +93,7 @@ class SQLiteMemoryStore(GatedMemoryStore):
         with locked(path.with_name(f"{path.name}.lock")), _errors(path):
             if not path.exists() or path.stat().st_size == 0:
                 _create(path)
-            _check(path)
+            _require_ours(path)
             self._release(self._checked(self._connect()))
 
     @contextmanager
@@ -112,14 +112,14 @@ class SQLiteMemoryStore(GatedMemoryStore):
                 self._release(connection)
 
     def close(self) -> None:
-        with self._lock:
+        with self._mutex:
             self._closed = True
             idle, self._idle = self._idle, []
         for connection in idle:
             connection.close()
 
     def _acquire(self) -> sqlite3.Connection:
-        with self._lock:
+        with self._mutex:
             if self._closed:
                 raise ContextError(f"{self.path} was closed")
             if self._pid != os.getpid():
@@ -131,7 +131,7 @@ class SQLiteMemoryStore(GatedMemoryStore):
         return self._connect()
 
     def _release(self, connection: sqlite3.Connection) -> None:
-        with self._lock:
+        with self._mutex:
             if not self._closed and len(self._idle) < IDLE_MOST:
                 self._idle.append(connection)
                 return
@@ -176,7 +176,7 @@ class _Shelf:
 
     def item(self, item_id: str) -> Document | None:
         row = self._one(f"{_CURRENT} WHERE item.id = ?", item_id)
-        return None if row is None else _item(row[0])
+        return None if row is None else item_of(row[0])
 
     def active(self, key: str) -> str | None:
         return self._text("SELECT id FROM item WHERE active_key = ?", key)
@@ -202,7 +202,7 @@ class _Shelf:
         own, labelled = set(words(draft.content)), _labelled(beside(draft))
         shares: dict[int, float] = {}
         for expression in neighbours(self._memories_with(own), COMPARED_MOST):
-            rows = self._connection.execute(_WORDS, (f"words : ({expression}) AND {labelled}", COMPARED_MOST))
+            rows = self._connection.execute(_SELECT_WORDS, (f"words : ({expression}) AND {labelled}", COMPARED_MOST))
             shares |= {number: similarity(own, set(text.split())) for number, text in rows}
         best = sorted((number for number in shares if shares[number] >= least), key=lambda number: -shares[number])
         # One more than are named, for a proposal's own target is not.
@@ -246,12 +246,12 @@ class _Shelf:
 
     def recorded(self, batch_id: str) -> list[Document]:
         found = "SELECT document FROM change JOIN batch ON batch.n = batch WHERE batch_id = ? ORDER BY change.n"
-        return [_item(row[0]) for row in self._connection.execute(found, (batch_id,))]
+        return [item_of(row[0]) for row in self._connection.execute(found, (batch_id,))]
 
     def items(self, run_id: str | None, batch_id: str | None) -> list[Document]:
         if run_id is None and batch_id is None:
-            return [_item(row[0]) for row in self._connection.execute(f"{_CURRENT} ORDER BY item.n")]
-        return [_item(row[0]) for row in self._connection.execute(_LAST_CHANGES, (run_id, batch_id))]
+            return [item_of(row[0]) for row in self._connection.execute(f"{_CURRENT} ORDER BY item.n")]
+        return [item_of(row[0]) for row in self._connection.execute(_LAST_CHANGES, (run_id, batch_id))]
 
     def find(self, query: str, filters: Filters, top_k: int) -> list[Hit]:
         if query.strip():
@@ -261,7 +261,7 @@ class _Shelf:
             "WHERE text MATCH ? AND item.confidence >= ? ORDER BY text.rowid DESC LIMIT ?"
         )
         rows = self._connection.execute(found, (_labelled(filters), filters.min_confidence, top_k))
-        return [Hit(_item(row[0]), 0.0) for row in rows]
+        return [Hit(item_of(row[0]), 0.0) for row in rows]
 
     def _matches(self, asked: Iterable[str], filters: Filters, top_k: int) -> list[Hit]:
         candidates = self._config.search_candidates
@@ -270,7 +270,7 @@ class _Shelf:
         for expression, weight in plan(self._memories_with(asked), candidates):
             match = f"words : ({expression}) AND {_labelled(filters)}"
             values = (match, filters.min_confidence, candidates, top_k)
-            hits = [Hit(_item(row[0]), -row[1] / weight) for row in self._connection.execute(scored, values)]
+            hits = [Hit(item_of(row[0]), -row[1] / weight) for row in self._connection.execute(scored, values)]
             if len(hits) >= top_k:
                 break
         return hits
@@ -301,12 +301,12 @@ class _Shelf:
             "ON CONFLICT (n) DO UPDATE SET change = ?3, confidence = ?4, active_key = ?5",
             (number, item["id"], version, item["confidence"], key),
         )
-        text = _text(item)
+        text = _columns(item)
         self._connection.execute("INSERT INTO text (rowid, words, labels) VALUES (?, ?, ?)", (number, *text))
         self._count(text, 1)
 
     def _count(self, text: tuple[str, ...] | None, by: Literal[1, -1]) -> None:
-        """`text` begins with words, as `_text` makes them."""
+        """`text` begins with words, as `_columns` makes them."""
         self._connection.executemany(
             "INSERT INTO word VALUES (?1, ?2) ON CONFLICT (word) DO UPDATE SET memories = memories + ?2",
             [(word, by) for word in sorted(set(text[0].split() if text else ()))],
@@ -324,7 +324,7 @@ class _Shelf:
 
     def _numbered(self, number: int) -> Document:
         row = self._one(f"{_CURRENT} WHERE item.n = ?", number)
-        return _item(row[0] if row else b"")
+        return item_of(row[0] if row else b"")
 
     def _number(self, statement: str, *values: object) -> int:
         """Of a row that is there."""
@@ -358,7 +358,7 @@ FROM (
 JOIN item ON item.n = best.n JOIN change ON change.n = item.change
 ORDER BY score, best.n
 """
-_WORDS = "SELECT rowid, words FROM text WHERE text MATCH ? ORDER BY rowid DESC LIMIT ?"
+_SELECT_WORDS = "SELECT rowid, words FROM text WHERE text MATCH ? ORDER BY rowid DESC LIMIT ?"
 _CONFIDENT = "CROSS JOIN item ON item.n = text.rowid AND item.confidence >= ?2"
 
 
@@ -422,7 +422,7 @@ def _labelled(filters: Filters) -> str:
     return " AND ".join(f"labels : ({clause or _joined('', ['none'])})" for clause in clauses)
 
 
-def _text(item: Document) -> tuple[str, str]:
+def _columns(item: Document) -> tuple[str, str]:
     """The two columns of the index; as many labels as `memory.LABELS` says."""
     place = {"global": "g", "task": _label("t", item["task_id"]), "run": _label("r", item["run_id"])}[item["scope"]]
     labels = (item["status"][0] + place, _label("y", item["type"]), _label("w", item["writer"]))
@@ -431,10 +431,6 @@ def _text(item: Document) -> tuple[str, str]:
 
 def _label(kind: str, value: str | None) -> str:
     return "" if value is None else kind + sha256(value.encode())[:32]
-
-
-def _item(text: bytes) -> Document:
-    return decode("memory_item", text, "a memory")
 
 
 def _create(path: Path) -> None:
@@ -460,7 +456,7 @@ _OURS: set[tuple[int, int]] = set()
 """Device and inode of each file that this process has looked into."""
 
 
-def _check(path: Path) -> None:
+def _require_ours(path: Path) -> None:
     """Raises `BrokenError` for another program's file, or a newer one's, and does not open it with SQLite.
 
     That could change it. But a process that closes a file loses the locks that its SQLite connections have on it

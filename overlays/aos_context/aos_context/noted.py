@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from aos_context.artifacts import Document
     from aos_context.ledger import FileLedger
 
-TYPES = frozenset({"MEMORY_PROPOSED", "MEMORY_COMMITTED", "EPISODE_CREATED", "RESUME_PACK_LOADED"})
+NOTED_EVENTS = frozenset({"MEMORY_PROPOSED", "MEMORY_COMMITTED", "EPISODE_CREATED", "RESUME_PACK_LOADED"})
 
 
 class Noted:
@@ -31,7 +31,7 @@ class Noted:
         """Look at the lines that others have written, too. Raises `BrokenError`."""
         with self._ledger.locked():  # an event on its way may be taken back, and its number be another's
             last = self._ledger.last_seq()
-        for event in reversed(list(self._ledger.read_back(TYPES, self._seq))):
+        for event in reversed(list(self._ledger.read_back(NOTED_EVENTS, self._seq))):
             if event["seq"] <= last:
                 self._take(event)
         self._seq = last

@@ -14,7 +14,7 @@ from aos_context.artifacts import Artifact, Document, decode, encode, sha256, to
 from aos_context.episode import file_name, read_episode
 from aos_context.errors import BrokenError, PackError
 from aos_context.layout import EPISODES, LEDGER, PACK_MANIFEST, PACK_MEMORY, WORKING_SET
-from aos_context.pack_files import REQUIRED, Content, require_name
+from aos_context.pack_files import REQUIRED, FileSum, require_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -95,7 +95,7 @@ class History:
 
 
 @dataclass(frozen=True, slots=True)
-class Contents:
+class PackDocuments:
     """The documents of a pack, all of them verified."""
 
     manifest: Document
@@ -105,7 +105,7 @@ class Contents:
     ledger_last_seq: int
 
 
-def verify(folder: Path, found: Mapping[str, Content], manifest_sha256: str | None = None) -> Contents:
+def verify(folder: Path, found: Mapping[str, FileSum], manifest_sha256: str | None = None) -> PackDocuments:
     """The documents of a pack whose files lie in `folder`, where nobody changes them. Raises `PackError`.
 
     With `manifest_sha256`, of the pack that has the manifest with this hash.
@@ -128,7 +128,7 @@ def verify(folder: Path, found: Mapping[str, Content], manifest_sha256: str | No
         raise PackError(str(error), WORKING_SET) from None
     episode = _require_episode(folder, manifest, history, found)
     _require_memory(folder, history)
-    return Contents(manifest, found[PACK_MANIFEST].sha256, working_set, episode, history.last_seq)
+    return PackDocuments(manifest, found[PACK_MANIFEST].sha256, working_set, episode, history.last_seq)
 
 
 def read_document(artifact: Artifact, folder: Path, name: str) -> Document:
@@ -149,7 +149,7 @@ def read_items(folder: Path) -> Iterator[Document]:
             raise PackError(str(error), PACK_MEMORY) from None
 
 
-def _require_files(manifest: Document, found: Mapping[str, Content]) -> None:
+def _require_files(manifest: Document, found: Mapping[str, FileSum]) -> None:
     """That exactly the files of the manifest are there, each as it says."""
     listed: set[str] = set()
     for one in manifest["files"]:
@@ -190,7 +190,7 @@ def _read_history(folder: Path, manifest: Document) -> History:
 
 
 def _require_episode(
-    folder: Path, manifest: Document, history: History, found: Mapping[str, Content]
+    folder: Path, manifest: Document, history: History, found: Mapping[str, FileSum]
 ) -> Document | None:
     """The one that the ledger has as its last."""
     names = [name for name in found if name.startswith(f"{EPISODES}/")]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from aos_context.episode import number_of
 from aos_context.errors import NotFoundError, PackError
-from aos_context.files import FILE_MODE, FOLDER_MODE, write_all
+from aos_context.files import CHUNK_BYTES, FILE_MODE, FOLDER_MODE, write_all
 from aos_context.layout import EPISODES, LEDGER, PACK_MANIFEST, PACK_MEMORY, WORKING_SET
 
 if TYPE_CHECKING:
@@ -31,15 +31,13 @@ if TYPE_CHECKING:
 FOLDERS = ("state", "ledger", "memory", EPISODES)
 REQUIRED = (WORKING_SET, LEDGER, PACK_MEMORY)
 
-CHUNK_BYTES = 1 << 20
-
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
 _ZIP_OVERHEAD_BYTES = 4 << 20
 _RATIO_FROM_BYTES = 1 << 20
 _MOST_RATIO = 200
 """A file of a MiB or more that is packed tighter is refused; ours are stored as they are."""
 
-_END = struct.Struct("<4s4H2IH")
+_END_OF_DIRECTORY = struct.Struct("<4s4H2IH")
 _END_MAGIC = b"PK\x05\x06"
 _LOCATOR_64_MAGIC = b"PK\x06\x07"
 _LOCATOR_64_BYTES = 20
@@ -51,8 +49,8 @@ _UNREADABLE = (
 """What `zipfile` raises for bytes that are no zip."""
 
 
-class Content(NamedTuple):
-    """What a file holds."""
+class FileSum(NamedTuple):
+    """Of what a file holds: its size in bytes, and its SHA-256, hexadecimal."""
 
     size: int
     sha256: str
@@ -77,7 +75,7 @@ class Room:
             raise PackError(f"with this the pack has more than {self._config.pack_max_bytes} bytes", name)
 
 
-def copy_pack(pack: Path, target: Path, config: Config) -> dict[str, Content]:
+def copy_pack(pack: Path, target: Path, config: Config) -> dict[str, FileSum]:
     """Copy the files of a pack into the empty folder `target`, and say what was copied, by name.
 
     Raises `NotFoundError`; `PackError` for what is no pack, or more than one may be.
@@ -104,7 +102,7 @@ def require_name(name: str) -> None:
         raise PackError("a resume pack has no such file", name)
 
 
-def write_file(path: Path, chunks: Iterable[bytes]) -> Content:
+def write_file(path: Path, chunks: Iterable[bytes]) -> FileSum:
     """A new file with this content, not synced. Raises `OSError`."""
     path.parent.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
     digest, size = hashlib.sha256(), 0
@@ -116,13 +114,13 @@ def write_file(path: Path, chunks: Iterable[bytes]) -> Content:
             write_all(fd, chunk)
     finally:
         os.close(fd)
-    return Content(size, digest.hexdigest())
+    return FileSum(size, digest.hexdigest())
 
 
 # --- A folder ---
 
 
-def _copy_folder(pack: Path, target: Path, room: Room) -> Iterator[tuple[str, Content]]:
+def _copy_folder(pack: Path, target: Path, room: Room) -> Iterator[tuple[str, FileSum]]:
     fd = _opened(os.fspath(pack), os.O_DIRECTORY)
     try:
         yield from _copy_entries(fd, "", target, room)
@@ -130,7 +128,7 @@ def _copy_folder(pack: Path, target: Path, room: Room) -> Iterator[tuple[str, Co
         os.close(fd)
 
 
-def _copy_entries(folder: int, prefix: str, target: Path, room: Room) -> Iterator[tuple[str, Content]]:
+def _copy_entries(folder: int, prefix: str, target: Path, room: Room) -> Iterator[tuple[str, FileSum]]:
     """Of an open folder and the folders in it. No link is followed."""
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -149,7 +147,7 @@ def _copy_entries(folder: int, prefix: str, target: Path, room: Room) -> Iterato
                 yield name, _copy_file(entry.name, folder, name, target, room)
 
 
-def _copy_file(last: str, folder: int, name: str, target: Path, room: Room) -> Content:
+def _copy_file(last: str, folder: int, name: str, target: Path, room: Room) -> FileSum:
     # Without O_NONBLOCK, a FIFO of this name would never open.
     fd = _opened(last, os.O_NOFOLLOW | os.O_NONBLOCK, folder, name)
     try:
@@ -176,7 +174,7 @@ def _read(fd: int, name: str, room: Room) -> Iterator[bytes]:
 # --- A zip ---
 
 
-def _copy_zip(pack: Path, target: Path, room: Room, config: Config) -> Iterator[tuple[str, Content]]:
+def _copy_zip(pack: Path, target: Path, room: Room, config: Config) -> Iterator[tuple[str, FileSum]]:
     private = target.with_name(target.name + ".zip")
     try:
         with pack.open("rb") as source:
@@ -204,18 +202,18 @@ def _require_small_directory(file: BinaryIO, config: Config) -> None:
     (APPNOTE.TXT 6.3.10, sections 4.3.15 and 4.3.16): so no two readers can take different ones for it.
     """
     size = file.seek(0, os.SEEK_END)
-    file.seek(max(0, size - _END.size - _LOCATOR_64_BYTES))
+    file.seek(max(0, size - _END_OF_DIRECTORY.size - _LOCATOR_64_BYTES))
     tail = file.read()
-    if len(tail) < _END.size:
+    if len(tail) < _END_OF_DIRECTORY.size:
         raise PackError("it is no zip")
-    magic, *_, count, directory_bytes, _, comment_bytes = _END.unpack(tail[-_END.size :])
-    if magic != _END_MAGIC or comment_bytes or tail[: -_END.size].startswith(_LOCATOR_64_MAGIC):
+    magic, *_, count, directory_bytes, _, comment_bytes = _END_OF_DIRECTORY.unpack(tail[-_END_OF_DIRECTORY.size :])
+    if magic != _END_MAGIC or comment_bytes or tail[: -_END_OF_DIRECTORY.size].startswith(_LOCATOR_64_MAGIC):
         raise PackError("it is no zip, or one with more at its end than a pack has")
     if count > config.pack_max_files or directory_bytes > _ZIP_OVERHEAD_BYTES:
         raise PackError(f"there are more than {config.pack_max_files} files")
 
 
-def _unpack(file: BinaryIO, target: Path, room: Room) -> Iterator[tuple[str, Content]]:
+def _unpack(file: BinaryIO, target: Path, room: Room) -> Iterator[tuple[str, FileSum]]:
     try:
         archive = zipfile.ZipFile(file)
     except _UNREADABLE as error:

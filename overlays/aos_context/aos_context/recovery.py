@@ -34,7 +34,7 @@ def caught_up(path: Path, found: Version | None, events: Iterator[Document]) -> 
             break
     version = found
     for event in reversed(missing):
-        version = _again(path, version, event)
+        version = _replayed(path, version, event)
     return version
 
 
@@ -61,7 +61,7 @@ def _check_last(path: Path, found: Version, event: Document, *, moved: bool) -> 
         raise _broken(path, f"is not what event {event['seq']} of its ledger had made")
 
 
-def _again(path: Path, version: Version | None, event: Document) -> Version | None:
+def _replayed(path: Path, version: Version | None, event: Document) -> Version | None:
     """What an event made of it the first time."""
     data = event["data"]
     if event["event_type"] == "RUN_BOOTED":

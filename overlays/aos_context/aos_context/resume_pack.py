@@ -23,16 +23,11 @@ from aos_context.config import DEFAULT_CONFIG, SCHEMA_VERSION, Config
 from aos_context.episode import EPISODE_MODE, file_name, slice_name
 from aos_context.episode_slice import SLICE_MODE
 from aos_context.errors import BrokenError, ExistsError, LimitError, PackError
-from aos_context.files import FILE_MODE, FOLDER_MODE, make_folder, sync_folder
+from aos_context.files import CHUNK_BYTES, FILE_MODE, FOLDER_MODE, make_folder, sync_folder
 from aos_context.layout import EPISODES, LEDGER, PACK_MANIFEST, PACK_MEMORY, PACKS, WORKING_SET
 from aos_context.ledger import whole_lines
 from aos_context.pack_content import History, read_items, verify
-from aos_context.pack_files import (
-    CHUNK_BYTES,
-    Content,
-    copy_pack,
-    write_file,
-)
+from aos_context.pack_files import FileSum, copy_pack, write_file
 from aos_context.scratch import scratch
 
 if TYPE_CHECKING:
@@ -132,7 +127,7 @@ def prepared(
         if sum(one.size for one in files.values()) > config.pack_max_bytes:
             raise LimitError(f"the pack would have more than {config.pack_max_bytes} bytes")
         state = decode("working_set", (folder / WORKING_SET).read_bytes(), WORKING_SET)
-        manifest = _manifest(state, history, files, pack_id=pack_id, created_at=now, pointers=dict(pointers))
+        manifest = _pack_manifest(state, history, files, pack_id=pack_id, created_at=now, pointers=dict(pointers))
         files[PACK_MANIFEST] = write_file(folder / PACK_MANIFEST, [encode("resume_pack_manifest", manifest) + b"\n"])
         try:
             contents = verify(folder, files)
@@ -159,7 +154,7 @@ snapshot = _placed(prepared)
 
 def _gather(
     run_folder: Path, folder: Path, working_set: Document | None, memory_items: Iterable[Document]
-) -> tuple[dict[str, Content], History]:
+) -> tuple[dict[str, FileSum], History]:
     """Copy what a pack has of a run, but for the manifest."""
     history = History()
     files = {LEDGER: write_file(folder / LEDGER, _taken(whole_lines(run_folder / LEDGER), history))}
@@ -182,7 +177,7 @@ def _taken(lines: Iterable[bytes], history: History) -> Iterator[bytes]:
         yield line
 
 
-def _manifest(state: Document, history: History, files: Mapping[str, Content], **given: Any) -> Document:
+def _pack_manifest(state: Document, history: History, files: Mapping[str, FileSum], **given: Any) -> Document:
     """With the members that the caller has `given`. Raises `SchemaError`."""
     manifest = {
         **given,

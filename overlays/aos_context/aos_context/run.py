@@ -118,7 +118,7 @@ class Run:
         config = self._means.config
         wanted = config.search_top_k if top_k is None else top_k
         if isinstance(wanted, int):  # the store says what is wrong with any other
-            wanted = min(wanted, config.search_most)
+            wanted = min(wanted, config.search_max_hits)
         return self._means.memory.search(query, {**(filters or {}), **here}, wanted)
 
     def brief(self, *, budget_tokens: int | None = None, query: str | None = None) -> str:
@@ -165,10 +165,10 @@ class Run:
         """
         with self._changing():
             new = [item for item in items if item["status"] == "active" and not self._has(item["id"])]
-            most = self._means.config.batch_most
+            most = self._means.config.batch_max_changes
             if not new:
                 return None
-            proposed = self._propose([_again(item, pack_id) for item in new[:most]], None, actor)
+            proposed = self._propose([_as_proposal(item, pack_id) for item in new[:most]], None, actor)
         if not proposed.staged and all(one.batch_id is None for one in proposed.duplicates):
             return None
         return Brought(proposed.batch_id, proposed.staged, len(proposed.duplicates), len(new[most:]))
@@ -395,13 +395,13 @@ class Run:
         self._noted.add(self._ledger.append({"event_type": event_type, "actor": actor, "data": data}))
 
 
-def _again(item: Document, pack_id: str) -> Document:
+def _as_proposal(item: Document, pack_id: str) -> Document:
     """The change that would make this memory, with where it was."""
     kept = ("_schema_version", "type", "scope", "content", "confidence", "rationale", "writer")
     refs = [*item["source_refs"][: SOURCE_REFS_MOST - 1], f"pack:{pack_id}/{item['id']}"]
     return {"op": "add", "source_refs": refs, **{name: item[name] for name in kept}}
 
 
-def new_id(kind: str) -> str:
+def random_id(kind: str) -> str:
     """`run_5f0c…`: 64 random bits."""
     return f"{kind}_{secrets.token_hex(8)}"

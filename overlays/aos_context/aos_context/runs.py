@@ -26,7 +26,7 @@ from aos_context.files import make_folder
 from aos_context.layout import DATABASE, LEDGER, WORKING_SET
 from aos_context.ledger import FileLedger
 from aos_context.memory import RecordingMemoryStore
-from aos_context.run import Brought, Means, Run, new_id
+from aos_context.run import Brought, Means, Run, random_id
 from aos_context.scratch import sweep
 from aos_context.tokens import estimate
 from aos_context.ws_manager import WorkingSetManager
@@ -85,7 +85,7 @@ class Runs:
         self.config, self.count = config, count
         self._means = Means(memory, config, count, testing)
         self._open: OrderedDict[str, _Open] = OrderedDict()
-        self._guard = threading.Lock()
+        self._mutex = threading.Lock()
 
     def sweep(self) -> None:
         """Remove what was left by processes that were killed while they loaded a pack; others' work is left alone."""
@@ -104,7 +104,7 @@ class Runs:
     ) -> Document:
         """The working set of a new run. Raises `ExistsError`, `SchemaError`, `LimitError`."""
         if run_id is None:
-            run_id = new_id("run")
+            run_id = random_id("run")
         else:
             self._refuse_heir(run_id)
         folder = self._folder(run_id)
@@ -113,8 +113,8 @@ class Runs:
             folder / WORKING_SET, config=self.config, ledger=ledger, count=self._means.count
         )
         return working_set.create_initial(
-            task_id=new_id("task") if task_id is None else task_id,
-            thread_id=new_id("thread") if thread_id is None else thread_id,
+            task_id=random_id("task") if task_id is None else task_id,
+            thread_id=random_id("thread") if thread_id is None else thread_id,
             run_id=run_id,
             objective=objective,
             acceptance_criteria=acceptance_criteria,
@@ -126,7 +126,7 @@ class Runs:
         """Raises `NotFoundError`. Nothing is written."""
         if not RUN_ID.fullmatch(run_id) or not _is_run(self.root / run_id):
             raise NotFoundError(f"there is no run {run_id!r}", run_id=run_id)
-        with self._guard:
+        with self._mutex:
             run = self._look_up(run_id)
             self._open[run_id] = run
             self._open.move_to_end(run_id)
@@ -176,7 +176,7 @@ class Runs:
             except ExistsError:
                 if new_run_id is not None:
                     raise
-                run_id = new_id("run")
+                run_id = random_id("run")
                 self._unpack(checked, run_id, actor)
             run = self.open(run_id)
             brought = run.bring(checked.memory_items(), pack_id, actor=actor)

@@ -37,7 +37,7 @@ def summarise(
         f"updates: {_step(ws_before, ws_after, '_update_seq')}"
     )
     for label, member in (("Acceptance criteria", "acceptance_criteria"), ("Constraints", "constraints")):
-        lines += _texts(label, ws_before[member], ws_after[member])
+        lines += _text_changes(label, ws_before[member], ws_after[member])
     for label, member in (("Pinned context", "pinned_context"), ("Sliding context", "sliding_context")):
         lines += _context(label, ws_before[member], ws_after[member])
     lines.append(_events(event_counts))
@@ -58,7 +58,7 @@ def _step(before: Document, after: Document, member: str) -> str:
     return f"{after[member]}" if before[member] == after[member] else f"{before[member]} -> {after[member]}"
 
 
-def _texts(label: str, before: list[str], after: list[str]) -> list[str]:
+def _text_changes(label: str, before: list[str], after: list[str]) -> list[str]:
     """Nothing where nothing changed."""
     added, removed = _beyond(after, before), _beyond(before, after)
     if not added and not removed:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from aos_context.artifacts import decode, encode, sha256
 from aos_context.errors import BrokenError, SchemaError
-from aos_context.files import replace, staged
+from aos_context.files import replace, temporary_file
 from aos_context.patches import check_ids
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class WorkingSetFile:
     @contextlib.contextmanager
     def replacing(self, version: Version, text: bytes) -> Iterator[None]:
         """The content is on the disk when the block begins, and the file's when it ends. Raises `OSError`."""
-        with staged(self.path, text) as temporary:
+        with temporary_file(self.path, text) as temporary:
             file = _file(temporary.stat(), text)
             yield
             replace(temporary, self.path)

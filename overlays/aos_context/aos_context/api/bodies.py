@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from starlette.concurrency import run_in_threadpool
 
+from aos_context.artifacts import finite
 from aos_context.errors import MediaTypeError, RequestError, TooLargeError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ async def read_object(request: Request, limit_bytes: int) -> Document:
 def parse_object(text: bytes) -> Document:
     """Raises `RequestError` for what is not JSON as RFC 8259 has it, or has no UTF-8."""
     try:
-        document = json.loads(text, object_pairs_hook=_object, parse_constant=_not_json, parse_float=_finite)
+        document = json.loads(text, object_pairs_hook=_object, parse_constant=_not_json, parse_float=finite)
         if b"\\u" in text:
             json.dumps(document, ensure_ascii=False).encode()  # half of a surrogate pair has no UTF-8
     except (ValueError, RecursionError) as error:
@@ -69,13 +69,6 @@ def _object(members: list[tuple[str, Any]]) -> Document:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"an object has {twice[:100]!r} more than once")
     return document
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text[:100]} is too large for a number")
-    return value
 
 
 def _not_json(name: str) -> NoReturn:

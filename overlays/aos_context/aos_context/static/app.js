@@ -8,7 +8,7 @@ const LEDGER_READ = 200; // events in which batches of memory that wait are look
 let shown = null; // {runId, ws}: the run that is shown, and its working set as it was read
 let opening = 0; // counts the runs that were chosen: what is answered for one that was chosen before is dropped
 let listing = 0; // the same for the list of runs
-const contents = new Map(); // what this page has proposed, by batch
+const proposedWords = new Map(); // what this page has proposed, by batch
 
 class Refused extends Error {
   constructor(status, body) {
@@ -61,7 +61,7 @@ function say(words) {
   byId("status").textContent = words;
 }
 
-function show(error) {
+function showRefusal(error) {
   if (!(error instanceof Refused)) throw error;
   byId("status").textContent = "";
   const faults = error.body.faults ?? [];
@@ -78,7 +78,7 @@ async function once(button, work) {
   try {
     await work();
   } catch (error) {
-    show(error);
+    showRefusal(error);
   } finally {
     button.disabled = false;
   }
@@ -101,20 +101,20 @@ async function showRuns() {
   const { runs } = await ask("/runs");
   if (mine !== listing) return;
   byId("no-runs").hidden = runs.length > 0;
-  fill(byId("runs"), runs, (run) => {
+  fill(byId("runs"), runs, (one) => {
     const made = element("li");
-    const button = element("button", "", { type: "button", "data-run": run.run_id });
-    button.append(element("strong", run.objective ?? run.error), element("br"));
-    button.append(element("span", `${run.run_id} · ${run.status ?? run.code}`, { class: "quiet" }));
-    button.setAttribute("aria-current", String(shown?.runId === run.run_id));
-    button.addEventListener("click", () => once(button, () => open(run.run_id)));
+    const button = element("button", "", { type: "button", "data-run": one.run_id });
+    button.append(element("strong", one.objective ?? one.error), element("br"));
+    button.append(element("span", `${one.run_id} · ${one.status ?? one.code}`, { class: "quiet" }));
+    button.setAttribute("aria-current", String(shown?.runId === one.run_id));
+    button.addEventListener("click", () => once(button, () => openRun(one.run_id)));
     made.append(button);
     return made;
   });
 }
 
 /* Whether the run is shown now, which it is not if another one was chosen meanwhile. */
-async function open(runId) {
+async function openRun(runId) {
   const mine = ++opening;
   let ws;
   try {
@@ -142,7 +142,7 @@ async function openMade(made, words) {
   const before = opening;
   const answer = await made();
   if (before !== opening) await showRuns();
-  if (before !== opening || (await open(answer.run_id))) say(words(answer));
+  if (before !== opening || (await openRun(answer.run_id))) say(words(answer));
 }
 
 /* Nothing that was typed for one run, or answered for it, is there for another. */
@@ -213,7 +213,7 @@ function showBatches(waiting) {
   const select = byId("milestone-batch");
   const chosen = select.value;
   const options = waiting.map((one) => {
-    const what = contents.get(one.batch_id) ?? `${one.staged} proposed${one.actor === null ? "" : ` by ${one.actor}`}`;
+    const what = proposedWords.get(one.batch_id) ?? `${one.staged} proposed${one.actor === null ? "" : ` by ${one.actor}`}`;
     return element("option", `${what.slice(0, 80)} (${one.batch_id})`, { value: one.batch_id });
   });
   select.replaceChildren(element("option", "none", { value: "" }), ...options);
@@ -277,7 +277,7 @@ onSubmit("patch", async (given, form) => {
   }
 });
 
-byId("ws-again").addEventListener("click", (event) => once(event.currentTarget, () => open(shown.runId)));
+byId("ws-again").addEventListener("click", (event) => once(event.currentTarget, () => openRun(shown.runId)));
 
 onSubmit("search", async (given) => {
   const run = shown;
@@ -295,7 +295,7 @@ onSubmit("propose", async (given, form) => {
   const run = shown;
   const mcr = { _schema_version: VERSION, op: "add", source_refs: [], ...given, confidence: Number(given.confidence) };
   const proposed = await post(runPath(run.runId, "memory/propose"), { mcrs: [mcr], writer: ACTOR });
-  contents.set(proposed.batch_id, mcr.content);
+  proposedWords.set(proposed.batch_id, mcr.content);
   const isNew = proposed.staged > 0;
   if (isShown(run)) {
     form.reset();
@@ -379,5 +379,5 @@ try {
   byId("service").textContent = `Version ${version}${testing ? ", started for tests" : ""}`;
   await showRuns();
 } catch (error) {
-  show(error);
+  showRefusal(error);
 }
