@@ -216,6 +216,22 @@ def test_a_public_name_of_the_context_overlay_is_given_once() -> None:
     assert {name: files for name, files in given.items() if len(files) > 1} == {}
 
 
+def test_a_module_of_the_context_overlay_has_one_store_at_most_beside_protocols() -> None:
+    stores = {
+        str(file.relative_to(OVERLAY)): [
+            node.name
+            for node in ast.parse(file.read_text()).body
+            if isinstance(node, ast.ClassDef) and node.name.endswith("Store") and "Protocol" not in bases(node)
+        ]
+        for file in OF_OVERLAY
+    }
+    assert {file: names for file, names in stores.items() if len(names) > 1} == {}
+
+
+def bases(node: ast.ClassDef) -> set[str]:
+    return {base.id for base in node.bases if isinstance(base, ast.Name)}
+
+
 def public_names(module: ast.Module) -> Iterator[str]:
     """Of classes, functions and constants that a module defines."""
     for node in module.body:

@@ -32,9 +32,10 @@ sys.path.insert(0, str(ROOT / "overlays" / "aos_context"))
 from aos_context.artifacts import Document, now  # noqa: E402
 from aos_context.context_brief import render  # noqa: E402
 from aos_context.ledger import FileLedger  # noqa: E402
-from aos_context.memory import TYPES, Batch  # noqa: E402
+from aos_context.memory_filters import TYPES  # noqa: E402
 from aos_context.memory_gate import Proposer, Staged, ordered_id, settle  # noqa: E402
 from aos_context.memory_sqlite import SQLiteMemoryStore  # noqa: E402
+from aos_context.memory_store import Batch  # noqa: E402
 from aos_context.tokens import estimate  # noqa: E402
 from aos_context.ws_manager import WorkingSetManager  # noqa: E402
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from aos_context.artifacts import Document
-    from aos_context.memory import Hit
+    from aos_context.memory_store import Hit
 
 TITLE = "# Context brief"
 CUT = "… [cut]"

@@ -20,13 +20,14 @@ import threading
 from typing import TYPE_CHECKING, Any, Protocol
 
 from aos_context.errors import UnreachableError
-from aos_context.memory import Batch, CommitResult, Filters, Hit, ProposeResult
+from aos_context.memory_filters import Filters
+from aos_context.memory_store import Batch, CommitResult, Hit, ProposeResult
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from aos_context.artifacts import Document
-    from aos_context.memory import GatedMemoryStore
+    from aos_context.memory_gated import GatedMemoryStore
 
 USER_ID = "aos_context"
 """Mem0 wants one of a user, an agent or a run for each memory; ours are those of one user."""

@@ -22,16 +22,18 @@ from aos_context.artifacts import Document, days_ago, decode, encode, sha256
 from aos_context.config import DEFAULT_CONFIG, Config
 from aos_context.errors import BrokenError, BusyError, ContextError
 from aos_context.files import FILE_MODE, locked, make_folder, sync_folder
-from aos_context.memory import Batch, Filters, GatedMemoryStore, Hit, beside, item_of
+from aos_context.memory_filters import Filters, beside
 from aos_context.memory_gate import CONFLICTS_MOST, draft_of
+from aos_context.memory_gated import GatedMemoryStore, item_of
+from aos_context.memory_store import Batch, Hit
 from aos_context.memory_words import similarity, words
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from aos_context.memory import Shelf
     from aos_context.memory_gate import Draft, Staged
+    from aos_context.memory_gated import Shelf
 
 APPLICATION_ID = 0x414F5343
 """`AOSC`, in the file's header."""
@@ -423,7 +425,7 @@ def _labelled(filters: Filters) -> str:
 
 
 def _columns(item: Document) -> tuple[str, str]:
-    """The two columns of the index; as many labels as `memory.LABELS` says."""
+    """The two columns of the index; as many labels as `memory_in_memory.LABELS` says."""
     place = {"global": "g", "task": _label("t", item["task_id"]), "run": _label("r", item["run_id"])}[item["scope"]]
     labels = (item["status"][0] + place, _label("y", item["type"]), _label("w", item["writer"]))
     return " ".join(words(item["content"])), " ".join(labels)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from aos_context.artifacts import Document
-    from aos_context.memory import CommitResult
+    from aos_context.memory_store import CommitResult
     from aos_context.runs import Runs
 
 FILTERS = ("scope", "status", "type", "min_confidence", "writer")

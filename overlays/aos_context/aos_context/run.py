@@ -24,7 +24,7 @@ from aos_context.errors import BrokenError, GateError, NotFoundError, SchemaErro
 from aos_context.files import FILE_MODE
 from aos_context.layout import CHANGING, EPISODES, LEDGER, PACKS, WORKING_SET
 from aos_context.ledger import FileLedger
-from aos_context.memory import CommitResult, RecordingMemoryStore
+from aos_context.memory_store import CommitResult, RecordingMemoryStore
 from aos_context.noted import Noted
 from aos_context.scratch import sweep
 from aos_context.ws_manager import WorkingSetManager
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from aos_context.artifacts import Document
     from aos_context.config import Config
-    from aos_context.memory import Hit, MemoryStore, ProposeResult
+    from aos_context.memory_store import Hit, MemoryStore, ProposeResult
     from aos_context.resume_pack import Snapshot
     from aos_context.tokens import Count
     from aos_context.ws_manager import PatchResult

@@ -25,7 +25,7 @@ from aos_context.errors import ContextError, ExistsError, ForbiddenError, NotFou
 from aos_context.files import make_folder
 from aos_context.layout import DATABASE, LEDGER, WORKING_SET
 from aos_context.ledger import FileLedger
-from aos_context.memory import RecordingMemoryStore
+from aos_context.memory_store import RecordingMemoryStore
 from aos_context.run import Brought, Means, Run, random_id
 from aos_context.scratch import sweep
 from aos_context.tokens import estimate
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from aos_context.artifacts import Document
-    from aos_context.memory import MemoryStore
+    from aos_context.memory_store import MemoryStore
     from aos_context.tokens import Count
 
 RUN_ID = re.compile("[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
