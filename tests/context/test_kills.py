@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from aos_context.artifacts import sha256
-from aos_context.layout import DATABASE
+from aos_context.layout import DATABASE, PENDING_MEMORY
 from aos_context.memory import InMemoryMemoryStore
 from aos_context.memory_sqlite import SQLiteMemoryStore
 from aos_context.resume_pack import check
@@ -163,6 +163,60 @@ def test_a_pack_that_lies_there_has_its_hash_in_the_ledger_wherever_its_maker_wa
         assert ended == 9
     assert crashes > 2
     assert list((run.folder / "resume").glob(".*")) == []
+
+
+LOAD = """
+import os, sys
+from pathlib import Path
+from aos_context.layout import PENDING_MEMORY
+from aos_context.ledger import FileLedger
+from aos_context.memory_sqlite import SQLiteMemoryStore
+from aos_context.runs import Runs
+root, pack, where = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+def ended(*_, **__):
+    os._exit(9)
+def ending_after(whole):
+    return lambda *given, **named: ended(whole(*given, **named))
+if where == "nothing is proposed":
+    SQLiteMemoryStore.propose = ended
+elif where == "the proposal has no event":
+    SQLiteMemoryStore.propose = ending_after(SQLiteMemoryStore.propose)
+else:
+    unlink = Path.unlink
+    Path.unlink = lambda path, **named: ended() if str(path).endswith(PENDING_MEMORY) else unlink(path, **named)
+Runs(root, memory=SQLiteMemoryStore(root / "memory.v2.1.sqlite")).load_file(pack, "run_2", actor="ada")
+"""
+
+
+@pytest.mark.parametrize("next_change", ["a patch", "a proposal", "a snapshot"])
+@pytest.mark.parametrize("where", ["nothing is proposed", "the proposal has no event", "only its file is left"])
+def test_what_a_pack_remembers_is_proposed_once_though_its_loading_was_killed(
+    tmp_path: Path, where: str, next_change: str
+) -> None:
+    with closing(SQLiteMemoryStore(tmp_path / "there.sqlite")) as memory:
+        runs = Runs(tmp_path / "there", memory=memory)
+        run = runs.open(runs.boot("Survive.", run_id="run_1")["run_id"])
+        run.milestone("one", memory_batch_id=run.propose([FACT]).batch_id)
+        packed = run.snapshot().path
+    root = tmp_path / "here"
+    command = [sys.executable, "-c", LOAD, str(root), str(packed), where]
+    assert subprocess.run(command, cwd=OVERLAY, check=False).returncode == 9
+    with closing(SQLiteMemoryStore(root / DATABASE)) as memory:
+        run = Runs(root, memory=memory).open("run_2")
+        if next_change == "a patch":
+            run.update(a_patch())
+        elif next_change == "a proposal":
+            run.propose([FACT | {"content": "Something else"}])
+        else:
+            run.snapshot()
+        run.update(a_patch(run.ws()["_update_seq"]))
+        events = run.events(limit=100)
+        [said] = [one for one in events if one["event_type"] == "MEMORY_PROPOSED" and "pack" in one["data"]]
+        assert (said["data"]["staged"], f"pack_{said['data']['pack']['pack_id']}.zip") == (1, packed.name)
+        assert len(memory.batches("run_2")) == 1 + (next_change == "a proposal")
+        [item] = run.milestone("two", memory_batch_id=said["data"]["batch_id"]).episode["memory"]["items"]
+        assert item["content"] == FACT["content"]
+        assert not (run.folder / PENDING_MEMORY).exists()
 
 
 def test_what_a_killed_writer_of_an_episode_left_is_removed_by_the_next_change(tmp_path: Path) -> None:

@@ -736,8 +736,8 @@ def require_whole(made: Path, workspace: Path) -> None:
         check(made, workspace=workspace).close()
 
 
-SYNCS = 9
-"""Of four files, of the four folders that they lie in, and of the folder of runs."""
+SYNCS = 11
+"""Of five files, of the five folders that they lie in, and of the folder of runs."""
 
 
 def test_a_bad_run_id_makes_no_run(run: MadeRun, workspace: Path) -> None:

@@ -17,6 +17,7 @@ from aos_context.artifacts import sha256, to_json
 from aos_context.episode import EpisodeStore
 from aos_context.errors import (
     BrokenError,
+    BusyError,
     ExistsError,
     ForbiddenError,
     GateError,
@@ -25,7 +26,7 @@ from aos_context.errors import (
     SchemaError,
     StaleError,
 )
-from aos_context.layout import DATABASE, EPISODES, LEDGER, WORKING_SET
+from aos_context.layout import DATABASE, EPISODES, LEDGER, PENDING_MEMORY, WORKING_SET
 from aos_context.ledger import FileLedger
 from aos_context.memory import InMemoryMemoryStore
 from aos_context.memory_sqlite import SQLiteMemoryStore
@@ -700,3 +701,52 @@ def test_what_a_pack_remembers_is_proposed_where_it_is_loaded_and_a_milestone_co
         with resume_pack.check(there.snapshot().path) as pack:
             assert [one["id"] for one in pack.memory_items()] == [item["id"]]
         assert others.load_file(packed.path).memory is None
+
+
+class BusyStore(InMemoryMemoryStore):
+    """A memory that others write for longer than a call waits, as long as `is_busy`."""
+
+    is_busy = True
+
+    def propose(self, mcrs: Sequence[Document], scope_filters: Mapping[str, Any] | None = None) -> ProposeResult:
+        if self.is_busy:
+            raise BusyError("others write")
+        return super().propose(mcrs, scope_filters)
+
+
+def test_a_pack_that_is_loaded_while_memory_is_busy_is_a_run_that_proposes_later_and_the_error_says_so(
+    runs: Runs, tmp_path: Path
+) -> None:
+    run = booted(runs)
+    run.milestone("counted", memory_batch_id=proposed(run))
+    memory = BusyStore()
+    others = Runs(tmp_path / "others", memory=memory)
+    with pytest.raises(BusyError) as refused:
+        others.load_file(run.snapshot().path, "run_2")
+    assert (refused.value.members["run_id"], refused.value.hint) == (
+        "run_2",
+        "Run run_2 is loaded, and proposes what its pack remembers with its next change.",
+    )
+    there = others.open("run_2")
+    assert there.update(a_patch()).update_seq == 1  # a patch needs no memory
+    with pytest.raises(BusyError):
+        there.snapshot()
+    memory.is_busy = False
+    there.snapshot()
+    assert types(there)[-4:] == ["RESUME_PACK_LOADED", "WS_UPDATE_APPLIED", "MEMORY_PROPOSED", "RESUME_PACK_CREATED"]
+    assert there.bring() is not None
+
+
+def test_what_a_pack_remembers_and_was_damaged_since_is_named_and_can_be_moved_away(runs: Runs, tmp_path: Path) -> None:
+    run = booted(runs)
+    run.milestone("counted", memory_batch_id=proposed(run))
+    others = Runs(tmp_path / "others", memory=BusyStore())
+    with pytest.raises(BusyError):
+        others.load_file(run.snapshot().path, "run_2")
+    there = others.open("run_2")
+    (there.folder / PENDING_MEMORY).write_bytes(b"{}\n")
+    with pytest.raises(BrokenError, match="pending") as refused:
+        there.milestone("later")
+    assert refused.value.hint is not None
+    (there.folder / PENDING_MEMORY).rename(tmp_path / "damaged")
+    assert there.milestone("later").episode["number"] == 2

@@ -13,3 +13,6 @@ CHANGING = "state/.changing"
 PACK_MANIFEST = "manifest.v2.1.json"
 PACK_MEMORY = "memory/items.v2.1.jsonl"
 """In a pack only: what it holds, and what the run has committed."""
+
+PENDING_MEMORY = "memory/pending.v2.1.jsonl"
+"""In a run that was loaded only: what its pack remembers, as long as it is not proposed."""

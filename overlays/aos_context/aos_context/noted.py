@@ -26,6 +26,8 @@ class Noted:
         """The number of the last one; 0 without any."""
         self.episode_seq = 0
         """In which line that was created."""
+        self.brought: Document | None = None
+        """Of the proposal of what the pack remembers that this run was loaded from; None before it, or without any."""
 
     def catch_up(self) -> None:
         """Look at the lines that others have written, too. Raises `BrokenError`."""
@@ -46,9 +48,10 @@ class Noted:
         data = event["data"]
         if event["event_type"] == "MEMORY_PROPOSED":
             self.proposed.add(data["batch_id"])
+            self.brought = data if "pack" in data else self.brought
         elif event["event_type"] == "MEMORY_COMMITTED":
             self.committed.setdefault(data["batch_id"], event["seq"])
         elif event["event_type"] == "EPISODE_CREATED":
             self.episode, self.episode_seq = data["number"], event["seq"]
         elif event["event_type"] == "RESUME_PACK_LOADED":
-            self.proposed, self.committed = set(), {}
+            self.proposed, self.committed, self.brought = set(), {}, None

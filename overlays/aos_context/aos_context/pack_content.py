@@ -140,13 +140,13 @@ def read_document(artifact: Artifact, folder: Path, name: str) -> Document:
         raise PackError(str(error), name) from None
 
 
-def read_items(folder: Path) -> Iterator[Document]:
-    """The memory items of a pack. Raises `PackError`."""
-    for number, line in enumerate(_read_lines(folder, PACK_MEMORY), 1):
+def read_items(folder: Path, name: str = PACK_MEMORY) -> Iterator[Document]:
+    """The memory items of a pack, or of another file of the same form. Raises `PackError`."""
+    for number, line in enumerate(_read_lines(folder, name), 1):
         try:
             yield decode("memory_item", line, f"line {number}")
         except BrokenError as error:
-            raise PackError(str(error), PACK_MEMORY) from None
+            raise PackError(str(error), name) from None
 
 
 def _require_files(manifest: Document, found: Mapping[str, FileSum]) -> None:

@@ -24,7 +24,7 @@ from aos_context.episode import EPISODE_MODE, file_name, slice_name
 from aos_context.episode_slice import SLICE_MODE
 from aos_context.errors import BrokenError, ExistsError, LimitError, PackError
 from aos_context.files import CHUNK_BYTES, FILE_MODE, FOLDER_MODE, make_folder, sync_folder
-from aos_context.layout import EPISODES, LEDGER, PACK_MANIFEST, PACK_MEMORY, PACKS, WORKING_SET
+from aos_context.layout import EPISODES, LEDGER, PACK_MANIFEST, PACK_MEMORY, PACKS, PENDING_MEMORY, WORKING_SET
 from aos_context.ledger import whole_lines
 from aos_context.pack_content import History, read_items, verify
 from aos_context.pack_files import FileSum, copy_pack, write_file
@@ -253,7 +253,8 @@ def unpack(
     """Make a run of a pack: all of `run_folder` is there once this returns, or nothing of it. Gives the working set.
 
     The working set gets the run id, which is the packed run's where none is given; history stays as it was, and
-    RESUME_PACK_LOADED is the next line of the ledger. Raises `ExistsError` where the run is there.
+    RESUME_PACK_LOADED is the next line of the ledger. What the pack remembers lies beside, and is proposed by whoever
+    changes the run first (`Run.bring`). Raises `ExistsError` where the run is there.
     """
     if os.path.lexists(run_folder):
         raise ExistsError(f"the run {run_folder.name} is there already", run_id=run_folder.name)
@@ -279,6 +280,8 @@ def unpack(
         folder = temporary / run_folder.name
         write_file(folder / WORKING_SET, [encode("working_set", state)])
         write_file(folder / LEDGER, _then(_chunks(pack.folder / LEDGER), last_line))
+        if (pack.folder / PACK_MEMORY).stat().st_size:
+            write_file(folder / PENDING_MEMORY, _chunks(pack.folder / PACK_MEMORY))
         if pack.episode is not None:
             name = f"{EPISODES}/{file_name(pack.episode['number'])}"
             write_file(folder / name, _chunks(pack.folder / name))

@@ -2,9 +2,9 @@
 
 The decision that a reader could not guess: a milestone is four steps (memory, its event, the episode, its event), and
 no step is undone. A run that was cut off between them is made good by whoever changes it next: what stands in the
-memory store or among the episodes without its event gets the event. Readers change nothing. That something was cut off
-is seen by a file that lies there during a change; who opens a run looks once in any case, for a power cut may have
-taken that file.
+memory store or among the episodes without its event gets the event, and what the pack of a loaded run remembers is
+proposed, if it was not. Readers change nothing. That something was cut off is seen by a file that lies there during a
+change; who opens a run looks once in any case, for a power cut may have taken that file.
 
 The double-key rule stands here and not in the store: memory is proposed at any time, and committed as part of a
 milestone, or by the bus in its phase SEAL.
@@ -20,22 +20,31 @@ from typing import TYPE_CHECKING, Any
 from aos_context import context_brief, resume_pack
 from aos_context.artifacts import now, sha256, to_json
 from aos_context.episode import EpisodeStore
-from aos_context.errors import BrokenError, GateError, NotFoundError, SchemaError
+from aos_context.errors import (
+    BrokenError,
+    BusyError,
+    GateError,
+    NotFoundError,
+    PackError,
+    SchemaError,
+    UnreachableError,
+)
 from aos_context.files import FILE_MODE
-from aos_context.layout import CHANGING, EPISODES, LEDGER, PACKS, WORKING_SET
+from aos_context.layout import CHANGING, EPISODES, LEDGER, PACKS, PENDING_MEMORY, WORKING_SET
 from aos_context.ledger import FileLedger
-from aos_context.memory_store import CommitResult, RecordingMemoryStore
+from aos_context.memory_store import CommitResult, ProposeResult, RecordingMemoryStore
 from aos_context.noted import Noted
+from aos_context.pack_content import read_items
 from aos_context.scratch import sweep
 from aos_context.ws_manager import WorkingSetManager
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from aos_context.artifacts import Document
     from aos_context.config import Config
-    from aos_context.memory_store import Hit, MemoryStore, ProposeResult
+    from aos_context.memory_store import Batch, Hit, MemoryStore
     from aos_context.resume_pack import Snapshot
     from aos_context.tokens import Count
     from aos_context.ws_manager import PatchResult
@@ -149,6 +158,9 @@ class Run:
 
     def update(self, patch: Document, *, actor: str | None = None) -> PatchResult:
         """Raises `StaleError`, `SchemaError`, `LimitError`."""
+        if (self.folder / PENDING_MEMORY).exists():
+            with contextlib.suppress(BusyError, UnreachableError), self._changing():  # no patch waits for memory
+                pass
         return self._working_set.apply_patch(patch, actor=actor)
 
     def propose(
@@ -158,20 +170,17 @@ class Run:
         with self._changing():
             return self._propose(mcrs, writer, actor)
 
-    def bring(self, items: Iterable[Document], pack_id: str, *, actor: str | None = None) -> Brought | None:
-        """Propose what a pack remembers: its active memories that this memory does not have, as one batch.
+    def bring(self) -> Brought | None:
+        """Propose what the pack remembers that this run was loaded from, where no change of it has done so before.
 
-        None where nothing is new. Raises as `propose`.
+        Those are its active memories that this memory does not have, as one batch. None where nothing is new. Raises
+        as `propose`; then the next change of the run does it.
         """
         with self._changing():
-            new = [item for item in items if item["status"] == "active" and not self._has(item["id"])]
-            most = self._means.config.batch_max_changes
-            if not new:
-                return None
-            proposed = self._propose([_as_proposal(item, pack_id) for item in new[:most]], None, actor)
-        if not proposed.staged and all(one.batch_id is None for one in proposed.duplicates):
+            said = self._noted.brought
+        if said is None or not said["staged"] + said["pack"]["waiting"]:
             return None
-        return Brought(proposed.batch_id, proposed.staged, len(proposed.duplicates), len(new[most:]))
+        return Brought(said["batch_id"], said["staged"], said["duplicates"], said["pack"]["left_out"])
 
     def commit(
         self,
@@ -257,11 +266,13 @@ class Run:
             mark.unlink()  # what ends with an error leaves it, as a kill does
 
     def _propose(self, mcrs: Sequence[Document], writer: str | None, actor: str | None) -> ProposeResult:
-        where = {"task_id": self.ws()["task_id"], "run_id": self.run_id}
-        proposed = self._means.memory.propose(mcrs, where if writer is None else {**where, "writer": writer})
-        duplicates, conflicts = len(proposed.duplicates), len(proposed.conflicts)
-        self._note_proposed(proposed.batch_id, proposed.staged, duplicates, conflicts, actor)
+        proposed = self._stage(mcrs, writer)
+        self._note_proposed(proposed, actor)
         return proposed
+
+    def _stage(self, mcrs: Sequence[Document], writer: str | None) -> ProposeResult:
+        where = {"task_id": self.ws()["task_id"], "run_id": self.run_id}
+        return self._means.memory.propose(mcrs, where if writer is None else {**where, "writer": writer})
 
     def _has(self, item_id: str) -> bool:
         """Where the memory cannot say it, its gate tells duplicates all the same."""
@@ -283,7 +294,7 @@ class Run:
         batch = None if self._records is None else self._records.batch(batch_id)
         if batch is None or batch.run_id != self.run_id:
             raise NotFoundError(f"run {self.run_id} has proposed no batch {batch_id}", batch_id=batch_id)
-        self._note_proposed(batch_id, len(batch.mcrs), 0, 0, None)
+        self._note_proposed(ProposeResult(batch_id, len(batch.mcrs)), None)
 
     def _remembered(self) -> list[Document]:
         """What this run has committed, each memory as the last of its batches left it, whatever others made of it."""
@@ -358,9 +369,11 @@ class Run:
         """Give an event to what a crash has left without one, and remove what it has left half written."""
         self._episodes.sweep()
         sweep(self.folder / PACKS)
+        loaded = self._owed()
         for batch in () if self._records is None else self._records.batches(self.run_id):
             if batch.batch_id not in self._noted.proposed:
-                self._note_proposed(batch.batch_id, len(batch.mcrs), 0, 0, None)
+                pack = None if loaded is None else _pack_of(batch, loaded["data"]["pack_id"])
+                self._note_proposed(ProposeResult(batch.batch_id, len(batch.mcrs)), None, pack)
             if batch.state == "committed" and batch.batch_id not in self._noted.committed:
                 items = self._recorded(batch.batch_id)
                 self._note_committed(CommitResult(batch.batch_id, items, already=True), batch.committed_by, None)
@@ -368,10 +381,35 @@ class Run:
             last = self._episodes.last()
             if last is not None:
                 self._note_episode(last, None)
+        if loaded is not None:
+            if self._noted.brought is None:
+                self._bring(loaded["data"]["pack_id"], loaded["actor"])
+            (self.folder / PENDING_MEMORY).unlink()
 
-    def _note_proposed(self, batch_id: str, staged: int, duplicates: int, conflicts: int, actor: str | None) -> None:
-        counts = {"staged": staged, "duplicates": duplicates, "conflicts": conflicts}
-        self._note("MEMORY_PROPOSED", actor, batch_id=batch_id, **counts)
+    def _owed(self) -> Document | None:
+        """The event of the pack that the run was loaded from, whose memories may not be proposed yet."""
+        is_owed = (self.folder / PENDING_MEMORY).exists()
+        return self._ledger.find_last({"RESUME_PACK_LOADED"}) if is_owed else None
+
+    def _bring(self, pack_id: str, actor: str | None) -> None:
+        try:
+            items = read_items(self.folder, PENDING_MEMORY)
+            new = [item for item in items if item["status"] == "active" and not self._has(item["id"])]
+        except PackError as error:
+            hint = "Move the file away: the run goes on without what its pack remembers."
+            raise BrokenError(str(error), hint=hint, file=str(self.folder / PENDING_MEMORY)) from None
+        if new:
+            most = self._means.config.batch_max_changes
+            proposed = self._stage([_as_proposal(item, pack_id) for item in new[:most]], None)
+            waiting = sum(one.batch_id is not None for one in proposed.duplicates)
+            pack = {"pack_id": pack_id, "left_out": len(new[most:]), "waiting": waiting}
+            self._note_proposed(proposed, actor, pack)
+
+    def _note_proposed(self, proposed: ProposeResult, actor: str | None, pack: Document | None = None) -> None:
+        """`pack` says that it is what a pack remembers."""
+        data: Document = {"batch_id": proposed.batch_id, "staged": proposed.staged}
+        data |= {"duplicates": len(proposed.duplicates), "conflicts": len(proposed.conflicts)}
+        self._note("MEMORY_PROPOSED", actor, **data, **({} if pack is None else {"pack": pack}))
 
     def _note_committed(self, committed: CommitResult, committed_by: str | None, actor: str | None) -> None:
         """Once for each batch."""
@@ -400,6 +438,12 @@ def _as_proposal(item: Document, pack_id: str) -> Document:
     kept = ("_schema_version", "type", "scope", "content", "confidence", "rationale", "writer")
     refs = [*item["source_refs"][: SOURCE_REFS_MOST - 1], f"pack:{pack_id}/{item['id']}"]
     return {"op": "add", "source_refs": refs, **{name: item[name] for name in kept}}
+
+
+def _pack_of(batch: Batch, pack_id: str) -> Document | None:
+    """What its event says of the pack, if it is the one that `_as_proposal` has made of that."""
+    is_of = any(ref.startswith(f"pack:{pack_id}/") for mcr in batch.mcrs for ref in mcr.get("source_refs", ()))
+    return {"pack_id": pack_id, "left_out": 0, "waiting": 0} if is_of else None
 
 
 def random_id(kind: str) -> str:

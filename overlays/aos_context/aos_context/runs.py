@@ -5,6 +5,7 @@
     ROOT/<run_id>/ledger/run.v2.1.jsonl              the ledger, and ledger/.lock
     ROOT/<run_id>/episodes/episode_000001.v2.1.json  read-only; .jsonl beside it: its lines of the ledger
     ROOT/<run_id>/resume/pack_<pack_id>.zip          or a folder of that name without .zip
+    ROOT/<run_id>/memory/pending.v2.1.jsonl          what the pack of a loaded run remembers, until it is proposed
 
 Several processes may work on one folder: what is kept in memory here is only what the files say anew.
 """
@@ -161,7 +162,8 @@ class Runs:
 
         Without a new id the run keeps its own if that is free here, else it gets a new one. Memories of the pack are
         proposed and not committed: the rule of the two keys holds for packs, too. Raises `NotFoundError`,
-        `PackError`, `ExistsError`, `SchemaError`.
+        `PackError`, `ExistsError`, `SchemaError`; where memory cannot be reached what it raises, and then the run is
+        there (`run_id` of the error) and proposes them with its next change.
         """
         if new_run_id is not None:
             self._folder(new_run_id)
@@ -178,8 +180,13 @@ class Runs:
                     raise
                 run_id = random_id("run")
                 self._unpack(checked, run_id, actor)
-            run = self.open(run_id)
-            brought = run.bring(checked.memory_items(), pack_id, actor=actor)
+        run = self.open(run_id)
+        try:
+            brought = run.bring()
+        except ContextError as error:
+            error.members["run_id"] = run_id
+            error.hint = f"Run {run_id} is loaded, and proposes what its pack remembers with its next change."
+            raise
         return Loaded(run, from_run_id, pack_id, brought, checked.manifest["pointers"])
 
     def _unpack(self, checked: resume_pack.CheckedPack, run_id: str, actor: str | None) -> None:
