@@ -5,9 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from aos_context.memory import InMemoryMemoryStore
+from aos_context.runs import Runs
 
 from tests.context.served import FACT, Service, a_patch, serving
 
@@ -47,6 +50,12 @@ def refusals() -> list[int]:
 
 @pytest.fixture
 def page(browser: Any, service: Service, refusals: list[int]) -> Iterator[Any]:
+    with page_of(browser, service, refusals) as opened:
+        yield opened
+
+
+@contextmanager
+def page_of(browser: Any, service: Service, refusals: list[int]) -> Iterator[Any]:
     """The page, open. A test fails where its console has an error, it asks another host, or is refused unexpectedly."""
     context = browser.new_context()
     opened = context.new_page()
@@ -474,3 +483,25 @@ def test_a_service_that_has_ended_is_told(browser: Any, tmp_path_factory: pytest
     api.expect(page.locator("#fault")).to_contain_text("does not answer")
     api.expect(page.get_by_label("Objective")).to_have_value("Too late.")
     context.close()
+
+
+def test_a_hundred_runs_are_listed_and_more_where_more_are_asked_for(browser: Any, tmp_path: Path) -> None:
+    runs = Runs(tmp_path / "runs", memory=InMemoryMemoryStore())
+    booted = [runs.boot(f"Reach {number}.", run_id=f"run_{number}")["run_id"] for number in range(230)][::-1]
+    with serving(tmp_path / "runs") as service, page_of(browser, service, []) as page:
+        listed, more = page.locator("#runs button"), page.get_by_role("button", name="More runs")
+        api.expect(listed).to_have_count(100)
+        more.focus()
+        page.keyboard.press("Enter")
+        status(page, "200 runs are listed.")
+        api.expect(listed.nth(100)).to_be_focused()
+        service.post(f"/runs/{booted[220]}/step/update", {"patch": a_patch()})
+        listed.nth(150).click()
+        status(page, f"Run {booted[150]} is open.")
+        api.expect(listed).to_have_count(200)
+        api.expect(listed.first).to_have_attribute("data-run", booted[220])
+        more.click()
+        status(page, "230 runs are listed.")
+        api.expect(more).to_be_hidden()
+        moved = [booted[220], *(one for one in booted if one != booted[220])]
+        assert listed.evaluate_all("all => all.map((one) => one.dataset.run)") == moved

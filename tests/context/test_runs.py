@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,7 @@ from aos_context.ledger import FileLedger
 from aos_context.memory import InMemoryMemoryStore
 from aos_context.memory_sqlite import SQLiteMemoryStore
 from aos_context.runs import Runs
+from aos_context.ws_file import Version, WorkingSetFile
 
 from tests.context.served import FACT, a_patch
 
@@ -130,6 +132,56 @@ def test_a_list_of_runs_closes_none_that_is_open(runs: Runs, monkeypatch: pytest
     run = booted(runs)
     assert len(runs.list()) == len(others) + 1
     assert runs.open(run.run_id) is run
+
+
+def test_a_page_of_runs_reads_the_working_sets_of_its_own_runs_only(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = [runs.boot("x")["run_id"] for _ in range(9)]
+    read: list[str] = []
+    whole = WorkingSetFile.read
+
+    def reading(self: WorkingSetFile) -> Version | None:
+        read.append(self.path.parent.parent.name)
+        return whole(self)
+
+    monkeypatch.setattr(WorkingSetFile, "read", reading)
+    first = runs.page(3)
+    second = runs.page(3, first.next)
+    assert [one["run_id"] for one in [*first.runs, *second.runs]] == made[:2:-1]
+    assert set(read) == set(made[3:])
+
+
+def test_a_run_that_changes_between_two_pages_stands_on_none_of_the_later_ones_twice(runs: Runs) -> None:
+    made = [runs.boot("x")["run_id"] for _ in range(6)]
+    first = runs.page(2)
+    for run_id in (made[5], made[1]):  # one that was listed, and one that was not
+        runs.open(run_id).update(a_patch())
+    second = runs.page(2, first.next)
+    last = runs.page(2, second.next)
+    pages = [[one["run_id"] for one in page.runs] for page in (first, second, last)]
+    assert pages == [[made[5], made[4]], [made[3], made[2]], [made[0]]]
+    assert last.next is None
+    assert [one["run_id"] for one in runs.list()[:2]] == [made[1], made[5]]
+
+
+def test_runs_that_changed_at_one_moment_are_each_listed_once(runs: Runs) -> None:
+    made = {runs.boot("x")["run_id"] for _ in range(5)}
+    for run_id in made:
+        os.utime(runs.root / run_id / WORKING_SET, ns=(7, 7))
+    page = runs.page(2)
+    found = list(page.runs)
+    while page.next is not None:
+        page = runs.page(2, page.next)
+        found += page.runs
+    assert [one["run_id"] for one in found] == sorted(made, reverse=True)
+
+
+def test_a_run_whose_working_set_is_only_in_its_ledger_yet_is_listed(runs: Runs) -> None:
+    before, run, after = (booted(runs) for _ in range(3))
+    (run.folder / WORKING_SET).unlink()
+    os.utime(run.folder / LEDGER, ns=((before.folder / WORKING_SET).stat().st_mtime_ns + 1,) * 2)
+    assert [one["run_id"] for one in runs.page(3).runs] == [after.run_id, run.run_id, before.run_id]
 
 
 def test_a_milestone_that_is_asked_for_again_with_its_request_id_is_one_and_without_one_two(runs: Runs) -> None:
@@ -430,7 +482,7 @@ def test_runs_are_listed_and_a_broken_one_says_so(runs: Runs) -> None:
     (broken.folder / WORKING_SET).write_bytes(b"{")
     (broken.folder / LEDGER).write_bytes(b"{}\n")
     listed = {one["run_id"]: one for one in runs.list()}
-    assert list(listed)[:2] == [first.run_id, second.run_id]
+    assert [run_id for run_id in listed if run_id != broken.run_id] == [first.run_id, second.run_id]
     assert listed[first.run_id]["status"] == "BUSY"
     assert listed[broken.run_id]["code"] == "BROKEN"
 

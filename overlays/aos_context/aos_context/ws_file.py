@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from aos_context.artifacts import decode, encode, sha256
@@ -82,6 +83,8 @@ class WorkingSetFile:
     def replacing(self, version: Version, text: bytes) -> Iterator[None]:
         """The content is on the disk when the block begins, and the file's when it ends. Raises `OSError`."""
         with temporary_file(self.path, text) as temporary:
+            moment = time.time_ns()  # a kernel's own is that of its last tick, and runs are listed by it
+            os.utime(temporary, ns=(moment, moment))
             file = _file(temporary.stat(), text)
             yield
             replace(temporary, self.path)

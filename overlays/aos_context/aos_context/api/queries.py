@@ -46,7 +46,7 @@ class Query(NamedTuple):
 NOTHING = Query.of()
 RUNS = Query.of(
     limit={"type": "integer", "minimum": 1, "maximum": MOST_LISTED},
-    after={"type": "string", "pattern": "^[0-9TZ:.+-]{0,40},[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"},
+    after={"type": "string", "pattern": "^[0-9]{1,20},[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"},
 )
 LINES = Query.of(
     limit={"type": "integer", "minimum": 0, "maximum": MOST_LISTED},

@@ -8,6 +8,9 @@ const LEDGER_READ = 200; // events in which batches of memory that wait are look
 let shown = null; // {runId, ws}: the run that is shown, and its working set as it was read
 let opening = 0; // counts the runs that were chosen: what is answered for one that was chosen before is dropped
 let listing = 0; // the same for the list of runs
+let listed = 100; // so many runs are listed, if there are so many
+const RUNS_MORE = 100; // so many more are asked for at a time
+const RUNS_READ = 1000; // so many the service gives at most in an answer
 const proposedWords = new Map(); // what this page has proposed, by batch
 
 class Refused extends Error {
@@ -96,10 +99,26 @@ const linesOf = (text) => text.split("\n").map((line) => line.trim()).filter(Boo
 
 /* What is shown */
 
+/* The runs that changed last, and whether there are more. */
+async function readRuns(wanted) {
+  const runs = [];
+  let next = null;
+  do {
+    const query = new URLSearchParams({ limit: Math.min(wanted - runs.length, RUNS_READ) });
+    if (next !== null) query.set("after", next);
+    const page = await ask(`/runs?${query}`);
+    runs.push(...page.runs);
+    next = page.next;
+  } while (next !== null && runs.length < wanted);
+  return { runs, isMore: next !== null };
+}
+
+/* Says how many are listed, or -1 where the list was asked for again meanwhile. */
 async function showRuns() {
   const mine = ++listing;
-  const { runs } = await ask("/runs");
-  if (mine !== listing) return;
+  const { runs, isMore } = await readRuns(listed);
+  if (mine !== listing) return -1;
+  byId("runs-more").hidden = !isMore;
   byId("no-runs").hidden = runs.length > 0;
   fill(byId("runs"), runs, (one) => {
     const made = element("li");
@@ -111,7 +130,17 @@ async function showRuns() {
     made.append(button);
     return made;
   });
+  return runs.length;
 }
+
+byId("runs-more").addEventListener("click", (event) => once(event.currentTarget, async () => {
+  const before = listed;
+  listed += RUNS_MORE;
+  const count = await showRuns();
+  if (count < 0) return;
+  byId("runs").children[before]?.querySelector("button").focus();
+  say(`${count} runs are listed.`);
+}));
 
 /* Whether the run is shown now, which it is not if another one was chosen meanwhile. */
 async function openRun(runId) {
