@@ -501,7 +501,9 @@ def test_a_key_needs_a_package_and_says_which(logs: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["x", SIGNER.vkey[:-1], SIGNER.vkey.replace("example", "Example"), SIGNER.vkey.replace("+A", "+B", 1)]
+    "key",
+    ["x", SIGNER.vkey[:-1], SIGNER.vkey.replace("example", "Example"), SIGNER.vkey.replace("+A", "+B", 1)],
+    ids=["no key", "short", "of another name", "of another kind"],
 )
 def test_what_is_no_key_cannot_be_used(logs: Path, key: str) -> None:
     put(logs, log_of(3))
