@@ -8,7 +8,8 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from aos_context.errors import ConflictError, UnreachableError
+from aos_context import memory_mem0
+from aos_context.errors import BusyError, ConflictError, UnreachableError
 from aos_context.memory import InMemoryMemoryStore
 from aos_context.memory_mem0 import USER_ID, Mem0MemoryStore
 from aos_context.memory_sqlite import SQLiteMemoryStore
@@ -147,6 +148,59 @@ def test_a_commit_in_which_mem0_fails_holds_and_the_next_one_or_sync_brings_what
     assert [content for content, _ in kept(mem0)] == sorted([*CONTENTS, *more])
     assert failing.left == 0
     store.sync()  # It has nothing to bring: it would fail.
+
+
+def test_what_a_process_could_not_bring_and_ended_is_brought_by_the_next_commit_of_another(
+    mem0: Any, tmp_path: Path
+) -> None:
+    with closing(SQLiteMemoryStore(tmp_path / "memory.sqlite")) as deciding:
+        away = Mem0MemoryStore(Failing(mem0, left=1), deciding)
+        [_, two] = remember(away, add("alpha one"), add("beta two"))
+        remember(away, update(two["id"], content="beta three"))
+    with closing(SQLiteMemoryStore(tmp_path / "memory.sqlite")) as deciding:
+        remember(deciding, add("gamma four"))  # who commits without Mem0 brings it nothing
+        assert [content for content, _ in kept(mem0)] == ["alpha one"]
+        remember(Mem0MemoryStore(mem0, deciding), add("delta five"))
+    assert [content for content, _ in kept(mem0)] == ["alpha one", "beta three", "delta five", "gamma four"]
+
+
+def test_a_commit_brings_its_own_first_and_so_much_of_what_is_missing_that_it_ends_soon(
+    mem0: Any, deciding: SQLiteMemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory_mem0, "BROUGHT_MOST", 2)
+    remember(deciding, *[add(f"missed {number}") for number in range(5)])
+    store = Mem0MemoryStore(mem0, deciding)
+    remember(store, add("new one"))
+    assert [content for content, _ in kept(mem0)] == ["missed 0", "missed 1", "new one"]
+    remember(store, add("new two"))
+    remember(store, add("new three"))
+    assert len(kept(mem0)) == 8
+    assert deciding.followed(f"mem0:{USER_ID}") == 6
+
+
+def test_what_mem0_has_lost_is_brought_by_sync_though_it_was_there(mem0: Any, deciding: SQLiteMemoryStore) -> None:
+    store = Mem0MemoryStore(mem0, deciding)
+    remember(store, *[add(content) for content in CONTENTS])
+    mem0.delete_all(user_id=USER_ID)
+    remember(store, add("delta four"))
+    assert [content for content, _ in kept(mem0)] == ["delta four"]
+    store.sync()
+    assert [content for content, _ in kept(mem0)] == sorted([*CONTENTS, "delta four"])
+
+
+def test_a_commit_holds_though_how_far_mem0_is_cannot_be_kept(
+    mem0: Any, deciding: SQLiteMemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise BusyError("others write")
+
+    store = Mem0MemoryStore(mem0, deciding)
+    with monkeypatch.context() as patch:
+        patch.setattr(deciding, "follow", refuse)
+        assert len(remember(store, add("alpha one"))) == 1
+    remember(store, add("beta two"))
+    assert deciding.followed(f"mem0:{USER_ID}") == 2
+    assert [content for content, _ in kept(mem0)] == CONTENTS[:2]
 
 
 def test_what_mem0_still_has_in_an_old_form_is_not_found(mem0: Any) -> None:

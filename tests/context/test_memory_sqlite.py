@@ -11,7 +11,7 @@ import stat
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -465,3 +465,28 @@ def test_a_memory_of_few_is_found_among_many_that_others_have(path: Path) -> Non
         remember(store, add(f"common {run}", scope="run"), run_id=f"other{run}")
     assert found(store, "common", run_id="r1") == {"common own"}
     store.close()
+
+
+def test_a_file_of_the_first_program_of_this_schema_gets_what_followers_need(tmp_path: Path) -> None:
+    path = tmp_path / "memory.sqlite"
+    with closing(SQLiteMemoryStore(path)) as store:
+        remember(store, add("alpha one"))
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("DROP TABLE follower")
+    with closing(SQLiteMemoryStore(path)) as store:
+        [change] = store.changed(0, 10)
+        assert store.followed("somebody") == 0
+        store.follow("somebody", change.number)
+    with closing(SQLiteMemoryStore(path)) as store:
+        assert (store.followed("somebody"), store.followed("nobody")) == (change.number, 0)
+
+
+def test_changes_are_numbered_in_the_order_of_their_commits(tmp_path: Path) -> None:
+    for store in (SQLiteMemoryStore(tmp_path / "memory.sqlite"), InMemoryMemoryStore()):
+        with closing(store):
+            [one, two] = remember(store, add("alpha one"), add("beta two"))
+            remember(store, update(one["id"], content="gamma three"))
+            changes = store.changed(0, 10)
+            assert [change.item_id for change in changes] == [one["id"], two["id"], one["id"]]
+            assert store.changed(changes[0].number, 1) == [changes[1]]
+            assert store.changed(changes[-1].number, 10) == []

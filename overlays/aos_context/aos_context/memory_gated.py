@@ -1,13 +1,15 @@
 """A memory behind the gate, for stores that have transactions: its rules hold for all of them, and none has its own.
 
-A store that derives from `GatedMemoryStore` says what a transaction is, and what it keeps in one: a `Shelf`.
+A store that derives from `GatedMemoryStore` says what a transaction is, and what it keeps in one: a `Shelf`. Its
+changes of memories are numbered in the order of their commits; a follower, which brings them to another place, keeps
+here the number up to which it has.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from aos_context.artifacts import Document, decode, now
 from aos_context.config import DEFAULT_CONFIG, Config
@@ -21,6 +23,14 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from aos_context.memory_store import Hit
+
+
+class Change(NamedTuple):
+    """That a memory was added or changed."""
+
+    number: int
+    """From 1 on, greater than those of all commits before; numbers may be left out."""
+    item_id: str
 
 
 class Shelf(View, Protocol):
@@ -41,6 +51,12 @@ class Shelf(View, Protocol):
     def batches(self, run_id: str) -> list[Batch]: ...
 
     def items(self, run_id: str | None, batch_id: str | None) -> list[Document]: ...
+
+    def changed(self, after: int, limit: int) -> list[Change]: ...
+
+    def followed(self, follower: str) -> int: ...
+
+    def follow(self, follower: str, number: int) -> None: ...
 
 
 class GatedMemoryStore(ABC):
@@ -102,6 +118,25 @@ class GatedMemoryStore(ABC):
     def items(self, *, run_id: str | None = None, batch_id: str | None = None) -> list[Document]:
         with self.transaction(writes=False) as shelf:
             return shelf.items(run_id, batch_id)
+
+    @abstractmethod
+    def following(self) -> AbstractContextManager[None]:
+        """As long as the block lasts nobody else, in any process, is in such a block. Raises `BusyError`."""
+
+    def changed(self, after: int, limit: int) -> list[Change]:
+        """The first changes behind number `after`, in their order, `limit` at most."""
+        with self.transaction(writes=False) as shelf:
+            return shelf.changed(after, limit)
+
+    def followed(self, follower: str) -> int:
+        """Up to which change this follower has brought all; 0 for one that is not known."""
+        with self.transaction(writes=False) as shelf:
+            return shelf.followed(follower)
+
+    def follow(self, follower: str, number: int) -> None:
+        """Keep that this follower has brought all changes up to this one."""
+        with self.transaction(writes=True) as shelf:
+            shelf.follow(follower, number)
 
     def checked(self, query: str, top_k: int | None) -> int:
         """`top_k`, or what it is by default. Raises `SchemaError`."""

@@ -13,7 +13,7 @@ from aos_context.artifacts import Document, days_ago, decode, encode
 from aos_context.config import DEFAULT_CONFIG, Config
 from aos_context.memory_filters import Filters, beside
 from aos_context.memory_gate import Draft, Staged, draft_of
-from aos_context.memory_gated import GatedMemoryStore, item_of
+from aos_context.memory_gated import Change, GatedMemoryStore, item_of
 from aos_context.memory_store import Batch, Hit
 from aos_context.memory_words import similarity, words
 
@@ -37,6 +37,7 @@ class InMemoryMemoryStore(GatedMemoryStore):
         super().__init__(config)
         self._mutex = threading.RLock()
         self._data = _Data(config)
+        self._following = threading.Lock()
 
     @contextmanager
     def transaction(self, *, writes: bool) -> Iterator[Shelf]:
@@ -44,6 +45,11 @@ class InMemoryMemoryStore(GatedMemoryStore):
         del writes
         with self._mutex:
             yield self._data
+
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        with self._following:
+            yield
 
     def close(self) -> None:
         """There is nothing to let go."""
@@ -61,6 +67,8 @@ class _Data:
     _mcrs: dict[str, list[bytes]] = field(default_factory=dict)
     _identities: dict[str, list[str]] = field(default_factory=dict)
     _records: dict[str, list[bytes]] = field(default_factory=dict)
+    _changes: list[Change] = field(default_factory=list)
+    _followed: dict[str, int] = field(default_factory=dict)
 
     def item(self, item_id: str) -> Document | None:
         return item_of(self._items[item_id]) if item_id in self._items else None
@@ -97,6 +105,7 @@ class _Data:
         for item, text in zip(items, encoded, strict=True):
             self._items[item["id"]] = text
             self._words[item["id"]] = Counter(words(item["content"]))
+            self._changes.append(Change(len(self._changes) + 1, item["id"]))
             if item["status"] == "active":
                 self._active[draft_of(item).key] = item["id"]
         self._records[batch.batch_id] = encoded
@@ -131,6 +140,15 @@ class _Data:
             if run_id in {None, self._batches[one].run_id} and batch_id in {None, one}:
                 last |= {item["id"]: item for item in self.recorded(one)}
         return [last[item_id] for item_id in self._items if item_id in last]
+
+    def changed(self, after: int, limit: int) -> list[Change]:
+        return self._changes[after : after + limit]
+
+    def followed(self, follower: str) -> int:
+        return self._followed.get(follower, 0)
+
+    def follow(self, follower: str, number: int) -> None:
+        self._followed[follower] = number
 
     def _waiting(self) -> list[str]:
         since = days_ago(self._config.proposal_max_age_days)

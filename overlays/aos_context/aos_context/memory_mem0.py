@@ -5,8 +5,9 @@ was proposed and committed, and decides; Mem0 gets every memory that a commit ad
 model that rewrites it (`infer=False`), and is asked at each search. What it finds is looked up in that store: a memory
 that Mem0 still has in an old form, or that others wrote into it, is never shown as ours.
 
-So what that store has committed is committed, whatever becomes of Mem0. What could not be brought there is brought with
-the next commit, or by `sync`, which also brings what a process that has ended since could not.
+So what that store has committed is committed, whatever becomes of Mem0. That store also keeps up to which change Mem0
+has all; what is behind it, whoever has committed it, is brought with the next commits, `BROUGHT_MOST` with each. `sync`
+brings all of it, and what a Mem0 has lost.
 
 This module needs no `mem0`: the caller makes the `mem0.Memory`, and with it chooses models and the vector store. Mem0
 sends telemetry unless `MEM0_TELEMETRY=False` is in the environment before it is imported.
@@ -16,10 +17,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 from typing import TYPE_CHECKING, Any, Protocol
 
-from aos_context.errors import UnreachableError
+from aos_context.errors import ContextError, UnreachableError
 from aos_context.memory_filters import Filters
 from aos_context.memory_store import Batch, CommitResult, Hit, ProposeResult
 
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 USER_ID = "aos_context"
 """Mem0 wants one of a user, an agent or a run for each memory; ours are those of one user."""
+
+BROUGHT_MOST = 100
+"""Changes of former commits that one commit brings beside its own: it is to end soon."""
 
 _log = logging.getLogger(__name__)
 
@@ -57,9 +60,6 @@ class Mem0MemoryStore:
         self._mem0 = mem0
         self._store = store
         self._user_id = user_id
-        self._mutex = threading.Lock()
-        self._behind: dict[str, None] = {}
-        """Ids of what was committed here and is not known to be in Mem0, the oldest first."""
 
     def search(self, query: str, filters: Mapping[str, Any] | None = None, top_k: int | None = None) -> list[Hit]:
         """As the protocol says, but that a memory need not have any of the words. Raises `UnreachableError`, too."""
@@ -82,14 +82,21 @@ class Mem0MemoryStore:
         """As the protocol says. That Mem0 fails is in the log only: what was committed counts, and is brought later."""
         result = self._store.commit(batch_id, committed_by=committed_by)
         try:
-            self._bring_all(result.items)
-        except UnreachableError:
-            _log.warning("batch %s is committed, and Mem0 has not got all of it yet", batch_id, exc_info=True)
+            with self._store.following():
+                self._bring_changes(self._store.followed(self._follower), [item["id"] for item in result.items])
+        except ContextError:  # also of the store, which is to keep how far Mem0 is
+            _log.warning("batch %s is committed, and Mem0 may not have all of it yet", batch_id, exc_info=True)
         return result
 
     def sync(self) -> None:
-        """Bring all that was ever committed and that Mem0 has not got as it is. Raises `UnreachableError`."""
-        self._bring_all(self._store.items())
+        """Bring all that was ever committed and that Mem0 has not got as it is.
+
+        Raises `UnreachableError`; `BusyError` where others bring for longer than a call waits.
+        """
+        reached, before = 0, -1
+        while reached > before:
+            with self._store.following():  # others may come in between
+                reached, before = self._bring_changes(reached), reached
 
     def batch(self, batch_id: str) -> Batch:
         return self._store.batch(batch_id)
@@ -110,16 +117,29 @@ class Mem0MemoryStore:
         """Of the store that decides; Mem0 is its maker's."""
         self._store.close()
 
-    def _bring_all(self, items: Sequence[Document]) -> None:
-        """These, in the form that they have now, behind those that are still to be brought."""
-        with self._mutex:
-            self._behind |= dict.fromkeys(item["id"] for item in items)
-            for item_id in list(self._behind):
-                item = self._store.item(item_id)
+    @property
+    def _follower(self) -> str:
+        return f"mem0:{self._user_id}"
+
+    def _bring_changes(self, after: int, first: Sequence[str] = ()) -> int:
+        """Bring these memories first, then the first changes behind this number; gives the number of the last one.
+
+        Each memory is brought in the form that it has now. Where that fails, what was brought before is kept in mind.
+        """
+        changes = self._store.changed(after, BROUGHT_MOST)  # before any is brought: none is older than its change then
+        reached, brought = after, set[str]()
+        try:
+            for number, item_id in [*((after, item_id) for item_id in first), *changes]:
+                item = None if item_id in brought else self._store.item(item_id)
                 if item is not None:
                     with _reached():
                         self._bring(item)
-                del self._behind[item_id]
+                brought.add(item_id)
+                reached = number
+        finally:
+            if reached > self._store.followed(self._follower):
+                self._store.follow(self._follower, reached)
+        return reached
 
     def _bring(self, item: Document) -> None:
         metadata = {

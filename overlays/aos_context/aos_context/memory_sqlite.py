@@ -24,12 +24,13 @@ from aos_context.errors import BrokenError, BusyError, ContextError
 from aos_context.files import FILE_MODE, locked, make_folder, sync_folder
 from aos_context.memory_filters import Filters, beside
 from aos_context.memory_gate import CONFLICTS_MOST, draft_of
-from aos_context.memory_gated import GatedMemoryStore, item_of
+from aos_context.memory_gated import Change, GatedMemoryStore, item_of
 from aos_context.memory_store import Batch, Hit
 from aos_context.memory_words import similarity, words
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from aos_context.memory_gate import Draft, Staged
@@ -74,6 +75,10 @@ CREATE TABLE item (
 CREATE TABLE word (word TEXT PRIMARY KEY, memories INTEGER NOT NULL) STRICT, WITHOUT ROWID;
 CREATE VIRTUAL TABLE text USING fts5 (words, labels, tokenize = 'ascii');
 """
+_FOLLOWERS = """
+CREATE TABLE IF NOT EXISTS follower (name TEXT PRIMARY KEY, change INTEGER NOT NULL) STRICT, WITHOUT ROWID;
+"""
+"""Made where it is missing: the first files of this schema have none."""
 _CURRENT = "SELECT document FROM item JOIN change ON change.n = item.change"
 
 
@@ -96,7 +101,9 @@ class SQLiteMemoryStore(GatedMemoryStore):
             if not path.exists() or path.stat().st_size == 0:
                 _create(path)
             _require_ours(path)
-            self._release(self._checked(self._connect()))
+            connection = self._checked(self._connect())
+            connection.execute(_FOLLOWERS)
+            self._release(connection)
 
     @contextmanager
     def transaction(self, *, writes: bool) -> Iterator[Shelf]:
@@ -112,6 +119,9 @@ class SQLiteMemoryStore(GatedMemoryStore):
                 raise
             finally:
                 self._release(connection)
+
+    def following(self) -> AbstractContextManager[None]:
+        return locked(self.path.with_name(f"{self.path.name}.following.lock"))
 
     def close(self) -> None:
         with self._mutex:
@@ -254,6 +264,17 @@ class _Shelf:
         if run_id is None and batch_id is None:
             return [item_of(row[0]) for row in self._connection.execute(f"{_CURRENT} ORDER BY item.n")]
         return [item_of(row[0]) for row in self._connection.execute(_LAST_CHANGES, (run_id, batch_id))]
+
+    def changed(self, after: int, limit: int) -> list[Change]:
+        found = "SELECT change.n, item.id FROM change JOIN item ON item.n = change.item WHERE change.n > ? "
+        return [Change(*row) for row in self._connection.execute(f"{found} ORDER BY change.n LIMIT ?", (after, limit))]
+
+    def followed(self, follower: str) -> int:
+        row = self._one("SELECT change FROM follower WHERE name = ?", follower)
+        return 0 if row is None else int(row[0])
+
+    def follow(self, follower: str, number: int) -> None:
+        self._connection.execute("INSERT OR REPLACE INTO follower VALUES (?, ?)", (follower, number))
 
     def find(self, query: str, filters: Filters, top_k: int) -> list[Hit]:
         if query.strip():
