@@ -14,8 +14,9 @@ Reading order; a file imports only what stands before it:
     working set   `tokens`, `eviction`, `ledger`, `patches` (what a patch makes), `ws_file`, `recovery` (what a crash
                   left behind), `ws_manager`
     memory        `memory_words`, `memory_gate` (its rules), `memory_filters` (what a search sees), `memory_store` (the
-                  protocol), `memory_gated` (a store behind the gate), `memory_in_memory`, `memory` (what a program
-                  names), `memory_sqlite`, `memory_mem0`
+                  protocol), `memory_shelf` (what a store keeps), `memory_compared` (with what is alike), `memory_gated`
+                  (a store behind the gate), `memory_in_memory`, `memory` (what a program names), `memory_sqlite`,
+                  `memory_mem0`
     episode       `summary` (its words), `episode_slice` (its part of the ledger), `episode`
     resume pack   `scratch` (folders that end with the work in them), `pack_files` (names and limits), `pack_content`
                   (whether its documents belong together), `resume_pack`, `bus_ledger` (the ledger of a bus),

@@ -1,62 +1,30 @@
 """A memory behind the gate, for stores that have transactions: its rules hold for all of them, and none has its own.
 
-A store that derives from `GatedMemoryStore` says what a transaction is, and what it keeps in one: a `Shelf`. Its
-changes of memories are numbered in the order of their commits; a follower, which brings them to another place, keeps
-here the number up to which it has.
+A store that derives from `GatedMemoryStore` says what a transaction is, and what it keeps in one. Its changes of
+memories are numbered in the order of their commits; a follower, which brings them to another place, keeps here the
+number up to which it has.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from aos_context.artifacts import Document, decode, now
 from aos_context.config import DEFAULT_CONFIG, Config
 from aos_context.errors import NotFoundError, SchemaError
+from aos_context.memory_compared import Compared, Comparing
 from aos_context.memory_filters import Filters
-from aos_context.memory_gate import ID_PATTERN, Proposer, Staged, View, check_name, judge, ordered_id, settle
+from aos_context.memory_gate import ID_PATTERN, Proposer, check_name, judge, ordered_id, settle
 from aos_context.memory_store import Batch, CommitResult, ProposeResult
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from contextlib import AbstractContextManager
 
+    from aos_context.memory_shelf import Change, Shelf
     from aos_context.memory_store import Hit
-
-
-class Change(NamedTuple):
-    """That a memory was added or changed."""
-
-    number: int
-    """From 1 on, greater than those of all commits before; numbers may be left out."""
-    item_id: str
-
-
-class Shelf(View, Protocol):
-    """A store within one transaction."""
-
-    def stage(self, batch: Batch, staged: Sequence[Staged]) -> None: ...
-
-    def record(self, batch: Batch, items: Sequence[Document]) -> None:
-        """The batch as it is once committed, and the memories that it adds or changes."""
-
-    def batch(self, batch_id: str) -> Batch | None: ...
-
-    def recorded(self, batch_id: str) -> list[Document]:
-        """The items of `record`, as they were."""
-
-    def find(self, query: str, filters: Filters, top_k: int) -> list[Hit]: ...
-
-    def batches(self, run_id: str) -> list[Batch]: ...
-
-    def items(self, run_id: str | None, batch_id: str | None) -> list[Document]: ...
-
-    def changed(self, after: int, limit: int) -> list[Change]: ...
-
-    def followed(self, follower: str) -> int: ...
-
-    def follow(self, follower: str, number: int) -> None: ...
 
 
 class GatedMemoryStore(ABC):
@@ -80,8 +48,11 @@ class GatedMemoryStore(ABC):
 
     def propose(self, mcrs: Sequence[Document], scope_filters: Mapping[str, Any] | None = None) -> ProposeResult:
         proposer = Proposer.parse(scope_filters)
+        with self.transaction(writes=False) as shelf:
+            before = Comparing(shelf)
+            judge(mcrs, proposer, before, self.config)  # what costs most is done while others may write
         with self.transaction(writes=True) as shelf:
-            judgement = judge(mcrs, proposer, shelf, self.config)
+            judgement = judge(mcrs, proposer, Compared(shelf, before), self.config)
             staged = [one.mcr for one in judgement.staged]
             state: Literal["proposed", "empty"] = "proposed" if staged else "empty"
             batch = Batch(ordered_id("batch"), state, proposer.run_id, proposer.task_id, staged, now())

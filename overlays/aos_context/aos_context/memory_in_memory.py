@@ -13,14 +13,15 @@ from aos_context.artifacts import Document, days_ago, decode, encode
 from aos_context.config import DEFAULT_CONFIG, Config
 from aos_context.memory_filters import Filters, beside
 from aos_context.memory_gate import Draft, Staged, draft_of
-from aos_context.memory_gated import Change, GatedMemoryStore, item_of
+from aos_context.memory_gated import GatedMemoryStore, item_of
+from aos_context.memory_shelf import Change
 from aos_context.memory_store import Batch, Hit
 from aos_context.memory_words import similarity, words
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from aos_context.memory_gated import Shelf
+    from aos_context.memory_shelf import Shelf
 
 K1, B = 1.2, 0.75
 """Of BM25, as SQLite's FTS5 has them."""
@@ -140,6 +141,9 @@ class _Data:
             if run_id in {None, self._batches[one].run_id} and batch_id in {None, one}:
                 last |= {item["id"]: item for item in self.recorded(one)}
         return [last[item_id] for item_id in self._items if item_id in last]
+
+    def last_change(self) -> int:
+        return len(self._changes)
 
     def changed(self, after: int, limit: int) -> list[Change]:
         return self._changes[after : after + limit]

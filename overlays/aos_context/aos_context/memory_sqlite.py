@@ -24,7 +24,8 @@ from aos_context.errors import BrokenError, BusyError, ContextError
 from aos_context.files import FILE_MODE, locked, make_folder, sync_folder
 from aos_context.memory_filters import Filters, beside
 from aos_context.memory_gate import CONFLICTS_MOST, draft_of
-from aos_context.memory_gated import Change, GatedMemoryStore, item_of
+from aos_context.memory_gated import GatedMemoryStore, item_of
+from aos_context.memory_shelf import Change
 from aos_context.memory_store import Batch, Hit
 from aos_context.memory_words import similarity, words
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from aos_context.memory_gate import Draft, Staged
-    from aos_context.memory_gated import Shelf
+    from aos_context.memory_shelf import Shelf
 
 APPLICATION_ID = 0x414F5343
 """`AOSC`, in the file's header."""
@@ -264,6 +265,9 @@ class _Shelf:
         if run_id is None and batch_id is None:
             return [item_of(row[0]) for row in self._connection.execute(f"{_CURRENT} ORDER BY item.n")]
         return [item_of(row[0]) for row in self._connection.execute(_LAST_CHANGES, (run_id, batch_id))]
+
+    def last_change(self) -> int:
+        return self._number("SELECT coalesce(max(n), 0) FROM change")
 
     def changed(self, after: int, limit: int) -> list[Change]:
         found = "SELECT change.n, item.id FROM change JOIN item ON item.n = change.item WHERE change.n > ? "
