@@ -72,6 +72,10 @@ class RunningService(Protocol):
     def url(self) -> str:
         """Its base URL."""
 
+    @property
+    def token(self) -> str:
+        """What calls bring, so that it may tell them from others."""
+
     memory_mb: float | None
     """What it had when it was last looked at, in MiB."""
 
@@ -98,8 +102,8 @@ class ServiceStarter(Protocol):
 
     def relieve(self, idle_s: float) -> None: ...
 
-    def url_of(self, overlay: str) -> str | None:
-        """The base URL of the overlay's service, while one can be called."""
+    def ready(self, overlay: str) -> RunningService | None:
+        """The overlay's service, while one can be called."""
 
     def forget(self, overlay: str) -> None: ...
 
@@ -172,10 +176,14 @@ class HttpRunner:
         if self._closed:
             return told
         for overlay, target in self._purges.targets(overlays):
-            base_url = "" if target.service is None else self._services and self._services.url_of(overlay)
-            if base_url is not None:
-                self._purges.tell(overlay, f"{base_url}{target.purge_url}", own=target.service is not None)
-                told[overlay] = 1
+            service = None if self._services is None else self._services.ready(overlay)
+            if target.service is None:
+                self._purges.tell(overlay, str(target.purge_url), None)
+            elif service is not None:
+                self._purges.tell(overlay, f"{service.url}{target.purge_url}", service.token)
+            else:
+                continue
+            told[overlay] = 1
         return told
 
     def forget(self, overlay: str) -> None:
@@ -227,7 +235,9 @@ class HttpRunner:
             return _Tried(Outcome(Code.START, error="this bus starts no services", retryable=False))
         try:
             async with self._services.use(job, target.service) as service:
-                tried = await self._exchange(_Call(job, target, service.url + target.url, service.sandbox))
+                tried = await self._exchange(
+                    _Call(job, target, service.url + target.url, service.sandbox, service.token)
+                )
                 broke_off = tried.fault is not None and not tried.answered
                 ended = await _end_of(service, job.deadline) if broke_off else None
                 sandbox, peak_mb = service.sandbox, service.memory_mb
@@ -254,8 +264,7 @@ class HttpRunner:
         """Send it, and follow redirects. One that may not be followed is the answer. Raises `ExchangeError`."""
         job, target = call.job, call.target
         body = None if target.method == "GET" else job.envelope
-        own = target.service is not None
-        request = Request(target.method, call.url, target.query, job.request_id, body, own=own)
+        request = Request(target.method, call.url, target.query, job.request_id, body, call.token)
         client = self._open_client()
         for _ in range(MAX_REDIRECTS):
             answer = await client.fetch(request, deadline=job.deadline, limit=job.max_output_bytes)
@@ -276,13 +285,14 @@ class HttpRunner:
 class _Call(NamedTuple):
     """What is sent, and where: `url` is the target's, or that of a service which was started for it.
 
-    `sandbox` is what the kernel holds the service to.
+    `sandbox` is what the kernel holds the service to, `token` what such a service knows the bus by.
     """
 
     job: Job
     target: HttpTarget
     url: str
     sandbox: Sandbox | None
+    token: str | None = None
 
     @property
     def place(self) -> str:

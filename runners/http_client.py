@@ -82,7 +82,8 @@ _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 class Request(NamedTuple):
     """What is sent. `query` is added to that of the address; `body` is JSON text, None where the method has no body.
 
-    `own` is whether it goes to a service that the bus has started: the list of targets does not apply to it.
+    `token` is that of a service which the bus has started, and goes with the request as a bearer token (RFC 6750); the
+    list of targets does not apply there. None for all others.
     """
 
     method: str
@@ -90,7 +91,7 @@ class Request(NamedTuple):
     query: Mapping[str, str]
     request_id: str
     body: bytes | None
-    own: bool = False
+    token: str | None = None
 
 
 class Answer(NamedTuple):
@@ -169,7 +170,7 @@ class HttpClient:
         `deadline` is in seconds on the `time.monotonic` clock. Raises `ExchangeError`.
         """
         address = self._address(request.url)
-        if not request.own:
+        if request.token is None:
             address.require_in(self._targets)
         url = address.url(request.query)
         head = address.head(url, request)
@@ -326,6 +327,8 @@ class _Address:
         lines = f"{request.method} {url.raw_path_qs} HTTP/1.1\r\n{self._fields}"
         if request.body is not None:
             lines += f"Content-Type: application/json\r\nContent-Length: {len(request.body)}\r\n"
+        if request.token is not None:
+            lines += f"Authorization: Bearer {request.token}\r\n"
         return f"{lines}X-Request-Id: {_field_value(request.request_id)}\r\n\r\n".encode()
 
 

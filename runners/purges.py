@@ -63,13 +63,13 @@ class Purges:
             if overlays is None or overlay in overlays:
                 yield overlay, told.target
 
-    def tell(self, overlay: str, url: str, *, own: bool) -> None:
-        """Send it, unless the last one is still unanswered. `own`: whether the bus has started the service."""
+    def tell(self, overlay: str, url: str, token: str | None) -> None:
+        """Send it, unless the last one is still unanswered. `token`: of a service that the bus has started."""
         told = self._told[overlay]
         if told.task is not None:
             return
         told.asked += 1
-        request = Request("POST", url, {}, f"purge-{told.asked}", PURGE, own=own)
+        request = Request("POST", url, {}, f"purge-{told.asked}", PURGE, token)
         task = told.task = asyncio.get_running_loop().create_task(self._send(overlay, told, request))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

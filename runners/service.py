@@ -5,9 +5,10 @@ its overlay has changed, is disabled or gone; when it is unhealthy or too big; a
 this order: no new call, `drain_s` for the running ones, TERM to its group, `kill_grace_s`, KILL. One that has too much
 memory gets no time to drain: its calls are told the figure.
 
-Two decisions that a reader could not guess. What answers on the port is trusted only once the kernel says that a
-process of this overlay listens there: another program may have taken the port first. And a busy service is not a
-sick one: silence to a look at its health does not count while calls run, since many services serve one at a time.
+Three decisions that a reader could not guess. What answers on the port is trusted only once the kernel says that a
+process of this overlay listens there: another program may have taken the port first. A busy service is not a sick one:
+silence to a look at its health does not count while calls run, since many services serve one at a time. And others can
+reach its port as well: it finds in OVERLAY_TOKEN what each request of the bus brings, but the looks at its health.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import contextlib
 import logging
 import os
 import re
+import secrets
 import signal
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -44,6 +46,9 @@ log = logging.getLogger(__name__)
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.01, 0.25
 """Seconds between two questions whether a service is ready; each wait is twice the one before."""
+
+TOKEN_BYTES = 32
+"""Random ones, of the token that calls bring."""
 
 STRANGERS = 2
 """How often in a row a port must be seen in the hands of others: a look at processes that come and go may miss ours."""
@@ -139,6 +144,7 @@ class Service:
         loop = asyncio.get_running_loop()
         self.state: State = "starting"
         self.url = ""
+        self.token = secrets.token_urlsafe(TOKEN_BYTES)
         self.up: asyncio.Future[bool] = loop.create_future()
         self.gone: asyncio.Future[None] = loop.create_future()
         edition, program = job.edition, target.argv[0]
@@ -334,14 +340,14 @@ class Service:
             self._house.helpers.let_go(home)
 
     async def _start_process(self, home: Home, port: int) -> tuple[Process, Output]:
-        ports = {"OVERLAY_PORT": str(port), "PORT": str(port)}
+        given = {"OVERLAY_PORT": str(port), "PORT": str(port), "OVERLAY_TOKEN": self.token}
         argv = [part.replace("{port}", str(port)) for part in self._target.argv]
         data_bytes = data_limit(self._target.max_mb)
         self._tail = b""
         with _descriptors() as (nothing, reader, writer):
             output = Output(asyncio.get_running_loop(), os.dup(reader), self._hear, self._voice.end)
             fds = nothing, writer, writer
-            start = self._house.helpers.start(home, argv, fds, ports, data_bytes, held_mb=self._may_mb)
+            start = self._house.helpers.start(home, argv, fds, given, data_bytes, held_mb=self._may_mb)
             starting = self._starting = asyncio.ensure_future(start)
             try:
                 return await starting, output

@@ -87,11 +87,11 @@ class Services:
                 place.retire("is stopped: memory is short")
         self._house.helpers.relieve(idle_s)
 
-    def url_of(self, overlay: str) -> str | None:
-        """The base URL of the overlay's service, while it can be called; this starts none."""
+    def ready(self, overlay: str) -> Service | None:
+        """The overlay's service, while it can be called; this starts none."""
         place = self._places.get(overlay)
         service = None if place is None else place.service
-        return service.url if service is not None and service.state == "ready" else None
+        return service if service is not None and service.state == "ready" else None
 
     def forget(self, overlay: str) -> None:
         """Let the overlay's service end as soon as its calls have. A later call has a new one."""

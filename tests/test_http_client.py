@@ -35,8 +35,8 @@ async def client() -> AsyncIterator[HttpClient]:
     await client.close()
 
 
-async def fetch(client: HttpClient, url: str, *, own: bool = False) -> Answer:
-    request = Request("GET", url, {}, "the-id", None, own)
+async def fetch(client: HttpClient, url: str, *, token: str | None = None) -> Answer:
+    request = Request("GET", url, {}, "the-id", None, token)
     return await client.fetch(request, deadline=time.monotonic() + PATIENCE_S, limit=1024)
 
 
@@ -150,7 +150,7 @@ async def test_a_target_is_written_as_in_an_address(target: str, url: str) -> No
 async def test_a_service_of_the_bus_itself_needs_to_be_no_target() -> None:
     client = HttpClient(frozenset({"example.org"}))
     with http_service(Ok) as url:
-        assert (await fetch(client, url, own=True)).status == 200
+        assert (await fetch(client, url, token="a-token")).status == 200
         with pytest.raises(ForbiddenError):
             await fetch(client, url)
     await client.close()

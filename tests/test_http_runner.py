@@ -984,6 +984,7 @@ class FakeService:
 
     url: str
     ends: tuple[End | None, ...] = (None,)
+    token: str = "a-token"
     sandbox: Sandbox | None = None
     memory_mb: float | None = None
 
@@ -998,7 +999,7 @@ class FakeServices:
 
     def __init__(self, *services: FakeService | Outcome) -> None:
         self.services = services
-        self.url: str | None = None
+        self.is_ready = False
         self.in_use = 0
         self.used: list[ServiceTarget] = []
         self.forgotten: list[str] = []
@@ -1028,8 +1029,10 @@ class FakeServices:
     def relieve(self, idle_s: float) -> None:
         pass
 
-    def url_of(self, overlay: str) -> str | None:
-        return self.url
+    def ready(self, overlay: str) -> FakeService | None:
+        [found] = self.services
+        assert isinstance(found, FakeService)
+        return found if self.is_ready else None
 
     def forget(self, overlay: str) -> None:
         self.forgotten.append(overlay)
@@ -1109,6 +1112,30 @@ async def test_a_runner_without_services_refuses_what_needs_one(runner: HttpRunn
     outcome = await runner.run(programs.make_job(HttpTarget("/echo", service=SERVICE)))
     assert outcome.code is Code.START
     assert outcome.retryable is False
+
+
+async def test_a_service_that_the_bus_starts_knows_its_calls_by_a_token_and_others_are_given_none(
+    nothing_left: None,
+) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    async def handle(request: web.Request) -> web.Response:
+        asked.append((request.path, request.headers.get("Authorization")))
+        if request.path == "/moved":
+            return web.Response(status=307, headers={"Location": "/there"})
+        return web.json_response(1)
+
+    async with service(handle) as url:
+        services = FakeServices(FakeService(url, token="of-this-start"))
+        services.is_ready = True
+        runner = HttpRunner(services)
+        await runner.run(programs.make_job(HttpTarget("/moved", service=SERVICE, purge_url="/purge")))
+        runner.purge(None)
+        await until(lambda: told_of(runner)["purges"] == 1)
+        await runner.run(programs.make_job(HttpTarget(f"{url}/external"))._replace(overlay="another"))
+        await runner.close()
+    bearer = "Bearer of-this-start"
+    assert asked == [("/moved", bearer), ("/there", bearer), ("/purge", bearer), ("/external", None)]
 
 
 async def test_each_try_asks_anew_where_the_service_is(nothing_left: None, deaf_port: int) -> None:
@@ -1294,7 +1321,7 @@ async def test_a_service_that_the_bus_starts_is_told_only_while_it_runs(nothing_
         runner = HttpRunner(services, targets=frozenset({"elsewhere.example"}))
         await runner.run(programs.make_job(HttpTarget("/x", service=SERVICE, purge_url="/purge")))
         assert runner.purge(None) == {}
-        services.url = url
+        services.is_ready = True
         assert runner.purge(None) == {"test": 1}
         await until(lambda: told_of(runner)["purges"] == 1)
         await runner.close()

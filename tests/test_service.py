@@ -211,6 +211,17 @@ async def test_the_port_stands_in_the_environment_by_two_names(bench: Bench) -> 
     assert bench.state["port"] == int(port)
 
 
+async def test_its_token_stands_in_the_environment_and_each_start_has_its_own(bench: Bench) -> None:
+    seen = set()
+    for edition in (1, 2):
+        target = a_service()
+        async with bench.services.use(a_job(target, edition=edition), target) as used:
+            assert await ask(used.url, "/token") == used.token
+            seen.add(used.token)
+    assert len(seen) == 2
+    assert all(len(token) >= 43 for token in seen)  # 32 bytes, 6 bits a character
+
+
 async def test_calls_that_come_together_share_one_start(bench: Bench) -> None:
     target = a_service()
     assert len(set(await asyncio.gather(*(bench.who(target) for _ in range(5))))) == 1
@@ -809,16 +820,16 @@ async def test_no_service_is_known_of_an_overlay_that_was_not_called() -> None:
 
 
 async def test_where_a_service_is_is_known_while_it_can_be_called(bench: Bench) -> None:
-    assert bench.services.url_of("test") is None
+    assert bench.services.ready("test") is None
     async with bench.use(a_service()) as url:
-        assert bench.services.url_of("test") == url
-        assert bench.services.url_of("another") is None
+        assert getattr(bench.services.ready("test"), "url", None) == url
+        assert bench.services.ready("another") is None
         bench.services.forget("test")
-        assert bench.services.url_of("test") is None
+        assert bench.services.ready("test") is None
 
 
 async def test_a_service_that_ends_is_not_asked_for_anything_more(bench: Bench) -> None:
-    async with bench.use(a_service()) as url:
-        assert bench.services.url_of("test") == url
+    async with bench.use(a_service()):
+        assert bench.services.ready("test") is not None
     bench.services.relieve(0.0)
-    assert bench.services.url_of("test") is None
+    assert bench.services.ready("test") is None

@@ -421,6 +421,19 @@ def test_on_the_bus_nothing_is_served_past_it(tmp_path_factory: Any) -> None:
             refused(service.post(path, {"reason": "x", "objective": "x"}), 403, "FORBIDDEN")
 
 
+def test_a_service_with_a_token_serves_the_bus_alone(tmp_path: Path) -> None:
+    variables = {"OVERLAY_PORT": "1", "OVERLAY_TOKEN": "s3cret"}
+    booting = envelope({"objective": "x", "run_id": "r"})
+    with serving(tmp_path, variables=variables) as service:
+        assert service.get("/health").status == 200  # the bus asks for it without
+        for wrong in ({}, {"Authorization": "Bearer s3cre"}, {"Authorization": "s3cret"}, {"Authorization": "é"}):
+            body = refused(service.post("/aal/boot", booting, **wrong), 403, "FORBIDDEN")
+            assert body["hint"]
+            assert "s3cret" not in json.dumps(body)
+        reply = service.post("/aal/boot", booting, Authorization="Bearer s3cret")
+        assert reply.json()["ok"] is True
+
+
 def test_a_reply_to_the_bus_has_the_form_of_its_protocol(service: Service, run_id: str) -> None:
     good = service.post("/aal/ws", envelope({"run_id": run_id}, "CLEAR")).json()
     assert (good["ok"], good["result"]["run_id"]) == (True, run_id)

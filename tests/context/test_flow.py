@@ -12,7 +12,7 @@ import pytest
 
 from tests.context.conftest import OVERLAY
 from tests.context.flows import bus_with, copy_overlay, invoke, needs_curl, result, shell, uvicorn
-from tests.context.served import FACT, PATIENCE_S, a_patch, environment, run_cli
+from tests.context.served import FACT, PATIENCE_S, Service, a_patch, environment, run_cli
 from tests.support import lines
 
 if TYPE_CHECKING:
@@ -120,6 +120,16 @@ def test_the_same_flow_goes_through_the_bus_and_its_ledger_has_who_committed(bus
     found = (verdict["item_id"], verdict["committed_by"], verdict["seq"], verdict["reason"])
     assert found == (item["id"], item["committed_by"], line["seq"], None)
     assert (said["ok"], said["run_id"], said["pack_id"]) == (True, run_id, packed["pack_id"])
+
+
+def test_who_reaches_the_port_of_the_service_past_the_bus_is_refused(bus: Server) -> None:
+    run_id = result(bus, "boot", "OPEN", objective="Be left alone.")["run_id"]
+    port = bus.get("/overlays/aos_context").json()["running"]["service"]["port"]
+    past = Service(port, bus.settings.state_of("aos_context"))
+    document = {"capability": "ws", "phase": "CLEAR", "request_id": "forged", "payload": {"run_id": run_id}}
+    said = past.post("/aal/ws", document)
+    assert (said.status, said.json()["code"]) == (403, "FORBIDDEN")
+    assert result(bus, "ws", "CLEAR", run_id=run_id)["run_id"] == run_id
 
 
 def test_in_seal_a_batch_is_committed_without_a_milestone_and_in_no_other_phase(bus: Server) -> None:

@@ -94,6 +94,8 @@ def answer(path: str) -> tuple[str, str]:
     """The status and the body for a path."""
     if path == "/health":
         return look(), ""
+    if path == "/token":
+        return "200", os.environ["OVERLAY_TOKEN"]
     if path == "/die":
         say("last words\n")
         os._exit(3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ VARIABLES = {
     "AOS_CONTEXT_ENCODING": ("an encoding of tiktoken (`o200k_base`) to count tokens with; else they are estimated"),
 }
 """What an operator may set, and what it sets, as README has it."""
-BUS_VARIABLES = frozenset({"OVERLAY_PORT", "OVERLAY_STATE"})
+BUS_VARIABLES = frozenset({"OVERLAY_PORT", "OVERLAY_STATE", "OVERLAY_TOKEN"})
 """What the bus sets."""
 TRUE, FALSE = {"1", "true", "yes", "on"}, {"", "0", "false", "no", "off"}
 
@@ -33,6 +33,8 @@ class Settings:
     """AOS_CONTEXT_TESTING: allow_outside_milestone is honoured."""
     on_bus: bool = False
     """OVERLAY_PORT: the bus has started the service, and so its phase SEAL counts."""
+    bus_token: str | None = field(default=None, repr=False)
+    """OVERLAY_TOKEN: what the bus's requests bring, and nobody else's."""
     hosts: tuple[str, ...] = ()
     """AOS_CONTEXT_HOSTS: by which names, beside those of this machine itself, the service is reached."""
     encoding: str | None = None
@@ -51,6 +53,7 @@ def from_environment(environment: Mapping[str, str]) -> Settings:
         root=Path(root),
         testing=testing in TRUE,
         on_bus="OVERLAY_PORT" in environment,
+        bus_token=environment.get("OVERLAY_TOKEN") or None,
         hosts=tuple(host.strip().lower() for host in hosts if host.strip()),
         encoding=environment.get("AOS_CONTEXT_ENCODING") or None,
     )

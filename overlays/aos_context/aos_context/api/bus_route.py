@@ -1,8 +1,9 @@
 """`POST /aal/{capability}`: the bus's envelope goes in, its protocol's reply comes out.
 
-The bus has checked payload and phase before; both are checked here again, since others can reach the port, too. What
-went wrong is HTTP 200 with `ok` false: the service did its job, and the bus counts nothing against its health. Phase
-SEAL opens the gate of memory only for a service that the bus has started.
+The bus has checked payload and phase before; both are checked here again, since a service that runs alone has this
+address, too. What went wrong is HTTP 200 with `ok` false: the service did its job, and the bus counts nothing against
+its health. Phase SEAL opens the gate of memory only for a service that the bus has started; that only the bus calls it
+then is for `guard` to see.
 """
 
 from __future__ import annotations

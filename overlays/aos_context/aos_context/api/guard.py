@@ -3,11 +3,12 @@
 A page of another site can make a browser send requests to this machine: by its own name, once that is resolved to the
 loopback address (DNS rebinding), or across origins. The first shows in `Host`, the second in `Origin`; both are
 refused. A service that the bus has started has no page: it serves what the bus asks for, whose calls have a phase and a
-line of its ledger, and nothing else.
+line of its ledger, and nothing else. It knows the bus by the token that only its environment has.
 """
 
 from __future__ import annotations
 
+import hmac
 import ipaddress
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 BUS_PATHS, BUS_ROOT = frozenset({"/health"}), "/aal/"
 """What a service on the bus serves."""
+THROUGH_BUS = "Call it through the bus, at POST /invoke/aos_context/CAPABILITY."
 OWN_NAMES = frozenset({"localhost"})
 HEADERS = {
     "content-security-policy": (
@@ -69,9 +71,15 @@ class Guard:
         if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
             return ForbiddenError(f"a page of {origin[:100]!r} may not call this service")
         if self._settings().on_bus and path not in BUS_PATHS and not path.startswith(BUS_ROOT):
-            hint = "Call it through the bus, at POST /invoke/aos_context/CAPABILITY."
-            return ForbiddenError(f"{path[:100]} is not served where the bus has started the service", hint=hint)
+            return ForbiddenError(f"{path[:100]} is not served where the bus has started the service", hint=THROUGH_BUS)
+        if path.startswith(BUS_ROOT) and not self._is_bus(headers.get("authorization", "")):
+            return ForbiddenError("this is not the bus that has started the service", hint=THROUGH_BUS)
         return None
+
+    def _is_bus(self, authorization: str) -> bool:
+        """Anybody may be, where there is no token: no bus has started the service, or an older one."""
+        token = self._settings().bus_token
+        return token is None or hmac.compare_digest(authorization.encode(), f"Bearer {token}".encode())
 
     def _is_own(self, host: str) -> bool:
         """An address is: no name was resolved to get here."""
