@@ -21,6 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -40,7 +41,9 @@ from aos_context.tokens import estimate  # noqa: E402
 from aos_context.ws_manager import WorkingSetManager  # noqa: E402
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+
+    from aos_context.memory_shelf import Shelf
 
 STATE_BYTES = 64 << 10
 ITEMS = 100
@@ -198,10 +201,26 @@ def queries(text: Text) -> dict[str, Callable[[], str]]:
     }
 
 
+class HeldStore(SQLiteMemoryStore):
+    """Says for how many milliseconds each of its transactions had the write lock, without the sync at its end."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.held_ms: list[float] = []
+
+    @contextmanager
+    def transaction(self, *, writes: bool) -> Iterator[Shelf]:
+        with super().transaction(writes=writes) as shelf:
+            began = time.perf_counter()
+            yield shelf
+            if writes:
+                self.held_ms.append((time.perf_counter() - began) * 1000)
+
+
 def memory(folder: Path, count: int, looks: int, say: Callable[[str], None]) -> dict[str, Any]:
     """Each query beside a plain FTS5 table of the same contents, which knows no scopes; then proposals and commits."""
     text = Text(seed=1)
-    store = SQLiteMemoryStore(folder / "memory.v2.1.sqlite")
+    store = HeldStore(folder / "memory.v2.1.sqlite")
     plain = _plain(folder / "plain.sqlite", fill(store, text, count, say))
     here = {"task_id": "task7", "run_id": "run7"}
     found: dict[str, Any] = {}
@@ -212,8 +231,10 @@ def memory(folder: Path, count: int, looks: int, say: Callable[[str], None]) -> 
         found[f"a plain FTS5 table: {name}"] = spread([timed_ms(partial(_ask, plain, one)) for one in asked])
     batches = [[text.mcr() for _ in range(10)] for _ in range(looks // 4)]
     staged: list[str] = []
+    store.held_ms.clear()
     proposed = [timed_ms(lambda batch=batch: staged.append(store.propose(batch, {}).batch_id)) for batch in batches]  # type: ignore[misc]
     found["propose a batch of 10"] = spread(proposed)
+    found["of that under the write lock"] = spread(store.held_ms)
     found["commit a batch of 10"] = spread([timed_ms(partial(store.commit, batch_id)) for batch_id in staged])
     store.close()
     plain.close()

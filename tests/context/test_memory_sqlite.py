@@ -490,3 +490,18 @@ def test_changes_are_numbered_in_the_order_of_their_commits(tmp_path: Path) -> N
             assert [change.item_id for change in changes] == [one["id"], two["id"], one["id"]]
             assert store.changed(changes[0].number, 1) == [changes[1]]
             assert store.changed(changes[-1].number, 10) == []
+
+
+@pytest.mark.parametrize("here", [{"scope": "global"}, {"scope": "task"}, {"scope": "run"}])
+def test_what_is_alike_is_found_behind_however_many_of_another_type_or_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: dict[str, str]
+) -> None:
+    monkeypatch.setattr(memory_sqlite, "COMPARED_MOST", 3)
+    others = [{"scope": scope, "type": kind} for scope in ("global", "task", "run") for kind in ("fact", "decision")]
+    with closing(SQLiteMemoryStore(tmp_path / "memory.sqlite")) as store:
+        [item] = remember(store, add("alpha beta gamma", **here), **HERE)
+        for other in others:
+            if other != {"type": "fact", **here}:
+                remember(store, *[add(f"alpha beta gamma {number}", **other) for number in range(4)], **HERE)
+        found = store.propose([add("alpha beta gamma delta", **here)], HERE).conflicts
+        assert [one.memory_id for one in found] == [item["id"]]

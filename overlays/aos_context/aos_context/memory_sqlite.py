@@ -212,14 +212,29 @@ class _Shelf:
 
     def alike(self, draft: Draft, least: float) -> Iterable[tuple[float, Document]]:
         """The most alike of those that share a rare word with the draft, or all the others."""
-        own, labelled = set(words(draft.content)), _labelled(beside(draft))
-        shares: dict[int, float] = {}
+        own, shares = set(words(draft.content)), dict[int, float]()
         for expression in neighbours(self._memories_with(own), COMPARED_MOST):
-            rows = self._connection.execute(_SELECT_WORDS, (f"words : ({expression}) AND {labelled}", COMPARED_MOST))
-            shares |= {number: similarity(own, set(text.split())) for number, text in rows}
+            texts = self._beside(draft, f"words : ({expression})")
+            shares |= {number: similarity(own, set(text.split())) for number, text in texts}
         best = sorted((number for number in shares if shares[number] >= least), key=lambda number: -shares[number])
         # One more than are named, for a proposal's own target is not.
         return [(shares[number], self._numbered(number)) for number in best[: CONFLICTS_MOST + 1]]
+
+    def _beside(self, draft: Draft, match: str) -> Iterable[tuple[int, str]]:
+        """Number and words of the active memories of the draft's type, scope and place that match, the newest first.
+
+        `COMPARED_MOST` at most. A label's list is long, and for FTS5 to meet one costs more than the match itself. So
+        it meets the rarer of the two, and the other is looked at here, unless that would leave out what matches.
+        """
+        place, kind = _clauses(beside(draft))
+        rarer = kind if draft.scope == "global" else place
+        rows = self._connection.execute(_SELECT_WORDS, (f"{match} AND {rarer}", COMPARED_MOST)).fetchall()
+        if len(rows) == COMPARED_MOST:
+            rows = self._connection.execute(
+                _SELECT_WORDS, (f"{match} AND {place} AND {kind}", COMPARED_MOST)
+            ).fetchall()
+        first = f"a{_place(draft.scope, draft.task_id, draft.run_id)} {_label('y', draft.type)} "
+        return [(number, text) for number, text, labels in rows if labels.startswith(first)]
 
     def stage(self, batch: Batch, staged: Sequence[Staged]) -> None:
         number = self._connection.execute(
@@ -385,7 +400,7 @@ FROM (
 JOIN item ON item.n = best.n JOIN change ON change.n = item.change
 ORDER BY score, best.n
 """
-_SELECT_WORDS = "SELECT rowid, words FROM text WHERE text MATCH ? ORDER BY rowid DESC LIMIT ?"
+_SELECT_WORDS = "SELECT rowid, words, labels FROM text WHERE text MATCH ? ORDER BY rowid DESC LIMIT ?"
 _CONFIDENT = "CROSS JOIN item ON item.n = text.rowid AND item.confidence >= ?2"
 
 
@@ -438,6 +453,11 @@ def _joined(operator: str, terms: Iterable[str]) -> str:
 
 def _labelled(filters: Filters) -> str:
     """What `Filters.allow` does but for the confidence, as an expression over labels."""
+    return " AND ".join(_clauses(filters))
+
+
+def _clauses(filters: Filters) -> list[str]:
+    """Of status and place, and of type and writer where the filters have them."""
     places = {"global": "g", "task": _label("t", filters.task_id), "run": _label("r", filters.run_id)}
     statuses = [filters.status[0]] if filters.status != "any" else ["a", "s", "d"]
     kinds = [filters.scope] if filters.scope else list(places)
@@ -446,14 +466,18 @@ def _labelled(filters: Filters) -> str:
         clauses.append(_joined("", [_label("y", filters.type)]))
     if filters.writer is not None:
         clauses.append(_joined("", [_label("w", filters.writer)]))
-    return " AND ".join(f"labels : ({clause or _joined('', ['none'])})" for clause in clauses)
+    return [f"labels : ({clause or _joined('', ['none'])})" for clause in clauses]
 
 
 def _columns(item: Document) -> tuple[str, str]:
     """The two columns of the index; as many labels as `memory_in_memory.LABELS` says."""
-    place = {"global": "g", "task": _label("t", item["task_id"]), "run": _label("r", item["run_id"])}[item["scope"]]
+    place = _place(item["scope"], item["task_id"], item["run_id"])
     labels = (item["status"][0] + place, _label("y", item["type"]), _label("w", item["writer"]))
     return " ".join(words(item["content"])), " ".join(labels)
+
+
+def _place(scope: str, task_id: str | None, run_id: str | None) -> str:
+    return {"global": "g", "task": _label("t", task_id), "run": _label("r", run_id)}[scope]
 
 
 def _label(kind: str, value: str | None) -> str:
