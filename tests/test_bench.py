@@ -108,7 +108,9 @@ def test_a_whole_run_measures_the_bus_and_its_rivals_without_an_error(whole: Fin
         "bus-root-sleepers",
         "loop-python",
     }
-    assert all(row["cpu_ms"] > 0 for row in whole.report["rows"])
+    cpu_ms = [row["cpu_ms"] for row in whole.report["rows"]]
+    assert None not in cpu_ms
+    assert sum(cpu_ms) > 0  # a row's few calls may take less than a tick of that clock, which is 10 ms
 
 
 def test_a_whole_run_takes_the_ratios_of_the_bus_over_each_rival(whole: Finished) -> None:

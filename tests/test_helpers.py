@@ -175,9 +175,9 @@ class Bench:
         assert with_token(self.token) == {}
 
 
-def started_by_us() -> list[int]:
+def started_by_us() -> set[int]:
     """The processes that this one started, whichever thread did."""
-    return [child.pid for child in psutil.Process().children()]
+    return {child.pid for child in psutil.Process().children()}
 
 
 def inner(helper: Helper) -> int:
@@ -809,11 +809,11 @@ async def test_a_helper_that_nobody_waits_for_any_more_ends_where_its_edition_is
 ) -> None:
     monkeypatch.setattr(pools, "TIDY_S", 0.0)
     bench.helpers.pool(later(bench.home), bench.script)
-    before = len(started_by_us())
+    before = started_by_us()
     waiting = asyncio.create_task(bench.helpers.pool(bench.home, bench.script).ready())
-    await until(lambda: len(started_by_us()) > before)
+    await until(lambda: bool(started_by_us() - before))
     waiting.cancel()
-    await until(lambda: len(started_by_us()) == 0)
+    await until(lambda: not started_by_us() - before)
     assert bench.helpers.state("test") == []
 
 
