@@ -15,7 +15,7 @@ import os
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from bus import tails
-from bus.checkpoints import TYPE, Checkpoints, root_at, told, tree_of
+from bus.checkpoints import TYPE, Checkpoints, chained, root_at, tree_of
 from bus.merkle import Frontier
 from bus.model import now_ms
 from bus.records import (
@@ -163,7 +163,8 @@ class Chain:
     def locked(self) -> Iterator[None]:
         """Hold the lock of all processes, with the file open and its end known.
 
-        Raises `BrokenLineError` where the last line is not one that another can be chained to.
+        Raises `BrokenLineError` where the last line is not one that another can be chained to, or is not chained to
+        those before it that were read: back to the last checkpoint.
         """
         self._lock()
         try:
@@ -480,7 +481,7 @@ class Chain:
         if (line := next(backwards, None)) is not None:
             last = check(line)
             prev = last["hash"]
-            tree, checkpoint_seq = tree_of(itertools.chain((last,), map(told, backwards)))
+            tree, checkpoint_seq = tree_of(itertools.chain((last,), chained(backwards, last)))
             if tree.size != last["seq"]:
                 raise BrokenLineError("seq", f"it says seq {last['seq']}, and {tree.size} lines are there")
         self._size, self._tree, self._prev = end, tree, prev
@@ -511,7 +512,7 @@ class Chain:
         """Owe no record that another, who found the same, has written meanwhile."""
         for line in lines_backwards(self._fd, end) if self._owed else ():
             record = parse_or_none(line) if RECOVERED_MARK in line else None
-            if record is not None and record["type"] == "recovered" and (name := record.get("kept_as")) is not None:
+            if record and record["type"] == "recovered" and isinstance(name := record.get("kept_as"), str):
                 self._owed.pop(name, None)
 
     def _finds_environment(self, end: int) -> bool:

@@ -8,6 +8,7 @@ lines and no further.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
@@ -39,6 +40,7 @@ KEPT = 1000
 """How many signed notes the folder keeps, the newest; all of them stand in the ledger."""
 
 _DIGITS = 12
+_LEAF_BYTES = 32
 _log = logging.getLogger(__name__)
 
 
@@ -129,7 +131,7 @@ class Checkpoints:
     def is_kept(self, record: Record) -> bool:
         """Whether the signed note of a checkpoint's line lies in the folder, as it does once the line is synced."""
         try:
-            note = (self._folder / f"{record['size']:0{_DIGITS}}").read_text("utf-8")
+            note = (self._folder / f"{_whole(record['size']):0{_DIGITS}}").read_text("utf-8")
             return bool(note == record["note"])
         except (OSError, ValueError, KeyError, TypeError):
             return False
@@ -155,13 +157,39 @@ def tree_of(lines_backwards: Iterable[Record]) -> tuple[Frontier, int]:
     later: list[bytes] = []
     tree, last_seq = Frontier(), 0
     for record in lines_backwards:
-        later.append(bytes.fromhex(record["hash"]))
+        later.append(_leaf(record))
         if record["type"] == TYPE:
             tree, last_seq = tree_in(record), record["seq"]
             break
     for leaf in reversed(later):
         tree.append(leaf)
     return tree, last_seq
+
+
+def _leaf(record: Record) -> bytes:
+    with contextlib.suppress(ValueError):
+        leaf = bytes.fromhex(record["hash"])
+        if len(leaf) == _LEAF_BYTES:
+            return leaf
+    raise BrokenLineError("hash", f"its hash is not {_LEAF_BYTES} bytes in hex digits", record["seq"])
+
+
+def chained(lines_backwards: Iterable[bytes], later: Record) -> Iterator[Record]:
+    """The records of the lines before `later`, the last first, each held against its hash and the line behind it.
+
+    Raises `BrokenLineError`, which says which line.
+    """
+    for line in lines_backwards:
+        seq = later["seq"] - 1
+        try:
+            record = check(line, seq)
+        except BrokenLineError as error:
+            raise BrokenLineError(error.fault, error.detail, seq) from None
+        if record["hash"] != later.get("prev"):
+            detail = f"prev is {later.get('prev')}, and the line before has the hash {record['hash']}"
+            raise BrokenLineError("chain", detail, later["seq"])
+        yield record
+        later = record
 
 
 def told(line: bytes) -> Record:
@@ -181,7 +209,8 @@ def tree_in(record: Record) -> Frontier:
             return tree
     except (KeyError, TypeError, ValueError):
         pass
-    raise BrokenLineError("tree", "its subtrees do not make the root that it names, of the lines before it")
+    detail = "its subtrees do not make the root that it names, of the lines before it"
+    raise BrokenLineError("tree", detail, record["seq"])
 
 
 def root_at(size: int, whole: Frontier, lines_backwards: Iterator[bytes]) -> bytes | None:

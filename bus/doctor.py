@@ -236,7 +236,7 @@ def ledger(path: Path) -> Finding:
 
 def _verdict(report: VerifyReport) -> Finding:
     if report.fault == "torn":
-        hint = "The next start cuts it off and keeps it beside the log."
+        hint = "The next start cuts it off and keeps it beside the log. Where it does not, it was changed."
         return Finding("ledger", "warn", f"line {report.first_bad}: {report.reason}", hint)
     if not report.ok:
         hint = "Keep a copy, find out who changed it, and begin a new one."

@@ -498,7 +498,8 @@ class Ledger:
 
     def _note_failure(self, error: Exception) -> None:
         if isinstance(error, BrokenLineError):
-            reason, hint = f"the last line of the ledger {self.path} is broken: {error.detail}", _BROKEN_HINT
+            line = "the last line" if error.seq is None else f"line {error.seq}"
+            reason, hint = f"{line} of the ledger {self.path} is broken: {error.detail}", _BROKEN_HINT
         else:
             reason, hint = f"the ledger {self.path} cannot be written: {error}", None
         if reason != self.reason:

@@ -36,11 +36,15 @@ FaultKind = Literal["torn", "json", "hash", "form", "seq", "chain", "tree", "sig
 
 
 class BrokenLineError(OperatorError):
-    """A line is not what was written: `fault` is what kind of thing is wrong with it, `detail` says it in words."""
+    """A line is not what was written: `fault` is what kind of thing is wrong with it, `detail` says it in words.
 
-    def __init__(self, fault: FaultKind, detail: str) -> None:
+    `seq` is its number where who reads does not know that anyway.
+    """
+
+    def __init__(self, fault: FaultKind, detail: str, seq: int | None = None) -> None:
         super().__init__("ERR_LEDGER_BROKEN", detail)
         self.fault = fault
+        self.seq = seq
 
 
 # A byte that no canonical JSON holds marks where the writer puts what it alone knows.
@@ -53,6 +57,7 @@ _CALL: Mapping[str, Any] = dict.fromkeys((
     "cost_cents", "replay_of", "session", "profile", "timeout_ms",
 ))  # fmt: skip
 _STORED = frozenset({"payload", "result"})
+_OURS = frozenset({"hash", "prev"})
 _HASH_MEMBER = b'"hash":'
 _HASH_START = b'"hash":"'
 _HELD_HASH = re.compile(rb'"hash":"([0-9a-f]{64})",')
@@ -193,9 +198,12 @@ def parse_or_none(line: bytes) -> Record | None:
 
 
 def is_foreign(line: bytes) -> bool:
-    """Whether a line is a whole JSON object without `hash`: what another program logged, as an earlier AAL-Core."""
+    """Whether a line is a whole JSON object of another program's log, as an earlier AAL-Core's.
+
+    It has neither `hash` nor `prev`: a line of ours in which a bit has flipped has one of them still.
+    """
     try:
-        return line.endswith(b"\n") and "hash" not in _object(line)
+        return line.endswith(b"\n") and not _OURS & _object(line).keys()
     except BrokenLineError:
         return False
 

@@ -710,20 +710,21 @@ def test_the_truncation_at_any_byte_of_the_last_two_lines_heals_and_loses_nothin
 
 def test_a_tail_of_blocks_that_never_reached_the_disk_is_cut_off(path: Path) -> None:
     write(path, call("a"))
+    begun = b'{"caller":"'.ljust(4096 - path.stat().st_size, b"x")
     with path.open("ab") as file:
-        file.write(b'{"caller":' + bytes(5000) + b'"}\n' + bytes(3000))
+        file.write(begun + bytes(4096) + b'"}\n' + bytes(3000))
     write(path, call("b"))
     assert [record["type"] for record in iter_lines(path)] == ["invoke", "recovered", "invoke"]
     assert verify(path).ok
 
 
 def test_bytes_kept_from_an_earlier_tear_are_not_written_over(path: Path) -> None:
-    for torn in (b"first", b"second"):
+    for torn in (b'{"first', b'{"second'):
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(torn)
         write(path)
-    assert path.with_name("provenance.jsonl.torn-1").read_bytes() == b"first"
-    assert path.with_name("provenance.jsonl.torn-1-2").read_bytes() == b"second"
+    assert path.with_name("provenance.jsonl.torn-1").read_bytes() == b'{"first'
+    assert path.with_name("provenance.jsonl.torn-1-2").read_bytes() == b'{"second'
 
 
 def test_a_torn_tail_is_not_cut_where_its_bytes_cannot_be_kept(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -870,7 +871,7 @@ def test_a_probe_leaves_nothing_behind(path: Path) -> None:
 # --- What is not this chain ---
 
 
-@pytest.mark.parametrize("line", [b"not json\n", b"[]\n", b'{"hash":"of another kind"}\n'])
+@pytest.mark.parametrize("line", [b"not json\n", b"[]\n", b'{"hash":"of another kind"}\n', b"text", b'{"a":1} or so'])
 def test_a_file_that_is_not_a_ledger_is_not_written_to(path: Path, line: bytes) -> None:
     path.parent.mkdir()
     path.write_bytes(line)

@@ -167,12 +167,13 @@ def test_a_line_without_a_hash_is_no_record(line: bytes) -> None:
         (b'{"request_id": "old", "ok": true}\n', True),
         (b'{"request_id": "cut off"}', False),
         (b'{"hash": 1}\n', False),
+        (b'{"lash":"one of ours in which a bit has flipped","prev":""}\n', False),
         (b"[]\n", False),
         (b"words\n", False),
         (b"", False),
     ],
 )
-def test_another_programs_line_is_a_whole_object_without_a_hash(line: bytes, foreign: bool) -> None:
+def test_another_programs_line_is_a_whole_object_with_neither_hash_nor_prev(line: bytes, foreign: bool) -> None:
     assert is_foreign(line) is foreign
 
 

@@ -20,7 +20,7 @@ from bus.checkpoints import Checkpoints
 from bus.ledger import Ledger, LedgerError
 from bus.model import now_ms
 from bus.provenance import iter_lines, raw_lines
-from bus.records import draft_record
+from bus.records import draft, draft_record
 from bus.segments import closed_firsts, closed_path
 from bus.verification import verify
 from tests.faults import scenario
@@ -133,7 +133,7 @@ def assert_left_broken(path: Path) -> None:
     broken = path.read_bytes()
     with opened(path) as ledger:
         assert not ledger.healthy
-        with pytest.raises(LedgerError, match="broken"):
+        with pytest.raises(LedgerError, match=r"^(the last line|line \d+) of the ledger .* is broken"):
             append(ledger, recent("after"))
     assert path.read_bytes() == broken
     assert not verify(path).ok
@@ -212,11 +212,84 @@ def test_what_no_power_loss_leaves_is_not_cut_off(path: Path, change: Callable[[
     assert_left_broken(path)
 
 
+def _answered(path: Path, count: int = 5) -> bytes:
+    with opened(path, "always") as ledger:
+        for number in range(count):
+            append(ledger, recent(str(number), error="it went@wrong\u5b80"))
+    return path.read_bytes()
+
+
+def test_no_bit_that_flips_in_lines_that_were_answered_for_is_healed(path: Path) -> None:
+    """Of the last two lines each bit that makes a NUL or a newline, or was one of a newline; the others the faults."""
+    whole = _answered(path)
+    last_two = range(whole[:-1].rindex(b"\n", 0, whole[:-1].rindex(b"\n")) + 1, len(whole))
+    flips = [(index, bit) for index in last_two for bit in range(8)]
+    telling = [(i, bit) for i, bit in flips if whole[i] == 0x0A or whole[i] ^ 1 << bit in {0, 0x0A}]
+    assert {whole[index] for index, _ in telling} >= {0x0A, 0x20, 0x40, 0x80}
+    for index, bit in telling:
+        changed = bytearray(whole)
+        changed[index] ^= 1 << bit
+        path.write_bytes(changed)
+        assert verify(path).first_bad == whole.count(b"\n", 0, index) + 1
+        assert_left_broken(path)
+
+
+def test_many_lines_with_a_nul_each_are_left(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_bytes(_answered(path, 50).replace(b"@", b"\x00"))
+    assert_left_broken(path)
+
+
+@pytest.mark.parametrize("behind", [b"x", b" ", b"}", b'{"caller":', b"\x00"])
+def test_a_whole_line_with_more_behind_it_and_no_newline_was_not_cut_off(path: Path, behind: bytes) -> None:
+    path.write_bytes(_answered(path)[:-1] + behind)
+    assert_left_broken(path)
+
+
+@pytest.mark.parametrize("tail", [b"text", b"[1", b'{"caller":"\x07', b'{"caller"\t', b'{"a":' * 100_000])
+def test_what_no_line_begins_with_is_not_cut_off(path: Path, tail: bytes) -> None:
+    path.write_bytes(_answered(path) + tail)
+    assert_left_broken(path)
+
+
+@pytest.mark.parametrize("tail", [b"{", b'{"', '{"caller":"\u5b80'.encode()[:-1], b" " * 4096, bytes(4096)])
+def test_what_a_write_that_was_cut_off_leaves_is_cut_off(path: Path, tail: bytes) -> None:
+    whole = _answered(path)
+    path.write_bytes(whole + tail)
+    assert_healed(path, whole.splitlines(keepends=True), tail)
+
+
+def test_a_sector_of_the_last_line_alone_cannot_be_told_from_one_that_was_lost(path: Path) -> None:
+    whole = _answered(path)
+    with opened(path, "always") as ledger:
+        append(ledger, recent("last", error="x" * 2000))
+    changed = bytearray(path.read_bytes())
+    at = -(-len(whole) // 512) * 512 + 512
+    changed[at : at + 512] = bytes(512)
+    path.write_bytes(changed)
+    assert_healed(path, whole.splitlines(keepends=True), bytes(changed[len(whole) :]))
+
+
+@pytest.mark.parametrize("duration_ms", ["soon", [1], True])
+def test_a_line_with_a_right_hash_and_an_odd_figure_behind_nuls_is_none_of_a_lost_group(
+    path: Path, duration_ms: object
+) -> None:
+    (receipt,) = write(path, recent("a", error="x" * BLOCK))
+    odd, _ = draft({"type": "odd", "timestamp_ms": 1, "duration_ms": duration_ms}).line(2, receipt.hash)
+    path.write_bytes(bytes(512) + path.read_bytes()[512:] + odd)
+    assert_left_broken(path)
+
+
+@pytest.mark.parametrize("size", ["1", [1], None, 1e3])
+def test_a_checkpoint_of_an_odd_size_is_none_that_a_note_is_kept_of(path: Path, size: object) -> None:
+    assert not Checkpoints(path).is_kept({"type": "checkpoint", "size": size, "note": ""})
+
+
 def test_nuls_at_the_very_end_are_cut_off_however_many(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tails, "UNSYNCED_BYTES", BLOCK)
     (size,) = write_groups(path, names(5, "synced"))
     with path.open("ab") as file:
-        file.write(bytes(5 * BLOCK) + b'"}\n')
+        file.write(bytes(6 * BLOCK - size % BLOCK) + b'"}\n' + bytes(5 * BLOCK))
     before = path.read_bytes()[:size].splitlines(keepends=True)
     assert_healed(path, before, cut_of(path, before))
 
