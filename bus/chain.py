@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from bus import tails
 from bus.checkpoints import TYPE, Checkpoints, chained, root_at, tree_of
+from bus.losses import Last, Losses
 from bus.merkle import Frontier
 from bus.model import now_ms
 from bus.records import (
@@ -52,9 +53,6 @@ if TYPE_CHECKING:
 PROBE_BYTES = 4096
 CHECKPOINT_MARK = b'"type":"checkpoint"'
 """Stands in every checkpoint's line, and may stand in others."""
-
-RECOVERED_MARK = b'"type":"recovered"'
-"""The same of a record of what was cut off."""
 
 _RECENT_BYTES = 1 << 18
 _FEW_BYTES = 1 << 18
@@ -137,20 +135,16 @@ class Chain:
         self._segment_bytes = segment_bytes
         self._closed = 0
         self._environment_hash = environment_hash(environment)
-        self._environment = draft({
-            "type": "environment",
-            "timestamp_ms": now_ms(),
-            "environment": dict(environment),
-            "environment_hash": self._environment_hash,
-        })  # fmt: skip
+        self._environment = dict(environment)
         self._fd = -1
         self._lock_fd = -1
         self._identity: tuple[int, int] | None = None
         self._size = 0
         self._prev = GENESIS
         self._environment_stands = False
-        self._owed: dict[str | None, Draft] = {}
-        """Records of what was cut off or lost, by the name of what is kept of it, for the next group."""
+        self._losses = Losses()
+        self._stood: Last | None = None
+        """The last line that was known of a file that is to be looked at anew: it is to be there still."""
         self._unsynced: tuple[tuple[int, int], int] | None = None
         """Which file has lines whose sync failed, and from which byte on."""
 
@@ -244,19 +238,18 @@ class Chain:
 
         Where the segment is full, the group begins a new one.
         """
-        if self._is_full() and (drafts or self._owed or with_checkpoint):
+        if self._is_full() and (drafts or self._losses or with_checkpoint):
             rotate(self._path, self._fd, self.seq)
             self._catch_up()
         group = Group(self._tree.copy(), self._prev, environment_stands=self._environment_stands)
         if self._size == 0 and self.seq:  # so that who opens a new segment need not read the one before
             self._add_checkpoint(group)
-        for owed in self._owed.values():
-            group.add(owed)
+        for loss in self._losses.drafts():
+            group.add(loss)
         for one in drafts:
             group.places.append(group.add(one))
             if not group.environment_stands and one.environment_hash == self._environment_hash:
-                group.add(self._environment)
-                group.environment_stands = True
+                self._add_environment(group)
         if group.checkpoint_seq is None and (with_checkpoint or self._checkpoints.are_due(group.seq)):
             self._add_checkpoint(group)
         if group.places and self._fsync != "never":
@@ -264,6 +257,12 @@ class Chain:
         with self.or_cut_back():
             write_all(self._fd, group.text)
         return group
+
+    def _add_environment(self, group: Group) -> None:
+        """Its time is that of its group, as of every line: who heals the log goes by that."""
+        members = {"environment": self._environment, "environment_hash": self._environment_hash}
+        group.add(draft({"type": "environment", "timestamp_ms": now_ms(), **members}))
+        group.environment_stands = True
 
     def _add_checkpoint(self, group: Group) -> None:
         note = group.checkpoint_note = self._checkpoints.note(group.tree)
@@ -292,7 +291,7 @@ class Chain:
         """A group that was written and synced counts from now on. Gives where each record stands."""
         self._tree, self._prev, self._environment_stands = group.tree, group.prev, group.environment_stands
         self._size += len(group.text)
-        self._owed.clear()
+        self._losses.clear()
         if group.checkpoint_seq is not None:
             self._checkpoints.stands(group.checkpoint_seq)
         note = group.note or group.checkpoint_note
@@ -309,7 +308,7 @@ class Chain:
         if self._identity is not None:
             self._unsynced = self._identity, max(0, self._size)
         self._identity = None  # what the file holds is unknown: open it anew and read its end
-        self._owed.clear()  # it was in the group, and stays with it
+        self._losses.clear()  # they were in the group, and stay with it
 
     def _write_again(self, size: int) -> None:
         """Write what could not be synced once more, with all that came behind it, and sync it."""
@@ -379,7 +378,7 @@ class Chain:
         end = self._size_under_name()
         if end is None or not self._environment_stands or not 0 < self._size < end <= self._size + _FEW_BYTES:
             return False
-        return not self._owed and self._sound_end(end) == end and self._read_on(end)
+        return not self._losses and self._sound_end(end) == end and self._read_on(end)
 
     def _catch_up(self) -> None:
         """Learn what others did since: appended, died in the middle of a write, moved the file away."""
@@ -410,6 +409,7 @@ class Chain:
         return 0 < self._segment_bytes <= self._size
 
     def _open(self) -> os.stat_result:
+        self._stands_so_far()
         had_one = self._identity is not None
         old, self._fd, self._identity = self._fd, -1, None  # at once: what comes may fail, and is tried again
         if old >= 0:
@@ -419,7 +419,7 @@ class Chain:
         if was_lost or (had_one and closed <= self._closed):
             _log.warning("%s was removed or replaced; its name now holds something else", self._path)
         if was_lost:
-            self._owe_recovered(None, None)
+            self._losses.gone()
         self._closed = closed
         if is_foreign(_first_line(self._path)):
             self._move_aside()
@@ -441,14 +441,17 @@ class Chain:
         size = self._path.stat().st_size
         self._path.rename(self._path.with_name(kept))
         _log.warning("%s was another program's log; it is kept as %s, and a new chain begins", self._path, kept)
-        self._owe_recovered(size, kept)
+        self._losses.kept(kept, size)
 
     def _read_end(self, size: int) -> None:
         end = self._sound_end(size)
         is_new = not 0 < self._size <= end or not self._read_on(end)
         if is_new:
+            self._stands_so_far()
             self._read_back(end)
-        self._drop_said(end)
+            self._miss_what_stood()
+        if self._losses:
+            self._losses.said(lines_backwards(self._fd, end))
         if end < size:
             self._cut_tail(end, size)
         if is_new or end < size:
@@ -457,6 +460,12 @@ class Chain:
 
     def _read_on(self, end: int) -> bool:
         """Take in what others have appended; False where that does not go on from what is known."""
+        try:
+            return self._take_in(end)
+        except BrokenLineError:  # so it was not appended to what is known; who reads back says what is wrong
+            return False
+
+    def _take_in(self, end: int) -> bool:
         lines = os.pread(self._fd, end - self._size, self._size).splitlines(keepends=True)
         if not lines:
             return True
@@ -487,6 +496,26 @@ class Chain:
         self._size, self._tree, self._prev = end, tree, prev
         self._checkpoints.stands(checkpoint_seq)
 
+    def _stands_so_far(self) -> None:
+        if self.seq:
+            self._stood = Last(self.seq, self._prev)
+
+    def _miss_what_stood(self) -> None:
+        """Lines that this process has written, or seen, are not taken away by any writer: somebody else did that."""
+        if self._stood is not None and not self._holds(self._stood):
+            _log.error("%s had line %d of the hash %s, and has it no more", self._path, *self._stood)
+            self._losses.gone(self._stood)
+        self._stood = None
+
+    def _holds(self, last: Last) -> bool:
+        if self.seq <= last.seq:
+            return (self.seq, self._prev) == last
+        backwards = itertools.chain(lines_backwards(self._fd, self._size), closed_backwards(self._path))
+        with contextlib.suppress(BrokenLineError):
+            line = next(itertools.islice(backwards, self.seq - last.seq, None), b"")
+            return hash_in(line).hex() == last.hash
+        return False
+
     def _sound_end(self, size: int) -> int:
         known = self._size if 0 < self._size <= size else 0
         return tails.sound_end(self._fd, size, known, self._checkpoints.is_kept)
@@ -498,22 +527,10 @@ class Chain:
         os.ftruncate(self._fd, end)
         _log.warning("cut %d bytes of unfinished lines off %s; they are in %s", size - end, self._path, kept)
 
-    def _owe_recovered(self, size: int | None, kept: str | None) -> None:
-        """Have the next group begin with a record of the `size` bytes that lie in the file `kept`; None where lost."""
-        members = {"type": "recovered", "timestamp_ms": now_ms(), "cut_bytes": size, "kept_as": kept}
-        self._owed.setdefault(kept, draft(members))
-
     def _owe_kept(self) -> None:
         """Owe a record of each tail that was cut off here, be it by a process that was killed before it wrote one."""
         for name, size in tails.kept(self._path, self.seq + 1):
-            self._owe_recovered(size, name)
-
-    def _drop_said(self, end: int) -> None:
-        """Owe no record that another, who found the same, has written meanwhile."""
-        for line in lines_backwards(self._fd, end) if self._owed else ():
-            record = parse_or_none(line) if RECOVERED_MARK in line else None
-            if record and record["type"] == "recovered" and isinstance(name := record.get("kept_as"), str):
-                self._owed.pop(name, None)
+            self._losses.kept(name, size)
 
     def _finds_environment(self, end: int) -> bool:
         """Whether the end of the log holds this environment, so that many short-lived writers do not repeat it."""

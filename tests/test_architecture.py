@@ -25,7 +25,7 @@ FLOORS = [
     ["model"],
     ["settings", "hookspecs", "schemas", "purges"],
     ["codehash", "drift", "filesync", "manifest_form", "metrics", "overlay_entry", "records"],
-    ["members"],
+    ["members", "losses"],
     ["segments"],
     ["index_view"],
     ["index"],

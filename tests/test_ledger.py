@@ -22,7 +22,7 @@ import pytest
 from bus import chain, provenance, schemas
 from bus import ledger as ledger_module
 from bus.filesync import FileSync
-from bus.ledger import TURNS_ALONE, Fsync, Ledger, LedgerError
+from bus.ledger import TURNS_ALONE, Fsync, Ledger, LedgerError, Receipt
 from bus.provenance import iter_lines, read_line
 from bus.records import environment_hash
 from bus.verification import verify
@@ -312,8 +312,8 @@ def test_a_log_that_cannot_be_opened_anew_is_tried_again_and_its_descriptor_is_c
             for _ in range(2):
                 with pytest.raises(LedgerError, match="Input/output"):
                     append(ledger, call())
-        assert append(ledger, call()).seq == 1
-    assert verify(path).lines == 1
+        append(ledger, call())
+    assert [line["type"] for line in iter_lines(path)] == ["recovered", "invoke"]
 
 
 def test_two_ledgers_on_one_file_take_turns(path: Path) -> None:
@@ -761,12 +761,90 @@ def test_a_writer_killed_in_the_middle_leaves_every_answered_line(path: Path) ->
 
 def test_an_unlinked_log_is_begun_anew(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with opened(path) as ledger:
-        write_two = [append(ledger, call()) for _ in range(2)]
+        two = [append(ledger, call()) for _ in range(2)]
         path.unlink()
-        assert append(ledger, call()).seq == 1
-        assert verify(path).lines == 1
-    assert [receipt.seq for receipt in write_two] == [1, 2]
+        assert append(ledger, call("first")).seq == 2
+    assert_says_what_is_gone(path, 1, two[-1])
+    assert read_line(path, 2)["request_id"] == "first"
     assert "removed or replaced" in caplog.text
+    assert f"had line 2 of the hash {two[-1].hash}, and has it no more" in caplog.text
+
+
+def assert_says_what_is_gone(path: Path, seq: int, last: Receipt) -> None:
+    assert verify(path).ok
+    (said,) = [line for line in iter_lines(path) if line["type"] == "recovered"]
+    assert (said["seq"], said["lost_seq"], said["lost_hash"]) == (seq, last.seq, last.hash)
+    assert (said["cut_bytes"], said["kept_as"]) == (None, None)
+    assert schemas.faults(schemas.shipped("record"), said) == []
+
+
+@pytest.mark.parametrize("left", [0, 1, 3])
+def test_a_log_that_is_made_shorter_at_a_line_is_noticed_and_said(
+    path: Path, caplog: pytest.LogCaptureFixture, left: int
+) -> None:
+    with opened(path) as ledger:
+        last = [append(ledger, call()) for _ in range(4)][-1]
+        os.truncate(path, sum(map(len, path.read_bytes().splitlines(keepends=True)[:left])))
+        assert append(ledger, call()).seq == left + 2
+        assert append(ledger, call()).seq == left + 3
+    assert_says_what_is_gone(path, left + 1, last)
+    assert f"had line 4 of the hash {last.hash}" in caplog.text
+
+
+def test_a_log_that_is_made_shorter_within_a_line_is_said_with_what_was_left_of_that(path: Path) -> None:
+    with opened(path) as ledger:
+        last = [append(ledger, call()) for _ in range(3)][-1]
+        os.truncate(path, ledger_size(path) - 9)
+        append(ledger, call())
+    assert verify(path).ok
+    said = [line for line in iter_lines(path) if line["type"] == "recovered"]
+    assert [line.get("lost_hash") for line in said] == [last.hash, None]
+    assert said[1]["cut_bytes"] == path.with_name(said[1]["kept_as"]).stat().st_size
+
+
+@pytest.mark.parametrize("count", [2, 3, 9])
+def test_another_history_that_is_written_over_the_log_is_noticed_and_said(path: Path, count: int) -> None:
+    other = path.with_name("other.jsonl")
+    write(other, *(call("other") for _ in range(count)))
+    with opened(path) as ledger:
+        last = [append(ledger, call()) for _ in range(3)][-1]
+        path.write_bytes(other.read_bytes())
+        if count == 3:  # of the same length: it shows with the next line of another
+            write(path, call("another"))
+            count += 1
+        assert append(ledger, call()).seq == count + 2
+    assert_says_what_is_gone(path, count + 1, last)
+
+
+def test_what_is_gone_is_said_once_by_those_who_knew_the_same(path: Path) -> None:
+    with opened(path) as one, opened(path) as other:
+        append(one, call())
+        last = append(other, call())
+        one.probe()
+        os.truncate(path, 0)
+        append(other, call())
+        append(one, call())
+    assert_says_what_is_gone(path, 1, last)
+
+
+def test_what_a_reader_of_the_end_cannot_find_in_damaged_segments_is_said_to_be_gone(path: Path) -> None:
+    with opened(path) as ledger:
+        last = append(ledger, call())
+        write(path, *(call() for _ in range(8)), segment_bytes=1000)
+        for closed in path.parent.glob("provenance-*.jsonl"):
+            closed.unlink()
+        append(ledger, call())
+    (said,) = [line for line in provenance.tail(path, 9) if line["type"] == "recovered"]
+    assert said["lost_seq"] == last.seq
+
+
+def test_who_goes_on_from_lines_and_segments_of_another_misses_nothing(path: Path) -> None:
+    with opened(path) as ledger:
+        append(ledger, call())
+        write(path, *(call() for _ in range(20)), segment_bytes=2000)
+        append(ledger, call())
+    assert verify(path).ok
+    assert [line for line in iter_lines(path) if line["type"] == "recovered"] == []
 
 
 def test_a_log_moved_away_goes_on_in_a_new_file_with_its_environment(path: Path) -> None:
@@ -775,26 +853,28 @@ def test_a_log_moved_away_goes_on_in_a_new_file_with_its_environment(path: Path)
         append(ledger, named)
         path.rename(path.with_name("old.jsonl"))
         append(ledger, named)
-    assert verify(path.with_name("old.jsonl")).lines == verify(path).lines == 2
+    assert [line["type"] for line in iter_lines(path.with_name("old.jsonl"))] == ["invoke", "environment"]
+    assert [line["type"] for line in iter_lines(path)] == ["recovered", "invoke", "environment"]
 
 
 def test_a_log_that_another_took_the_place_of_is_continued(path: Path) -> None:
     other = path.with_name("other.jsonl")
     receipts = write(other, call("a"), call("b"), call("c"))
     with opened(path) as ledger:
-        append(ledger, call())
+        last = append(ledger, call())
         other.rename(path)
-        assert append(ledger, call()).seq == 4
+        assert append(ledger, call()).seq == 5
     assert read_line(path, 4)["prev"] == receipts[-1].hash
+    assert_says_what_is_gone(path, 4, last)
 
 
 def test_a_removed_folder_is_made_again(path: Path) -> None:
     with opened(path) as ledger:
         append(ledger, call())
         shutil.rmtree(path.parent)
-        assert append(ledger, call()).seq == 1
+        assert append(ledger, call()).seq == 2
         with opened(path) as other:
-            assert append(other, call()).seq == 2
+            assert append(other, call()).seq == 3
 
 
 @pytest.mark.usefixtures("bound_by_modes")

@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bus import doctor, schemas, tails
+from bus import chain, doctor, losses, schemas, tails
 from bus.chain import Chain
 from bus.checkpoints import Checkpoints
 from bus.ledger import Ledger, LedgerError
 from bus.model import now_ms
 from bus.provenance import iter_lines, raw_lines
-from bus.records import draft, draft_record
+from bus.records import draft, draft_record, environment_hash
 from bus.segments import closed_firsts, closed_path
 from bus.verification import verify
 from tests.faults import scenario
@@ -48,12 +48,12 @@ def recent(name: str, **members: Any) -> Record:
 def write_groups(path: Path, *groups: list[str], at_ms: int | None = None, segment_bytes: int = 0) -> list[int]:
     """Each group in one write; gives the size of the open segment behind each."""
     sizes = []
-    chain = Chain(path, "never", ENVIRONMENT, segment_bytes=segment_bytes)
+    writer = Chain(path, "never", ENVIRONMENT, segment_bytes=segment_bytes)
     for group in groups:
         records = [call(name, timestamp_ms=at_ms or now_ms(), error="x" * 300) for name in group]
-        chain.append([draft_record(record) for record in records])
+        writer.append([draft_record(record) for record in records])
         sizes.append(path.stat().st_size)
-    chain.close()
+    writer.close()
     return sizes
 
 
@@ -129,6 +129,43 @@ def test_a_sector_that_was_not_written_of_a_block_that_was_is_a_lost_block(path:
     assert_healed(path, before, cut_of(path, before))
 
 
+def test_a_block_lost_in_the_first_group_of_a_server_that_had_long_been_idle_is_healed(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lines are of one time: also that of the environment, which is known from the start."""
+    (synced,) = write_groups(path, names(5, "synced"))
+    with monkeypatch.context() as patch:
+        patch.setattr(chain, "now_ms", lambda: now_ms() - 2 * 3_600_000)
+        idle = Chain(path, "never", ENVIRONMENT)
+    hash_ = environment_hash(ENVIRONMENT)
+    idle.append([draft_record(recent(name, error="x" * 900, environment_hash=hash_)) for name in names(10, "lost")])
+    idle.close()
+    whole = lose(path, synced, synced // BLOCK)
+    assert b'"type":"environment"' in whole
+    assert_healed(
+        path, whole[:synced].splitlines(keepends=True), cut_of(path, whole[:synced].splitlines(keepends=True))
+    )
+
+
+def test_a_block_lost_in_a_group_that_says_what_was_cut_off_long_before_is_healed(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, _ = write_groups(path, names(5, "synced"), names(40, "lost"))
+    with path.open("ab") as file:
+        file.write(b'{"torn')
+    late = Chain(path, "never", ENVIRONMENT)
+    with monkeypatch.context() as patch:
+        patch.setattr(losses, "now_ms", lambda: now_ms() - 2 * 3_600_000)
+        with late.locked():  # it cannot be said yet, as where the disk is full
+            pass
+    late.append([draft_record(recent(name)) for name in names(3, "lost as well")])
+    late.close()
+    whole = lose(path, synced, synced // BLOCK + 1)
+    assert b'"type":"recovered"' in whole
+    before = whole[: whole.rfind(b"\n", 0, (synced // BLOCK + 1) * BLOCK) + 1].splitlines(keepends=True)
+    assert_healed(path, before, cut_of(path, before))
+
+
 def assert_left_broken(path: Path) -> None:
     broken = path.read_bytes()
     with opened(path) as ledger:
@@ -153,10 +190,10 @@ def test_a_block_of_nuls_in_lines_that_a_kept_note_is_of_is_left_and_reported(pa
     if notary is None:
         pytest.skip("signatures cannot be made here")
     checkpoints = Checkpoints(path, notary)
-    chain = Chain(path, "batch", {}, checkpoints)
-    with chain.locked():
-        chain.extend([draft_record(recent(name, error="x" * 300)) for name in names(60, "a")], with_checkpoint=True)
-    chain.close()
+    writer = Chain(path, "batch", {}, checkpoints)
+    with writer.locked():
+        writer.extend([draft_record(recent(name, error="x" * 300)) for name in names(60, "a")], with_checkpoint=True)
+    writer.close()
     kept = lose(path, 0, 2)
     changed = path.read_bytes()
     with opened(path) as ledger:  # it knows the tree by the checkpoint, and reads no further back
