@@ -14,7 +14,7 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from bus import tails
+from bus import tails, unsynced
 from bus.checkpoints import TYPE, Checkpoints, chained, root_at, tree_of
 from bus.losses import Last, Losses
 from bus.merkle import Frontier
@@ -39,9 +39,12 @@ from bus.segments import (
     identity_at,
     lines_backwards,
     lock_path,
+    make_folder,
     rotate,
+    settle,
     sync_folder,
 )
+from bus.unsynced import UNSYNCED_BYTES, Stretch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -145,8 +148,13 @@ class Chain:
         self._losses = Losses()
         self._stood: Last | None = None
         """The last line that was known of a file that is to be looked at anew: it is to be there still."""
-        self._unsynced: tuple[tuple[int, int], int] | None = None
-        """Which file has lines whose sync failed, and from which byte on."""
+        self._synced = 0
+        """The bytes of the file that are on the disk for certain: a sync of ours through this descriptor has ended."""
+        self._lock_size = 0
+        self._settled = 0
+        """The length of the locks' file up to which all that was told there is settled."""
+        self._untold: list[Stretch] = []
+        """What could not be synced, and could not be told there either."""
 
     @property
     def seq(self) -> int:
@@ -239,7 +247,7 @@ class Chain:
         Where the segment is full, the group begins a new one.
         """
         if self._is_full() and (drafts or self._losses or with_checkpoint):
-            rotate(self._path, self._fd, self.seq)
+            self._rotate()
             self._catch_up()
         group = Group(self._tree.copy(), self._prev, environment_stands=self._environment_stands)
         if self._size == 0 and self.seq:  # so that who opens a new segment need not read the one before
@@ -268,10 +276,26 @@ class Chain:
         note = group.checkpoint_note = self._checkpoints.note(group.tree)
         group.checkpoint_seq, _ = group.add(self._checkpoints.draft(group.tree, note and note.text))
 
+    def _rotate(self) -> None:
+        try:
+            rotate(self._path, self._fd, self.seq)
+        except FileExistsError:
+            raise
+        except OSError:
+            self._tell_unsynced()
+            raise
+
     def sync(self, group: Group) -> None:
         """Make what was written last, as far as asked for."""
         if group.seq != self.seq and self.fd_to_sync(group) is not None:
+            self._sync_file()
+
+    def _sync_file(self) -> None:
+        try:
             os.fdatasync(self._fd)
+        except OSError:
+            self._tell_unsynced()
+            raise
 
     def fd_to_sync(self, group: Group) -> int | None:
         """The descriptor whose fdatasync is all that a written group wants; None where it wants nothing.
@@ -291,6 +315,8 @@ class Chain:
         """A group that was written and synced counts from now on. Gives where each record stands."""
         self._tree, self._prev, self._environment_stands = group.tree, group.prev, group.environment_stands
         self._size += len(group.text)
+        if group.text and self.fd_to_sync(group) is not None:
+            self._synced = self._size
         self._losses.clear()
         if group.checkpoint_seq is not None:
             self._checkpoints.stands(group.checkpoint_seq)
@@ -302,29 +328,27 @@ class Chain:
     def abandon(self) -> None:
         """Give up a group whose sync failed. Its lines stay, though nobody was answered for them.
 
-        Others may have gone on from them. They are written once more before the next line, as the kernel may have
-        dropped what it could not write, and will call the next sync a success (fsync(2), EIO).
+        Others may have gone on from them. They are written once more before the next line, whoever writes that.
         """
-        if self._identity is not None:
-            self._unsynced = self._identity, max(0, self._size)
+        self._tell_unsynced()
         self._identity = None  # what the file holds is unknown: open it anew and read its end
         self._losses.clear()  # they were in the group, and stay with it
 
-    def _write_again(self, size: int) -> None:
-        """Write what could not be synced once more, with all that came behind it, and sync it."""
-        if self._unsynced is None:
+    def _tell_unsynced(self) -> None:
+        """A sync failed: the kernel may have dropped all that was written since the last of ours, or of others."""
+        if self._identity is None:
             return
-        file, start = self._unsynced
-        if file == self._identity:
-            fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)  # one that appends would not write at a place
-            try:
-                _write_at(fd, os.pread(fd, size - start, start), start)
-                os.fdatasync(fd)
-            finally:
-                os.close(fd)
-        else:
-            _log.warning("lines of %s that could not be synced are in a file that was closed meanwhile", self._path)
-        self._unsynced = None
+        stretch = Stretch(self._identity, max(self._synced, self._size - UNSYNCED_BYTES))
+        try:
+            unsynced.tell(self._lock_fd, stretch)
+        except OSError:
+            self._untold.append(stretch)
+
+    def _write_again(self) -> None:
+        """Write what could not be synced once more, by whomever, before anything goes on from it."""
+        if self._lock_size != self._settled or self._untold:
+            self._settled = settle(self._path, self._lock_fd, self._untold)
+            self._untold.clear()
 
     def _cut_back(self) -> None:
         """Leave the file as it was before a group that does not count."""
@@ -339,7 +363,7 @@ class Chain:
         try:
             write_all(self._fd, b" " * PROBE_BYTES)
             if self._fsync != "never":
-                os.fdatasync(self._fd)
+                self._sync_file()
         finally:
             self._cut_back()
 
@@ -354,10 +378,13 @@ class Chain:
         """Take the lock on the file that bears the lock's name now: somebody may have removed the folder since."""
         while True:
             if self._lock_fd < 0:
-                self._lock_path.parent.mkdir(parents=True, exist_ok=True)
-                self._lock_fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
+                make_folder(self._lock_path.parent, sync=self._is_to_last)
+                flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+                self._lock_fd, self._settled = os.open(self._lock_path, flags, FILE_MODE), 0
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX)
-            if identity(os.fstat(self._lock_fd)) == identity_at(self._lock_path):
+            status = os.fstat(self._lock_fd)
+            self._lock_size = status.st_size
+            if identity(status) == identity_at(self._lock_path):
                 return
             os.close(self._lock_fd)
             self._lock_fd = -1
@@ -367,10 +394,12 @@ class Chain:
         return self._size_under_name() == self._size
 
     def _size_under_name(self) -> int | None:
-        """Of the file; None where log or lock do not bear their names any more."""
+        """Of the file; None where log or lock do not bear their names any more, or something could not be synced."""
         status = os.stat(self._path)  # noqa: PTH116  # for every group
-        is_ours = identity(status) == self._identity
-        is_ours = is_ours and identity(os.fstat(self._lock_fd)) == identity_at(self._lock_path)
+        if identity(status) != self._identity:
+            return None
+        lock = os.fstat(self._lock_fd)
+        is_ours = identity(lock) == identity_at(self._lock_path) and lock.st_size == self._settled
         return status.st_size if is_ours else None
 
     def _has_only_grown(self) -> bool:
@@ -388,7 +417,7 @@ class Chain:
             status = None
         if status is None or identity(status) != self._identity:
             status = self._open()
-        self._write_again(status.st_size)
+        self._write_again()
         if status.st_size != self._size:
             self._read_end(status.st_size)
         notary = self._checkpoints.notary
@@ -425,14 +454,27 @@ class Chain:
             self._move_aside()
         self._fd = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
         status = os.fstat(self._fd)
-        if status.st_size == 0 and self._fsync != "never":  # now: others may soon be answered for lines in it
-            sync_folder(self._path.parent)
+        if status.st_size == 0 and self._is_to_last:  # now: others may soon be answered for lines in it
+            self._sync_names()
         self._identity = identity(status)
         self._size, self._tree, self._prev = _UNREAD, Frontier(), GENESIS
+        self._synced = 0
         self._checkpoints.stands(0)
         self._hold_anew()
         self._environment_stands = False
         return status
+
+    @property
+    def _is_to_last(self) -> bool:
+        """Whether anything is to outlive a power loss: with AAL_FSYNC=never what was signed."""
+        return self._fsync != "never" or self._checkpoints.notary is not None
+
+    def _sync_names(self) -> None:
+        """Of the file, and of its folder, which another may have made and not come to sync."""
+        folder = self._path.parent
+        sync_folder(folder)
+        with contextlib.suppress(PermissionError):  # who may not read it cannot sync it
+            sync_folder(folder.parent)
 
     def _move_aside(self) -> None:
         """Keep what another program logged under this name beside the new chain; a record says so."""
@@ -547,13 +589,6 @@ class Chain:
         except OSError:
             self._cut_back()
             raise
-
-
-def _write_at(fd: int, data: bytes, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        done = os.pwrite(fd, view, offset)
-        view, offset = view[done:], offset + done
 
 
 def write_all(fd: int, data: bytes | bytearray) -> None:

@@ -19,6 +19,7 @@ from bus.merkle import Frontier
 from bus.model import now_ms
 from bus.notary import Signed
 from bus.records import BrokenLineError, check, draft, hash_in, parse
+from bus.segments import make_folder, sync_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -137,11 +138,16 @@ class Checkpoints:
             return False
 
     def _write(self, size: int, note: str) -> None:
-        self._folder.mkdir(exist_ok=True)
+        """It lasts: whoever heals the log after a power loss takes it for a sign that its line was synced."""
+        make_folder(self._folder, sync=True)
         path = self._folder / f"{size:0{_DIGITS}}"
         temporary = path.with_name(f".{path.name}-{os.getpid()}")
-        temporary.write_text(note, "utf-8")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(note)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
+        sync_folder(self._folder)
 
     def _prune(self) -> None:
         notes = sorted(name for name in os.listdir(self._folder) if name.isdecimal())  # noqa: PTH208  # names alone

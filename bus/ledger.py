@@ -25,7 +25,7 @@ from bus.checkpoints import Checkpoints
 from bus.errors import OverloadError
 from bus.filesync import FileSync
 from bus.records import BrokenLineError, draft_record
-from bus.segments import FILE_MODE
+from bus.segments import FILE_MODE, make_folder
 from bus.upkeep import Upkeep
 from runners.base import running_loop
 
@@ -265,7 +265,7 @@ class Ledger:
 
     def _try_beside(self) -> None:
         path = self.path.with_name(f"{self.path.name}.probe-{os.getpid()}")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent, sync=True)
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
         try:
             write_all(fd, b" " * PROBE_BYTES)

@@ -11,6 +11,7 @@ import bisect
 import contextlib
 import errno
 import fcntl
+import itertools
 import logging
 import os
 import re
@@ -18,12 +19,14 @@ from functools import cached_property
 from io import BytesIO
 from typing import TYPE_CHECKING, Protocol, Self
 
+from bus import unsynced
 from bus.errors import OperatorError
 from bus.members import MEMBER_BYTES, members, pack, unpack
 from bus.records import BrokenLineError, check
+from bus.unsynced import UNSYNCED_BYTES, Stretch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
     from bus.members import Member
@@ -259,10 +262,10 @@ class Segments:
         Raises `OperatorError` where they cannot be synced; `OSError` where they cannot be listed or opened.
         """
         self.path = path
-        with _nobody_writing(path) if at_rest or to_sign else contextlib.nullcontext():
+        with _nobody_writing(path) if at_rest or to_sign else contextlib.nullcontext() as lock:
             self.closed, self.open = _listed(path)
             if to_sign:
-                self._make_last()
+                self._make_last(lock)
 
     def __enter__(self) -> Self:
         return self
@@ -271,17 +274,32 @@ class Segments:
         if self.open is not None:
             self.open.close()
 
-    def _make_last(self) -> None:
-        """Sync the open segment, with which its writer may not have done so yet; the closed ones are."""
+    def _make_last(self, lock: int | None) -> None:
+        """Sync the open segment, with which its writer may not have done so yet; the closed ones are.
+
+        What another could not sync is written once more.
+        """
         if self.open is None:
             return
         try:
-            os.fdatasync(self.open.fd)
+            if lock is not None and unsynced.told(lock)[0]:
+                with _lock_to_tell(self.path) as telling:
+                    settle(self.path, telling)
+            self._sync(self.open)
         except OSError as error:
             self.open.close()
             raise OperatorError(
                 "ERR_LEDGER", f"the ledger {self.path} cannot be synced, so nothing is signed: {error}"
             ) from None
+
+    def _sync(self, content: Plain) -> None:
+        try:
+            os.fdatasync(content.fd)
+        except OSError:
+            start = max(0, content.size - UNSYNCED_BYTES)
+            with contextlib.suppress(OSError), _lock_to_tell(self.path) as telling:
+                unsynced.tell(telling, Stretch(identity(os.fstat(content.fd)), start))
+            raise
 
     @property
     def are_there(self) -> bool:
@@ -377,21 +395,45 @@ def _listed(path: Path) -> tuple[list[int], Plain | None]:
 
 
 @contextlib.contextmanager
-def _nobody_writing(path: Path) -> Iterator[None]:
-    """Hold off the writers; a reader that may not open their lock does without.
+def _nobody_writing(path: Path) -> Iterator[int | None]:
+    """Hold off the writers, by their lock; a reader that may not open that does without, and has None.
 
     What they have written may be without its sync yet, which they do without the lock.
     """
     try:
         lock = os.open(lock_path(path), os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
-        yield
+        yield None
         return
     try:
         fcntl.flock(lock, fcntl.LOCK_SH)
-        yield
+        yield lock
     finally:
         os.close(lock)
+
+
+@contextlib.contextmanager
+def _lock_to_tell(path: Path) -> Iterator[int]:
+    """The locks' file, to append to. Raises `OSError`."""
+    lock = os.open(lock_path(path), os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+    try:
+        yield lock
+    finally:
+        os.close(lock)
+
+
+def settle(path: Path, lock: int, own: Sequence[Stretch] = ()) -> int:
+    """With the lock, write once more what could not be synced, as is told in its file; and what is `own`, and not told.
+
+    Gives the length of that file up to which all is settled. Raises `OSError`.
+    """
+    stretches, length = unsynced.told(lock)
+    files = itertools.chain((path,), (closed_path(path, first) for first in reversed(closed_firsts(path))))
+    unsynced.write_again(files, [*stretches, *own])
+    if stretches:
+        with contextlib.suppress(OSError):  # then the next does it again
+            unsynced.settle(lock, length)
+    return length
 
 
 # --- Bytes and lines ---
@@ -466,6 +508,14 @@ def taken(lock: int, how: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def make_folder(folder: Path, *, sync: bool) -> None:
+    """Make a folder, and those above it that are not there; to `sync` is to make their names last. Raises `OSError`."""
+    missing = list(itertools.takewhile(lambda one: not one.exists(), (folder, *folder.parents)))
+    folder.mkdir(parents=True, exist_ok=True)
+    for one in missing if sync else ():
+        sync_folder(one.parent)
 
 
 def sync_folder(folder: Path) -> None:

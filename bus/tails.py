@@ -36,15 +36,13 @@ from typing import TYPE_CHECKING
 from bus.checkpoints import TYPE
 from bus.records import BrokenLineError, check
 from bus.segments import FILE_MODE, end_of_lines, lines_backwards, names_in, sync_folder
+from bus.unsynced import UNSYNCED_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
     from bus.model import Record
-
-UNSYNCED_BYTES = 1 << 24
-"""How much writers may have written before the first sync of it had ended: many groups of usual lines."""
 
 UNSYNCED_S = 60.0
 

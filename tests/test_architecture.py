@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # From low to high. A module imports only what stands on a lower floor; runners.base stands below all.
 FLOORS = [
-    ["resources", "merkle"],
+    ["resources", "merkle", "unsynced"],
     ["errors", "memory", "stress_sources"],
     ["stress", "runes", "canonical", "redaction", "events", "notes"],
     ["model"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -12,12 +13,13 @@ import pytest
 
 from bus import checkpoints, merkle
 from bus import ledger as ledger_module
+from bus.checkpoints import Checkpoints, Note
 from bus.dispatch import Bus
 from bus.errors import OperatorError, SettingError
 from bus.index import Index
 from bus.ledger import Ledger
 from bus.ledger_key import LedgerKey
-from bus.notary import Notary
+from bus.notary import Notary, Signed
 from bus.notes import Signer, Verifier, new_key
 from bus.proofs import Prover
 from bus.segments import lock_path, taken
@@ -26,8 +28,6 @@ from tests.ledgers import ENVIRONMENT, append, call, opened, write
 from tests.support import a_call, add_overlay, eventually, misfits, settings_in
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from bus.ledger import Receipt
 
 
@@ -212,6 +212,32 @@ def test_the_notes_of_checkpoints_lie_beside_the_ledger_and_in_it(
     report = verify(path, verifiers=[verifier])
     assert (report.ok, report.checkpoints, report.signed) == (True, 4, 4)
     assert verify(path, against=verifier.open((folder / "000000000008").read_text())).ok
+
+
+def test_a_note_that_lies_beside_the_ledger_is_on_the_disk_as_is_its_name(
+    path: Path, signer: Signer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is a sign that its line was synced: a power loss must not take it."""
+    steps: list[tuple[str, str]] = []
+    sync, replace = os.fsync, Path.replace
+
+    def synced(fd: int) -> None:
+        sync(fd)
+        steps.append(("sync", str(Path(f"/proc/self/fd/{fd}").readlink())))
+
+    def replaced(old: Path, new: Path) -> Path:
+        steps.append(("sync", str(new)) if ("sync", str(old)) in steps else ("unsynced", str(new)))
+        return replace(old, new)
+
+    notary = notary_of(path, signer)
+    path.parent.mkdir(parents=True)
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", replaced)
+    Checkpoints(path, notary).keep(Note(Signed(3, b"r" * 32), "the note"))
+    folder = path.parent / "checkpoints"
+    assert (folder / f"{3:012}").read_text() == "the note"
+    kept = [name for step, name in steps if step == "sync" and not Path(name).name.startswith(".")]
+    assert kept == [str(path.parent), str(folder / f"{3:012}"), str(folder)]
 
 
 def test_notes_that_an_earlier_key_signed_are_no_fault_and_not_counted(path: Path, signer: Signer) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from bus import chain
+from bus import chain, unsynced
 from bus.checkpoints import Checkpoints
 from tests.faults import disks, facts, kills, pairs, scenario, syscalls
 from tests.faults.children import DIED, HUNG, Child
@@ -237,7 +237,7 @@ def test_two_writers_to_which_nothing_is_done_are_answered(takes_turns: bool) ->
 def test_who_takes_back_what_it_could_not_sync_though_another_has_gone_on_from_it_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(chain, "_write_at", lambda fd, _, start: os.ftruncate(fd, start))
+    monkeypatch.setattr(unsynced, "_rewrite", lambda fd, start, _: os.ftruncate(fd, start))
     fault = Fault(Setting("new", "always"), "fdatasync", 3, "EIO", lasting=True)
     assert any(wrong.startswith("other-0 was answered with line") for wrong in pairs.run(fault, takes_turns=True))
 

@@ -868,6 +868,54 @@ def test_a_log_that_another_took_the_place_of_is_continued(path: Path) -> None:
     assert_says_what_is_gone(path, 4, last)
 
 
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of what was synced by fsync(2), in order."""
+    names: list[str] = []
+    real = os.fsync
+
+    def noted(fd: int) -> None:
+        real(fd)
+        names.append(str(Path(f"/proc/self/fd/{fd}").readlink()))
+
+    monkeypatch.setattr(os, "fsync", noted)
+    return names
+
+
+@pytest.mark.parametrize("fsync", ["always", "batch"])
+def test_the_names_of_the_log_and_of_the_folders_that_were_made_for_it_last(
+    tmp_path: Path, synced: list[str], fsync: Fsync
+) -> None:
+    with opened(tmp_path / "a" / "b" / "logs" / "provenance.jsonl", fsync) as ledger:
+        append(ledger, call())
+    assert {str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a" / "b"), str(tmp_path / "a" / "b" / "logs")} <= set(
+        synced
+    )
+
+
+def test_the_name_of_a_folder_lasts_that_a_process_made_and_was_killed(path: Path, synced: list[str]) -> None:
+    path.parent.mkdir()
+    with opened(path, "batch") as ledger:
+        append(ledger, call())
+    assert synced[:2] == [str(path.parent), str(path.parent.parent)]
+
+
+def test_no_name_is_synced_where_nothing_is_to_last(path: Path, synced: list[str]) -> None:
+    write(path, call())
+    assert synced == []
+
+
+@pytest.mark.usefixtures("bound_by_modes")
+def test_a_folder_whose_own_folder_may_not_be_read_holds_a_log(path: Path, tmp_path: Path) -> None:
+    path.parent.mkdir()
+    tmp_path.chmod(0o311)
+    try:
+        with opened(path, "batch") as ledger:
+            assert append(ledger, call()).seq == 1
+    finally:
+        tmp_path.chmod(0o755)
+
+
 def test_a_removed_folder_is_made_again(path: Path) -> None:
     with opened(path) as ledger:
         append(ledger, call())
