@@ -20,7 +20,7 @@ from bus.checkpoints import Checkpoints
 from bus.ledger import Ledger, LedgerError
 from bus.model import now_ms
 from bus.provenance import iter_lines, raw_lines
-from bus.records import draft, draft_record, environment_hash
+from bus.records import BrokenLineError, draft, draft_record, environment_hash
 from bus.segments import closed_firsts, closed_path
 from bus.verification import verify
 from tests.faults import scenario
@@ -269,6 +269,24 @@ def test_no_bit_that_flips_in_lines_that_were_answered_for_is_healed(path: Path)
         path.write_bytes(changed)
         assert verify(path).first_bad == whole.count(b"\n", 0, index) + 1
         assert_left_broken(path)
+
+
+@pytest.mark.parametrize("torn", [0, 1, 40, -1])
+def test_whatever_bit_flips_in_the_last_two_lines_or_a_torn_one_behind_them_no_whole_line_is_cut_off(
+    path: Path, torn: int
+) -> None:
+    whole = _answered(path)
+    tail, _ = draft_record(recent("torn", error="it was cut off")).line(6, "0" * 64)
+    text = whole + tail[:torn]
+    path.write_bytes(text)
+    last_two = whole.rindex(b"\n", 0, whole.rindex(b"\n", 0, -1)) + 1
+    with path.open("r+b", buffering=0) as file:
+        for index in range(last_two, len(text)):
+            for bit in range(8):
+                os.pwrite(file.fileno(), bytes([text[index] ^ 1 << bit]), index)
+                with contextlib.suppress(BrokenLineError):
+                    assert tails.sound_end(file.fileno(), len(text), 0, lambda _: False) >= len(whole), (index, bit)
+            os.pwrite(file.fileno(), text[index : index + 1], index)
 
 
 def test_many_lines_with_a_nul_each_are_left(path: Path) -> None:
