@@ -8,7 +8,8 @@ writes that stretch once more, and syncs it, before anything behind it is answer
 Looking costs nothing: who has the lock knows how long its file is. Telling takes no lock, as the event loop must not
 wait for one: each statement is appended by one write, and nothing is ever taken out. That a stretch has been written
 again is a statement as well, and names the length up to which all others are settled. It is not synced: a power loss
-takes what could be written again from memory, and this with it.
+takes what could be written again from memory, and this with it. Not promised: that a process which is killed between
+its failed sync and the statement, some microseconds, is known by one that opens the log just then.
 """
 
 from __future__ import annotations
