@@ -17,7 +17,9 @@ What is checked of a line, in this order; the first line that is wrong ends the 
 
     torn        it ends with a newline. Only a last line can be otherwise: its write was cut off, or is under way
     gzip        (of a compressed segment) it can be unpacked
-    json        it is one JSON object in UTF-8 and nothing else, and no object in it, however deep, has a key twice
+    json        it is one JSON object in UTF-8 and nothing else, and all readers of JSON have it for the same: no object
+                in it, however deep, has a key twice, no text half of a surrogate pair, no number is beyond a double,
+                and at most 512 values stand within each other
     hash        it holds the SHA-256 of its own bytes, without the newline and the member "hash":"...", where that
                 first stands
     seq         it has the number of its place, and so does the first line of a segment that has a number in its name
@@ -27,10 +29,10 @@ What is checked of a line, in this order; the first line that is wrong ends the 
     signature   its note is a signed note (C2SP) that says the same, and what a given key is said to have signed it
                 has signed
 
-That a line is RFC 8785, the JSON that the bus writes, is not asked, nor which other members it has: the hash is of the
-bytes as they stand, and with no key twice, bytes have one meaning. Everything is checked of every line; nothing is
-sampled. With `--from` the lines before are not looked at: the first line's `prev` is taken as it stands, and so are the
-nodes of the first checkpoint.
+That a line is RFC 8785, the JSON that the bus writes, is not asked, nor which other members it has (`aal provenance
+verify` asks for some: `form`): the hash is of the bytes as they stand, and these have one meaning. Everything is
+checked of every line; nothing is sampled. With `--from` the lines before are not looked at: the first line's `prev` is
+taken as it stands, and so are the nodes of the first checkpoint.
 
 Of a receipt that came with a whole answer, the line in the log is to be that of the answer (`answer` if not): its ids,
 capability, phase, time, code, and the hashes of payload and result. That `result_hash` is the SHA-256 of the result, as
@@ -69,6 +71,8 @@ HASH_MEMBER = b'"hash":"'
 HASH_MEMBER_BYTES = 74
 EMPTY_TREE = sha256(b"").digest()
 MOST_LEAVES = 2**63
+MOST_LEVELS = 512
+LARGEST = sys.float_info.max
 TICK_LINES = 5000
 TICK_S = 0.2
 BAR = 30
@@ -80,6 +84,9 @@ NOTE = re.compile(
     "\n(?P<signatures>(?:\N{EM DASH} [^ \n]+ [^ \n]+\n){1,100})"
 )
 SURROGATE = re.compile("[\ud800-\udfff]")
+DIGITS = bytes.maketrans(b"123456789", b"000000000")
+SAMPLE, LONG_SAMPLED = 16, b"0" * (309 // 16)
+"""What every 16th byte shows of an integer of 309 digits, by `DIGITS`; one with fewer is not beyond a double."""
 VKEY = re.compile(r"(?P<name>[^+\s]+)\+(?P<id>[0-9a-f]{8})\+(?P<key>[A-Za-z0-9+/]{44})")
 ED25519 = b"\x01"
 
@@ -116,7 +123,9 @@ class Lines:
     def __init__(self) -> None:
         self._objects: list[dict[str, Any]] = []
         # Every object that is read goes into the list instead of into its parent, the outermost last.
-        self._decode = json.JSONDecoder(object_hook=self._objects.append, parse_constant=_no_constant).raw_decode
+        self._decode = json.JSONDecoder(
+            object_hook=self._objects.append, parse_float=_double, parse_constant=_no_constant
+        ).raw_decode
 
     def record(self, line: bytes) -> tuple[dict[str, Any], bytes]:
         """A line's members, those that are objects left out, and the 32 bytes of its hash. Raises `Wrong`."""
@@ -130,8 +139,8 @@ class Lines:
             raise Wrong("json", f"it is not JSON: {error}") from None
         if end != len(text) - 1 or text[0] != "{":
             raise Wrong("json", "it is not one JSON object and nothing else")
-        if self._may_repeat_keys(line):
-            json.loads(line, object_pairs_hook=_no_key_twice)
+        if self._may_repeat_keys(line) or self._may_be_odd(line):
+            _require_one_meaning(line)
         return self._objects[-1], _checked_hash(line, self._objects[-1])
 
     def _may_repeat_keys(self, line: bytes) -> bool:
@@ -145,6 +154,43 @@ class Lines:
         if line.count(b":") == keys:
             return False
         return line.count(b'":') != keys or b"\t" in line or b"\r" in line or (b" " in line and b" :" in line)
+
+    def _may_be_odd(self, line: bytes) -> bool:
+        """Whether a look is needed at half surrogate pairs (escapes), at how deep it is nested, at integers."""
+        return (
+            (b"\\" in line and b"\\u" in line)
+            or len(self._objects) + line.count(b"[") > MOST_LEVELS
+            or LONG_SAMPLED in line[::SAMPLE].translate(DIGITS)
+        )
+
+
+def _require_one_meaning(line: bytes) -> None:
+    """Raise `Wrong` where another reader of JSON may have it for something else, or for nothing."""
+    try:
+        value = json.loads(line, object_pairs_hook=_members, parse_int=_integer)
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise Wrong("json", "a text in it has half of a surrogate pair") from None
+    except (ValueError, RecursionError) as error:
+        raise Wrong("json", f"it is not JSON: {error}") from None
+    levels, inside = 0, [value]
+    while inside := [one for one in inside if isinstance(one, dict | list)]:
+        levels += 1
+        inside = [member for one in inside for member in (one.values() if isinstance(one, dict) else one)]
+    if levels > MOST_LEVELS:
+        raise Wrong("json", f"more than {MOST_LEVELS} values in it stand within each other")
+
+
+def _double(text: str) -> float:
+    number = float(text)
+    if -LARGEST <= number <= LARGEST:
+        return number
+    raise ValueError(f"the number {shown(text)} is beyond a double")
+
+
+def _integer(text: str) -> int:
+    _double(text)
+    return int(text)
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -630,10 +676,9 @@ class Log:
             record, digest = read(line)
             if record.get("seq") != seq + 1 or type(record["seq"]) is not int:
                 raise Wrong("seq", f"it is line {seq + 1} and says seq {shown(record.get('seq'))}")
-            if record.get("prev") != self._prev and (self._prev is not None or not is_hash(record.get("prev"))):
-                raise Wrong(
-                    "chain", f"prev is {shown(record.get('prev'))}, and the line before has the hash {self._prev}"
-                )
+            prev = record.get("prev")
+            if prev is None or (prev != self._prev and (self._prev is not None or not is_hash(prev))):
+                raise Wrong("chain", f"prev is {shown(prev)}, and the line before has the hash {self._prev}")
             if record.get("type") == "checkpoint":
                 tree = self._tree = self._check_checkpoint(record)
             if tree is not None:

@@ -210,8 +210,10 @@ def told(line: bytes) -> Record:
 def tree_in(record: Record) -> Frontier:
     """The tree that a checkpoint's line tells of. Raises `BrokenLineError` where it does not make sense."""
     try:
-        tree = Frontier(_whole(record["size"]), map(bytes.fromhex, record["nodes"]))
-        if tree.root().hex() == record["root"] and tree.size == record["seq"] - 1:
+        nodes = record["nodes"]
+        tree = Frontier(_whole(record["size"]), map(bytes.fromhex, nodes))
+        is_so_spelled = nodes == [node.hex() for node in tree.nodes]
+        if is_so_spelled and tree.root().hex() == record["root"] and tree.size == record["seq"] - 1:
             return tree
     except (KeyError, TypeError, ValueError):
         pass

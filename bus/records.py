@@ -4,14 +4,20 @@ The hash of a line is the SHA-256 of the line's bytes, without the newline and w
 at its first occurrence. A reader needs no re-serialising, and the first occurrence is always the record's own: keys are
 sorted, so only members whose names sort before `hash` stand before it; inside a string every quote is escaped, so
 no text can look like the member; and `draft` refuses a record in which an object before it holds a key `hash`.
+
+The hash is of bytes, which whoever can write the file can choose, and readers of JSON differ where a key stands twice:
+so a line has one meaning or is refused, as `TOOLS/verify.py` has it. It is one object and nothing around it, with no
+key twice however deep, no lone surrogate, no number beyond a double and no more than `MOST_LEVELS` levels.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 import re
 import subprocess
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import orjson
@@ -29,6 +35,9 @@ if TYPE_CHECKING:
 VERSION = 1
 GENESIS = "0" * 64
 """`prev` of line 1."""
+
+MOST_LEVELS = 512
+"""How deep the values of a line are nested at most, itself included."""
 
 _GIT_TIMEOUT_S = 2
 
@@ -58,16 +67,18 @@ _CALL: Mapping[str, Any] = dict.fromkeys((
 ))  # fmt: skip
 _STORED = frozenset({"payload", "result"})
 _OURS = frozenset({"hash", "prev"})
+_members_of_call = itemgetter(*_CALL)
 _HASH_MEMBER = b'"hash":'
 _HASH_START = b'"hash":"'
+_HASH = re.compile("[0-9a-f]{64}")
 _HELD_HASH = re.compile(rb'"hash":"([0-9a-f]{64})",')
-_EVERY: Mapping[str, type] = {"seq": int, "type": str, "timestamp_ms": int, "hash": str}
+_EVERY: tuple[tuple[str, type], ...] = (("seq", int), ("type", str), ("timestamp_ms", int), ("hash", str))
 CALL_TYPES = frozenset({"invoke", "denied", "replay"})
 """The lines that say what came of a call."""
 
-_STARTS: Mapping[str, Mapping[str, type]] = {
-    "started": {"request_id": str, "writer": str},
-    "interrupted": {"request_id": str, "started": int},
+_STARTS: Mapping[str, tuple[tuple[str, type], ...]] = {
+    "started": (("request_id", str), ("writer", str)),
+    "interrupted": (("request_id", str), ("started", int)),
 }
 
 
@@ -155,6 +166,7 @@ def check(line: bytes, seq: int | None = None, prev: str | None = None) -> Recor
     if not line.endswith(b"\n"):
         raise BrokenLineError("torn", "the last line has no end: its write was cut off")
     record = _object(line)
+    _require_one_meaning(line, record)
     hash_ = _hash_of(line)
     if hash_ is None or record.get("hash") != hash_:
         raise BrokenLineError("hash", "its bytes do not have the hash that it holds")
@@ -164,6 +176,11 @@ def check(line: bytes, seq: int | None = None, prev: str | None = None) -> Recor
     if prev is not None and record.get("prev") != prev:
         raise BrokenLineError("chain", f"prev is {record.get('prev')}, and the line before has the hash {prev}")
     return record
+
+
+def is_hash(value: object) -> bool:
+    """Whether it is a hash as lines have it: 64 lower-case hex digits."""
+    return isinstance(value, str) and _HASH.fullmatch(value) is not None
 
 
 def hash_in(line: bytes) -> bytes:
@@ -218,13 +235,46 @@ def _object(line: bytes) -> Record:
     return record
 
 
+def _require_one_meaning(line: bytes, record: Record) -> None:
+    """Raises `BrokenLineError` where another reader of JSON may have the line for another record."""
+    try:
+        if orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE) == line:  # of a key that stood twice it has one
+            return
+    except orjson.JSONEncodeError:  # nested deeper than it writes
+        pass
+    if not (line.startswith(b"{") and line.endswith(b"}\n")):
+        raise BrokenLineError("json", "it is not one JSON object and nothing else")
+    if _levels(record) > MOST_LEVELS:
+        raise BrokenLineError("json", f"it is nested deeper than {MOST_LEVELS} levels")
+    json.loads(line, object_pairs_hook=_no_key_twice)
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> None:
+    names = [name for name, _ in pairs]
+    if len(names) != len(set(names)):
+        raise BrokenLineError("json", "an object in it has a key twice")
+
+
+def _levels(value: Any) -> int:  # noqa: ANN401
+    """How many objects and lists stand within each other at most."""
+    levels, inside = 0, [value]
+    while inside := [one for one in inside if isinstance(one, dict | list)]:
+        levels += 1
+        inside = [member for one in inside for member in (one.values() if isinstance(one, dict) else one)]
+    return levels
+
+
 def _require_form(record: Record) -> None:
     """The members that readers rely on. Raises `BrokenLineError`."""
-    for name, kind in _EVERY.items():
+    for name, kind in _EVERY:
         if type(record.get(name)) is not kind:
             raise BrokenLineError("form", f"its member {name} is missing or of the wrong type")
-    for name, kind in _STARTS.get(record["type"], {}).items():
+    type_ = record["type"]
+    for name, kind in _STARTS.get(type_, ()):
         if type(record.get(name)) is not kind:
             raise BrokenLineError("form", f"its member {name} is missing or of the wrong type")
-    if record["type"] in CALL_TYPES and not record.keys() >= _CALL.keys():
-        raise BrokenLineError("form", f"it lacks {', '.join(sorted(_CALL.keys() - record.keys()))}")
+    if type_ in CALL_TYPES:
+        try:
+            _members_of_call(record)
+        except KeyError:
+            raise BrokenLineError("form", f"it lacks {', '.join(sorted(_CALL.keys() - record.keys()))}") from None

@@ -1,7 +1,8 @@
 """Verifying the ledger: every line's form, hash, number and predecessor, the tree over all, and what checkpoints say.
 
-From line 1 on nothing is taken for granted. From a later one on the first line is believed to have the right
-predecessor, and the first checkpoint to tell the right tree of what comes before it.
+`TOOLS/verify.py` finds the same with code of its own, but for a line's form (`form`), which it does not ask for. From
+line 1 on nothing is taken for granted. From a later one on the first line is believed to have the right predecessor,
+and the first checkpoint to tell the right tree of what comes before it.
 
 The lines are those that the files have at one moment in which no writer holds the lock. A group is synced without it,
 so the last lines may not be on the disk yet, and nobody be answered for them: a power loss can take them. Where an
@@ -23,11 +24,11 @@ from bus.checkpoints import TYPE, tree_in
 from bus.errors import NotFoundError, OperatorError
 from bus.merkle import Frontier
 from bus.notes import NoteError, read_signed
-from bus.records import GENESIS, BrokenLineError, check
-from bus.segments import Segments
+from bus.records import GENESIS, BrokenLineError, check, is_hash
+from bus.segments import Segments, lines_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Iterator
     from pathlib import Path
 
     from bus.model import Record
@@ -63,13 +64,20 @@ class VerifyReport:
         return self.fault is None
 
 
-class _Walk:
-    """What is known after each line."""
+class Walk:
+    """What is known after each line from line `start` on; `prev` is the hash of the line before, if that is known."""
 
-    def __init__(self, start: int, verifiers: Collection[Verifier], against: Checkpoint | None) -> None:
+    def __init__(
+        self,
+        start: int = 1,
+        verifiers: Collection[Verifier] = (),
+        against: Checkpoint | None = None,
+        *,
+        prev: str | None = None,
+    ) -> None:
         self.start = start
         self.seq = start - 1
-        self.prev: str | None = GENESIS if start == 1 else None
+        self.prev = GENESIS if start == 1 else prev
         self.tree: Frontier | None = Frontier() if start == 1 else None
         self.checkpoints = self.signed = 0
         self.signed_size: int | None = None
@@ -77,7 +85,7 @@ class _Walk:
         self._verifiers = verifiers
         self._against = against
 
-    def copy(self) -> _Walk:
+    def copy(self) -> Walk:
         """One that goes on apart."""
         twin = copy.copy(self)
         twin.tree = None if self.tree is None else self.tree.copy()
@@ -86,6 +94,8 @@ class _Walk:
     def take(self, line: bytes) -> None:
         """Raises `BrokenLineError`."""
         record = check(line, self.seq + 1, self.prev)
+        if self.prev is None and not is_hash(record.get("prev")):
+            raise BrokenLineError("chain", "its member prev is no hash")
         if record["type"] == TYPE:
             self._hold_to(record)
         if self.tree is not None:
@@ -160,7 +170,7 @@ def verify(
     """
     if not provenance.exists(path):
         raise NotFoundError("ERR_NOT_FOUND", f"there is no ledger {path}", hint="No call was made here yet.")
-    walk, fault = _walked(_Walk(start, verifiers, against), path, end, progress)
+    walk, fault = _walked(Walk(start, verifiers, against), path, end, progress)
     if fault is None and walk.seq < start and start > 1:
         raise NotFoundError("ERR_NOT_FOUND", f"the ledger has no line {start}")
     if fault is None and against is not None and not walk.compared:
@@ -174,8 +184,8 @@ def verify(
 
 
 def _walked(
-    walk: _Walk, path: Path, end: int | None, progress: Callable[[int], None] | None
-) -> tuple[_Walk, BrokenLineError | None]:
+    walk: Walk, path: Path, end: int | None, progress: Callable[[int], None] | None
+) -> tuple[Walk, BrokenLineError | None]:
     """What is known after the last good line, and what is wrong with the next.
 
     Where that is in the open segment, it is read once more: what was cut off meanwhile is no fault.
@@ -187,17 +197,17 @@ def _walked(
 
 
 def _take_lines(
-    walk: _Walk, path: Path, end: int | None, progress: Callable[[int], None] | None
-) -> tuple[_Walk | None, BrokenLineError | None]:
+    walk: Walk, path: Path, end: int | None, progress: Callable[[int], None] | None
+) -> tuple[Walk | None, BrokenLineError | None]:
     """Take the lines that come next, as the files are now, and give the fault that ends them.
 
     Also gives what was known before the first line of the open segment, None where none of it was read.
     """
-    again: _Walk | None = None
+    again: Walk | None = None
     try:
         with Segments(path, at_rest=True) as segments:
             first_of_open = _first_of_open(segments)
-            for line in segments.lines(walk.seq + 1):
+            for line in _lines_behind(walk, segments):
                 if walk.seq == end:
                     break
                 if again is None and walk.seq + 1 >= first_of_open:
@@ -211,6 +221,22 @@ def _take_lines(
     return again, None
 
 
+def _lines_behind(walk: Walk, segments: Segments) -> Iterator[bytes]:
+    """The lines that come next, each to be taken before the next one is asked for.
+
+    Raises `BrokenLineError` before a segment whose name has another number.
+    """
+    start = walk.seq + 1
+    for number in range(segments.number_of(start) if start > 1 else 0, segments.count):
+        skipped = max(0, start - segments.firsts[number]) if start > 1 else 0
+        if number < len(segments.closed) and segments.closed[number] + skipped != walk.seq + 1:
+            first = segments.closed[number]
+            raise BrokenLineError("seq", f"its segment is named for line {first}, as if there were others before it")
+        with segments.content(number) as content:
+            yield from lines_of(content.chunks(skipped))
+        start = 1
+
+
 def _first_of_open(segments: Segments) -> float:
     """The number of its first line; no line has the number that is given where that is not known."""
     with contextlib.suppress(BrokenLineError):
@@ -218,7 +244,7 @@ def _first_of_open(segments: Segments) -> float:
     return math.inf
 
 
-def _missing(walk: _Walk, against: Checkpoint, *, is_whole: bool) -> BrokenLineError:
+def _missing(walk: Walk, against: Checkpoint, *, is_whole: bool) -> BrokenLineError:
     """Why a checkpoint was not held against the lines. Raises `OperatorError` where that is not the ledger's fault."""
     if is_whole and walk.seq < against.size:
         return BrokenLineError("tree", f"the checkpoint has seen {against.size} lines, and there are {walk.seq}")
