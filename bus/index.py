@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from bus import index_view, segments
 from bus.index_view import State, UnfitError, View, blob_in, is_of, lines_behind, numbers_in, plain, root_over, state_of
 from bus.merkle import HASH_BYTES, root_of
-from bus.records import BrokenLineError, hash_in, parse
+from bus.records import GENESIS, BrokenLineError, check, hash_in
 from bus.segments import FILE_MODE, Segments, taken
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Index:
         """Take in what the log has gained, in batches; gives how many lines the index holds then.
 
         Where another process does that already, or nothing can be written, it is left as it is. `progress` is called
-        with the number of lines after each batch. Stops at a line that is no record.
+        with the number of lines after each batch. Stops at a line that is not what was written.
         """
         held = 0
         while most_lines > 0 and not is_over():
@@ -212,11 +212,10 @@ class _Batch:
 
     def _add(self, line: bytes, first: int, place: int) -> None:
         seq = self._state.seq + 1
-        if not line.endswith(b"\n"):
-            raise BrokenLineError("torn", "it has no end")
-        record, digest = parse(line), hash_in(line)
-        if record["seq"] != seq or not -(2**63) <= record["timestamp_ms"] < 2**63:
-            raise BrokenLineError("seq", f"it is line {seq} and says seq {record['seq']}")
+        record = check(line, seq, self._state.hash.hex() or GENESIS)
+        digest = bytes.fromhex(record["hash"])
+        if not -(2**63) <= record["timestamp_ms"] < 2**63:
+            raise BrokenLineError("form", "its time is beyond what the index holds")
         kind = self._kind(record)
         block, number = divmod(seq - 1, index_view.BLOCK_LINES)
         if block != self._block:

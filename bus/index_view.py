@@ -16,7 +16,7 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bus.merkle import HASH_BYTES, node_hash, root_of
-from bus.records import BrokenLineError, hash_in
+from bus.records import BrokenLineError, check, hash_in, parse
 from bus.segments import Packed, lines_of
 
 if TYPE_CHECKING:
@@ -123,6 +123,8 @@ class View:
         self._state = state
         self.size = state.seq
         """How many lines, from line 1 on."""
+        self.head = state.hash.hex()
+        """The hash of the last of them."""
         self._stretches: deque[_Stretch] = deque(maxlen=_KEPT)
         self._leaves: OrderedDict[int, list[bytes]] = OrderedDict()
 
@@ -203,8 +205,8 @@ class View:
         return self._leaves[tile]
 
     def record_hash(self, seq: int) -> bytes:
-        """The 32 bytes of the hash that line `seq` holds."""
-        return hash_in(self.line(seq))
+        """The 32 bytes of the hash of line `seq`, which has it. Raises `BrokenLineError` as well."""
+        return bytes.fromhex(check(self.line(seq), seq)["hash"])
 
 
 def _member_of(content: Packed, first: int, seq: int) -> _Stretch | None:
@@ -240,7 +242,7 @@ def is_of(log: Segments, state: State) -> bool:
     try:
         with log.content(number) as content:
             line = _at(content, state)
-        return hash_in(line) == state.hash
+        return hash_in(line) == state.hash and parse(line)["seq"] == state.seq
     except BrokenLineError:
         return False
 

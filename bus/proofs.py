@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sqlite3
 import sys
@@ -28,8 +29,9 @@ from bus.merkle import (
     root_of,
 )
 from bus.notary import Signed
-from bus.records import BrokenLineError, hash_in
+from bus.records import BrokenLineError
 from bus.segments import Segments
+from bus.verification import Walk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -90,12 +92,15 @@ class Consistency:
 class Prover:
     """Makes proofs from the ledger as it is now.
 
-    Of the hashes that its index holds, which it brings up to date first, and of those of the lines behind. What the
-    index says is held against the log before it is given out: the tree of all lines against the last checkpoint and
-    the lines since, every other tree and every proof against that one. An index that is wrong is dropped, and all
-    lines are read. A context manager, for as long as nobody is to change that index; for one thread at a time. Raises
-    `BrokenLineError` where the log cannot be read; with a key `OperatorError` where it cannot be synced to be signed or
-    is not the one that the key has signed, and whatever else `Notary` raises.
+    Of the hashes that its index holds, which it brings up to date first, and of those of the lines behind. Each line
+    that is read for its hash is verified as `verification` does it: its bytes, number and predecessor, and the tree
+    that a checkpoint tells. What the index says is held against the log before it is given out: the tree of all lines
+    against the last checkpoint and the lines since, every other tree and every proof against that one, and the line
+    that a proof is of against its hash. An index that is wrong is dropped, and all lines are read. So where lines are
+    missing, or were changed, there is a proof only of what an index has seen before that, and of no such line. A
+    context manager, for as long as nobody is to change that index; for one thread at a time. Raises `BrokenLineError`,
+    which names the line, where the log cannot be read or a line is wrong; with a key `OperatorError` where it cannot be
+    synced to be signed or is not the one that the key has signed, and whatever else `Notary` raises.
     """
 
     def __init__(
@@ -119,9 +124,9 @@ class Prover:
                 self._index.refresh(progress, most_lines=most_lines)
                 reading = self._index.reading(at_rest=True, to_sign=notary is not None)
                 self._view = self._kept.enter_context(reading)
-            self._leaves = self._leaves_behind()
+            self._leaves = _Leaves()
             """Those of the lines that the index does not hold."""
-            self.size = self._held + len(self._leaves)
+            self._of_index(self._read_behind)
             if self._view is not None:
                 self._of_index(lambda: self._whole)
             if notary is not None:
@@ -130,12 +135,14 @@ class Prover:
             self.close()
             raise
 
-    def _leaves_behind(self) -> _Leaves:
-        if self._view is not None:
+    def _read_behind(self) -> None:
+        if self._view is None:
+            with Segments(self._path, at_rest=True, to_sign=self._notary is not None) as log:
+                self._leaves, self._held = _whole_log(log), 0
+        else:
             self._held = self._view.size
-            return _Leaves(self._view.lines_behind())
-        with Segments(self._path, at_rest=True, to_sign=self._notary is not None) as log:
-            return _Leaves(log.lines())
+            self._leaves = _Leaves(self._view.lines_behind(), self._held, self._view.head)
+        self.size = self._held + len(self._leaves)
 
     def __enter__(self) -> Self:
         return self
@@ -234,7 +241,7 @@ class Prover:
 
         Raises `BrokenLineError` where it is the log that is broken.
         """
-        self._leaves = _Leaves(log.lines())
+        self._leaves = _whole_log(log)
         self._view, self._held, self.size = None, 0, len(self._leaves)
         vars(self).pop("_whole", None)
         self._kept.close()  # who drops it must not read it
@@ -262,14 +269,28 @@ def _tree_told_in(log: Segments) -> Frontier:
         raise _UntoldError(str(error)) from None
 
 
-class _Leaves:
-    """The hashes of whole lines, side by side: 32 bytes a line. Raises `BrokenLineError` for a line without."""
+def _whole_log(log: Segments) -> _Leaves:
+    """Those of all its lines. Where one is wrong all are read once more: an end may have been cut off and replaced."""
+    with contextlib.suppress(BrokenLineError):
+        return _Leaves(log.lines())
+    return _Leaves(log.lines())
 
-    def __init__(self, lines: Iterable[bytes]) -> None:
+
+class _Leaves:
+    """The hashes of whole lines, side by side: 32 bytes a line. Raises `BrokenLineError` for a line that is wrong."""
+
+    def __init__(self, lines: Iterable[bytes] = (), before: int = 0, prev: str | None = None) -> None:
+        """Of lines behind line `before`, which has the hash `prev`."""
         self._hashes = bytearray()
+        walk = Walk(before + 1, prev=prev)
         for line in lines:
-            if line.endswith(b"\n"):
-                self._hashes += hash_in(line)
+            if not line.endswith(b"\n"):  # of the last line, whose write is under way; no other follows such a one
+                continue
+            try:
+                walk.take(line)
+            except BrokenLineError as error:
+                raise BrokenLineError(error.fault, f"line {walk.seq + 1}: {error.detail}") from None
+            self._hashes += bytes.fromhex(walk.prev or "")
 
     def __len__(self) -> int:
         return len(self._hashes) // HASH_BYTES

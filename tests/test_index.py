@@ -335,13 +335,19 @@ def test_an_index_is_kept_where_it_is_a_checkpoint_of_the_log_that_is_wrong(path
         for number in range(30):
             append(ledger, call(str(number)))
     Index(path).refresh()
-    name = closed_path(path, segments.closed_firsts(path)[-1])
-    for one in (path, name):
-        one.write_bytes(one.read_bytes().replace(b'"nodes":["', b'"nodes":["00'))
-    root = root_of(iter_hashes(path)).hex()
-    with Prover(path) as prover:
-        assert prover.checkpoint().root == root
+    path.write_bytes(path.read_bytes().replace(b'"nodes":["', b'"nodes":["00'))
+    with pytest.raises(BrokenLineError) as caught:
+        Prover(path)
+    assert caught.value.fault == "hash"
     assert Index(path).exists()
+
+
+def test_an_index_that_names_another_number_than_its_last_line_is_not_of_the_log(path: Path) -> None:
+    synthesize(path, records(60), segment_lines=25)
+    Index(path).refresh(most_lines=50)
+    alter(path, "UPDATE state SET seq = seq - 7")
+    assert held(path) == 0
+    assert Index(path).refresh() == held(path) == 60
 
 
 def test_a_prover_reads_back_to_the_last_checkpoint_and_no_further(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
