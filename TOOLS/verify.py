@@ -34,9 +34,11 @@ verify` asks for some: `form`): the hash is of the bytes as they stand, and thes
 checked of every line; nothing is sampled. With `--from` the lines before are not looked at: the first line's `prev` is
 taken as it stands, and so are the nodes of the first checkpoint.
 
-Of a receipt that came with a whole answer, the line in the log is to be that of the answer (`answer` if not): its ids,
-capability, phase, time, code, and the hashes of payload and result. That `result_hash` is the SHA-256 of the result, as
-RFC 8785, is left to whoever has a writer of that.
+Of a receipt that came with a whole answer, the result is to have the hash that the answer names (`answer` if not): the
+SHA-256 of its RFC 8785 form, which is made here. With `--log` the line is to say what the answer says, too: its ids,
+capability, phase, times, code, cost, and the hashes of payload and result. Of the rest (`error`, `detail`, `memory`,
+`side_effects` and the like) nothing is checked. A proof is of a line's hash and not of what the line says, so without
+`--log` the answer is held against nothing but itself. What was checked is told.
 
 A chain and a tree that are right say that the log fits itself. Whoever can write it can make another that fits as
 well, so hold it against what it cannot change: a checkpoint that was kept elsewhere (`--against`), or a key (`--key`).
@@ -544,6 +546,58 @@ class Progress:
             sys.stderr.write("\r\x1b[K")
 
 
+# --- RFC 8785 ---
+
+
+def canonical(value: object) -> bytes:
+    """The RFC 8785 form of what JSON was read as. Raises `Wrong` where it has none."""
+    try:
+        return _canonical(value).encode()
+    except RecursionError:
+        raise Wrong("json", "it is nested too deep") from None
+    except OverflowError:
+        raise Wrong("json", "a number in it is beyond a double") from None
+    except UnicodeEncodeError:
+        raise Wrong("json", "a text in it has half of a surrogate pair") from None
+
+
+def _canonical(value: object) -> str:
+    if isinstance(value, dict):
+        names = sorted(value, key=lambda name: name.encode("utf-16-be"))
+        return "{" + ",".join(f"{_canonical(name)}:{_canonical(value[name])}" for name in names) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(_canonical, value)) + "]"
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return number_text(float(value))  # all numbers are doubles there
+    return json.dumps(value, ensure_ascii=False)
+
+
+def number_text(number: float) -> str:
+    """As ECMAScript writes it (ECMA-262, Number::toString): the digits are those of Python, and the layout is its own.
+
+    Raises `OverflowError` for infinity and what is no number.
+    """
+    if not -LARGEST <= number <= LARGEST:
+        raise OverflowError(number)
+    mantissa, _, exponent = repr(abs(number)).partition("e")
+    whole, _, fraction = mantissa.partition(".")
+    digits = (whole + fraction).lstrip("0")
+    point = len(digits) - len(fraction) + int(exponent or 0)
+    """How many digits stand before the point; the value is 0.DIGITS times ten to the power of it."""
+    digits = digits.rstrip("0")
+    sign = "-" if number < 0 else ""
+    if not digits:
+        return "0"
+    if len(digits) <= point <= 21:  # noqa: PLR2004  # of that text, as below
+        return sign + digits + "0" * (point - len(digits))
+    if 0 < point <= 21:  # noqa: PLR2004
+        return f"{sign}{digits[:point]}.{digits[point:]}"
+    if -6 < point <= 0:  # noqa: PLR2004
+        return f"{sign}0.{'0' * -point}{digits}"
+    tail = f".{digits[1:]}" if len(digits) > 1 else ""
+    return f"{sign}{digits[0]}{tail}e{point - 1:+d}"
+
+
 # --- A log ---
 
 
@@ -828,7 +882,8 @@ def hold_against_log(place: str, evidence: Evidence, end: int = 0) -> None:
 
 Answer = tuple[dict[str, Any], str]
 SAID_BY_BOTH = (
-    "request_id", "run_id", "capability", "phase", "timestamp_ms", "ok", "code", "payload_hash", "result_hash"
+    "request_id", "run_id", "capability", "phase", "timestamp_ms", "duration_ms", "queue_ms", "ok", "code",
+    "cost_cents", "payload_hash", "result_hash",
 )  # fmt: skip
 """What an answer and its line both say of a call."""
 
@@ -918,13 +973,38 @@ def check_receipt(given: argparse.Namespace, keys: list[Key]) -> Answer:
             raise Wrong("tree", f"proof and receipt name two roots of the tree of {size} lines")
         vouching = [other, own if proof["tree_size"] == size else None]
     require_signed(vouching, keys)
+    said = {} if receipt is members else _said_of_call(members)
     if given.log is not None:
-        said = {name: members[name] for name in SAID_BY_BOTH if name in members}
-        evidence = Evidence(hashes={seq: leaf.hex()}, members=said if receipt is not members else {})
+        evidence = Evidence(hashes={seq: leaf.hex()}, members=said)
         if own is not None:
             evidence.root(size, own.root)
         hold_against_log(given.log, evidence, size)
-    return _answer(f"the receipt is right: line {seq} has the hash {leaf.hex()}", given, keys)
+    verdict = f"the receipt is right: line {seq} has the hash {leaf.hex()}"
+    return _answer(f"{verdict}\n{_checked_of_call(said, is_in_log=given.log is not None)}", given, keys)
+
+
+def _said_of_call(answer: dict[str, Any]) -> dict[str, Any]:
+    """What the answer says that its line is to say, too. Raises `Wrong` where its result has another hash."""
+    said = {name: answer[name] for name in SAID_BY_BOTH if name in answer}
+    if "result" in answer:
+        result_hash = None
+        if answer["result"] is not None or said.get("result_hash") is not None or answer.get("ok") is True:
+            result_hash = sha256(canonical(answer["result"])).hexdigest()
+        if said.setdefault("result_hash", result_hash) != result_hash:
+            reason = f"its result has the hash {result_hash}, and it says {shown(said['result_hash'])}"
+            raise Wrong("answer", reason)
+    return said
+
+
+def _checked_of_call(said: dict[str, Any], *, is_in_log: bool) -> str:
+    """What of the answer was checked, and what was not."""
+    if not said:
+        return "no answer came with it, so what the call gave was not looked at"
+    if not is_in_log:
+        return "what the answer says of the call was not held against that line: give --log"
+    if "result_hash" not in said:
+        return f"that line says what the answer says ({', '.join(said)}); no result came with it"
+    return f"that line says what the answer says, also of its result ({', '.join(said)})"
 
 
 def check_checkpoints(given: argparse.Namespace, keys: list[Key]) -> Answer:

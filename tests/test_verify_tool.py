@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 import pytest
-from hypothesis import given
+import rfc8785
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bus import checkpoints
@@ -30,7 +31,7 @@ from bus.merkle import Frontier
 from bus.notary import Notary
 from bus.notes import Checkpoint, Signer, Verifier, new_key
 from bus.proofs import Prover
-from bus.records import GENESIS, draft
+from bus.records import GENESIS, draft_record
 from bus.segments import compress, rotate
 from bus.verification import verify
 from tests.ledgers import ENVIRONMENT, HASH, append, call, write
@@ -93,7 +94,7 @@ def log_of(count: int, every: int = 4, signer: Signer | None = None, **members: 
     tree, prev, lines = Frontier(), GENESIS, []
     for seq in range(1, count + 1):
         record = checkpoint_of(tree, signer) if seq % every == 0 else call(f"r{seq}", **members)
-        line, digest = draft(record).line(seq, prev)
+        line, digest = draft_record(record).line(seq, prev)
         lines.append(line)
         tree.append(digest)
         prev = digest.hex()
@@ -137,6 +138,11 @@ def sealed(line: bytes, **changes: Any) -> bytes:
 def held(text: bytes) -> bytes:
     """A line of this JSON, with the hash of it at the front."""
     return b'{"hash":"%b",%b\n' % (sha256(text).hexdigest().encode(), text[1:])
+
+
+def hash_of(result: Any) -> str:
+    """What answer and line have of a result."""
+    return sha256(canonical(result)).hexdigest()
 
 
 def root_at(lines: Sequence[bytes], size: int) -> bytes:
@@ -629,7 +635,7 @@ def test_what_is_wrong_with_segments_is_told(
 
 
 def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-9])
+    path.write_bytes(path.read_bytes()[:-40])
 
 
 def test_of_a_segment_that_is_just_being_packed_the_plain_one_is_read(logs: Path) -> None:
@@ -836,7 +842,7 @@ def receipt_of(lines: list[bytes], seq: int, size: int, signer: Signer | None = 
 
 
 def test_a_receipt_is_checked_in_the_log_or_by_a_proof(logs: Path, tmp_path: Path) -> None:
-    lines = log_of(10)
+    lines = log_of(10, result_hash=hash_of({}))
     prover = Prover(put(logs, lines))
     receipt = receipt_of(lines, 6, 7)
     proof = as_file(tmp_path, "proof", prover.inclusion(6).body())
@@ -897,10 +903,17 @@ def test_a_wrong_receipt_is_told_by_what_is_wrong(
 def test_an_answer_says_of_the_call_what_its_line_says(logs: Path, tmp_path: Path) -> None:
     lines = log_of(10, result_hash=HASH)
     put(logs, lines)
-    whole = {"ok": True, "code": "OK", "request_id": "r6", "result_hash": HASH, "duration_ms": 5}
+    whole = {"ok": True, "code": "OK", "request_id": "r6", "result_hash": HASH, "detail": "x"}
     answer = whole | {"provenance": receipt_of(lines, 6, 7)}
     assert run("receipt", as_file(tmp_path, "answer", answer), "--log", logs).status == 0
-    for changes in ({"ok": False}, {"code": "ERR_X"}, {"request_id": "r5"}, {"result_hash": HASH[::-1]}):
+    for changes in (
+        {"ok": False},
+        {"code": "ERR_X"},
+        {"request_id": "r5"},
+        {"result_hash": HASH[::-1]},
+        {"cost_cents": 1},
+        {"duration_ms": 5},
+    ):
         ran = run("receipt", as_file(tmp_path, "answer", answer | changes), "--log", logs, "--json")
         assert (ran.status, ran.found["fault"]) == (1, "answer")
 
@@ -918,6 +931,71 @@ async def test_every_answer_of_a_bus_is_a_receipt_for_its_line(tmp_path: Path) -
         receipt.write_bytes(orjson.dumps(answer.body))
         ran = run("receipt", receipt, "--log", settings.logs, "--key", vkey, packages=True)
         assert ran.status == 0, ran
+        receipt.write_bytes(orjson.dumps(answer.body | {"result": {"forged": True}}))
+        ran = run("receipt", receipt, "--log", settings.logs, "--key", vkey, "--json", packages=True)
+        assert (ran.status, ran.found["fault"]) == (1, "answer")
+
+
+RESULTS: list[Any] = [
+    None,
+    0,
+    -0.0,
+    1.5,
+    1e21,
+    1e17,
+    5e-324,
+    "é\u2028\x7f\n",
+    [],
+    {"b": [{"\U0001f600": 1, "\ufffd": 2}]},
+]
+
+
+@pytest.mark.parametrize("result", RESULTS)
+def test_a_result_is_held_against_the_hash_that_answer_and_line_have_of_it(
+    logs: Path, tmp_path: Path, result: Any
+) -> None:
+    lines = log_of(10, result_hash=hash_of(result))
+    proof = as_file(tmp_path, "proof", Prover(put(logs, lines)).inclusion(6).body())
+    whole = {"ok": True, "result": result, "result_hash": hash_of(result), "provenance": receipt_of(lines, 6, 7)}
+    unnamed = {name: member for name, member in whole.items() if name != "result_hash"}
+    for how in (["--log", logs], ["--proof", proof]):
+        assert run("receipt", as_file(tmp_path, "answer", whole), *how).status == 0
+        ran = run("receipt", as_file(tmp_path, "answer", whole | {"result": {"forged": True}}), *how, "--json")
+        assert (ran.status, ran.found["fault"]) == (1, "answer")
+    ran = run("receipt", as_file(tmp_path, "answer", unnamed | {"result": {"forged": True}}), "--log", logs, "--json")
+    assert (ran.status, ran.found["fault"]) == (1, "answer")
+
+
+def test_a_call_that_gave_nothing_has_no_result_and_no_hash_of_one(logs: Path, tmp_path: Path) -> None:
+    lines = log_of(10, ok=False, code="ERR_X")
+    put(logs, lines)
+    whole = {"ok": False, "result": None, "result_hash": None, "provenance": receipt_of(lines, 6, 7)}
+    for result, status in ((None, 0), ({}, 1), (0, 1)):
+        assert run("receipt", as_file(tmp_path, "answer", whole | {"result": result}), "--log", logs).status == status
+
+
+def test_a_receipt_that_is_right_says_what_was_checked(logs: Path, tmp_path: Path) -> None:
+    lines = log_of(10, result_hash=hash_of(5))
+    proof = as_file(tmp_path, "proof", Prover(put(logs, lines)).inclusion(6).body())
+    receipt = receipt_of(lines, 6, 7)
+    unheld = "what the answer says of the call was not held against that line: give --log"
+    for members, how, said in (
+        (receipt, ["--log", logs], "no answer came with it, so what the call gave was not looked at"),
+        ({"provenance": receipt, "ok": True}, ["--log", logs], "what the answer says (ok); no result came with it"),
+        ({"provenance": receipt, "ok": True, "result": 5}, ["--log", logs], "also of its result (ok, result_hash)"),
+        ({"provenance": receipt, "ok": True, "result": 5}, ["--proof", proof], unheld),
+    ):
+        assert said in run("receipt", as_file(tmp_path, "answer", members), *how).said
+
+
+@pytest.mark.parametrize("text", ["1e400", '"\\ud800"', "[" * 700 + "]" * 700, "NaN", '{"a":1,"a":1}'])
+def test_a_result_that_has_no_canonical_form_is_no_answers(logs: Path, tmp_path: Path, text: str) -> None:
+    lines = log_of(10)
+    put(logs, lines)
+    answer = tmp_path / "answer"
+    answer.write_text(f'{{"ok":true,"provenance":{json.dumps(receipt_of(lines, 6, 7))},"result":{text}}}')
+    ran = run("receipt", answer, "--log", logs, "--json")
+    assert (ran.status, ran.found["fault"]) == (1, "json")
 
 
 def test_a_receipt_shows_that_its_line_was_changed_or_taken_away(logs: Path, tmp_path: Path) -> None:
@@ -1012,6 +1090,27 @@ def test_a_file_that_is_no_checkpoint_is_told(logs: Path, tmp_path: Path) -> Non
         junk.write_text(text)
         assert run("growth", junk, new, "--log", logs, "--json").found["fault"] == "signature"
     assert run("growth", tmp_path / "missing", new, "--log", logs).status == 2
+
+
+# --- Canonical JSON ---
+
+SAFE = 2**53 - 1
+CANONICAL = st.recursive(
+    st.none() | st.booleans() | st.integers(-SAFE, SAFE) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@given(CANONICAL)
+@example([5e-324, 1.7976931348623157e308, 1e21, 1e-7, 1e-6, 123456789012345680000.0, -0.0, 1e23, 9007199254740993.0])
+def test_the_tool_and_the_bus_have_one_canonical_form_of_a_value(tool: ModuleType, value: Any) -> None:
+    assert tool.canonical(value) == canonical(value)
+    assert tool.canonical(json.loads(json.dumps(value))) == canonical(value)
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_a_number_is_written_as_ecmascript_does(tool: ModuleType, number: float) -> None:
+    assert tool.number_text(number).encode() == rfc8785.dumps(number)
 
 
 # --- Whatever else it is given ---
