@@ -2,8 +2,10 @@
 
 `provenance.index` (SQLite) can be deleted at any time. It says where to look, and the log what is there: each line that
 it names is held against what was asked, and `proofs` holds each hash that it gives against the log. So an index that is
-wrong costs time, and leads to no wrong line and no wrong proof; but lines that it leaves out of a filter's are not
-missed. One that does not fit the log deletes itself, and is built again by the next `refresh`. Lines of the same type,
+wrong costs time, and leads to no wrong line and no wrong proof. The lines of a block that it names must be as many as
+there are; but whoever can write it can have a filter miss lines, by calling them what they are not: who must not miss
+any deletes it first, or reads all (`verify` and replays of a range do not ask it). One that does not fit the log
+deletes itself, and is built again by the next `refresh`; it takes in only lines that are right. Lines of the same type,
 overlay, phase, ok, code and caller are of one kind: a block of lines has for each kind their numbers, two bytes each.
 Of the Merkle tree it holds what stands above 256 lines; what is below, their hashes give, which stand side by side in
 the log.
@@ -21,7 +23,7 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from bus import index_view, segments
+from bus import index_file, index_view, segments
 from bus.index_view import State, UnfitError, View, blob_in, is_of, lines_behind, numbers_in, plain, root_over, state_of
 from bus.merkle import HASH_BYTES, root_of
 from bus.records import GENESIS, BrokenLineError, check, hash_in
@@ -33,28 +35,13 @@ if TYPE_CHECKING:
 
     from bus.model import Record
 
-SCHEMA = 1
 WORTH_BYTES = 1 << 23
 """A log is read without an index until it is as large."""
 
 BATCH_LINES = 16_384
 """How many lines are taken in at once, in which time nobody else uses the index."""
 
-_WAIT_S = 5.0
 _log = logging.getLogger(__name__)
-
-_TABLES = """
-CREATE TABLE state (seq INTEGER NOT NULL, hash BLOB NOT NULL, first INTEGER NOT NULL, place INTEGER NOT NULL,
-                    after INTEGER NOT NULL);
-CREATE TABLE places (seq INTEGER PRIMARY KEY, place INTEGER NOT NULL);
-CREATE TABLE kinds (id INTEGER PRIMARY KEY, type, overlay, phase, ok, code, caller,
-                    UNIQUE (type, overlay, phase, ok, code, caller));
-CREATE TABLE runs (kind INTEGER, block INTEGER, oldest INTEGER, newest INTEGER, lines BLOB, PRIMARY KEY (kind, block))
-    WITHOUT ROWID;
-CREATE TABLE tiles (level INTEGER, n INTEGER, hashes BLOB, PRIMARY KEY (level, n)) WITHOUT ROWID;
-INSERT INTO state VALUES (0, x'', 1, 0, 0);
-"""
-# `place` is a byte of the segment that begins with line `first`, unpacked: the last line's, and `after` its end.
 
 
 class Index:
@@ -114,12 +101,14 @@ class Index:
         """Delete it, unless somebody uses it: then they will."""
         with contextlib.suppress(OSError), self._locked(exclusive=True) as is_ours:
             if is_ours:
-                self._unlink()
+                index_file.unlink(self._file)
 
     def _view(self, stack: contextlib.ExitStack, *, at_rest: bool, to_sign: bool) -> View | None:
         log = stack.enter_context(Segments(self._path, at_rest=at_rest, to_sign=to_sign))
-        base = stack.enter_context(contextlib.closing(self._connect()))
-        if not _is_ours(base) or not (state := state_of(base)).seq:
+        if index_file.was_left(self._file):
+            return None
+        base = stack.enter_context(contextlib.closing(index_file.opened(self._file)))
+        if not index_file.is_ours(base) or not (state := state_of(base)).seq:
             return None
         return View(base, log, state) if is_of(log, state) else None
 
@@ -144,34 +133,28 @@ class Index:
         finally:
             os.close(lock)
 
-    def _connect(self) -> sqlite3.Connection:
-        uri = f"{self._file.absolute().as_uri()}?mode=rw"
-        return sqlite3.connect(uri, uri=True, timeout=_WAIT_S, isolation_level=None, check_same_thread=False)
-
-    def _unlink(self) -> None:
-        for suffix in ("", "-journal"):
-            self._file.with_name(self._file.name + suffix).unlink(missing_ok=True)
-
     def _take_in(self, most_lines: int) -> tuple[int, int]:
         """One batch; gives how many lines the index held before and how many after. Only under the lock."""
         with Segments(self._path, at_rest=True) as log:
             try:
                 return self._try_take_in(log, most_lines)
             except (sqlite3.DatabaseError, UnfitError) as error:
-                if isinstance(error, sqlite3.OperationalError) and not _is_malformed(error):
+                if isinstance(error, sqlite3.OperationalError) and not index_file.is_malformed(error):
                     raise  # no room on the disk, or no right to write
                 _log.warning("the index of %s is built anew: %s", self._path, error)
-                self._unlink()
+                index_file.unlink(self._file)
                 return self._try_take_in(log, most_lines)
 
     def _try_take_in(self, log: Segments, most_lines: int) -> tuple[int, int]:
+        if index_file.was_left(self._file):
+            index_file.unlink(self._file)
         os.close(os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE))
-        with contextlib.closing(self._connect()) as base:
+        with contextlib.closing(index_file.opened(self._file, to_write=True)) as base:
             base.execute("PRAGMA synchronous = NORMAL")
             base.execute("BEGIN IMMEDIATE")
             if not base.execute("PRAGMA schema_version").fetchone()[0]:
-                _make_tables(base)
-            if not _is_ours(base):
+                index_file.make_tables(base)
+            if not index_file.is_ours(base):
                 raise UnfitError("it has another form")
             state = state_of(base)
             if not is_of(log, state):
@@ -289,24 +272,6 @@ class _Tiles:
         self._base.execute("INSERT OR REPLACE INTO tiles VALUES (?, ?, ?)", (level, n, hashes))
         if number == index_view.TILE - 1:
             self._put(level + index_view.TILE_LEVELS, n, root_over(hashes))
-
-
-def _is_malformed(error: sqlite3.Error) -> bool:
-    return getattr(error, "sqlite_errorcode", None) in {
-        sqlite3.SQLITE_CORRUPT,
-        sqlite3.SQLITE_NOTADB,
-        sqlite3.SQLITE_ERROR,
-    }
-
-
-def _make_tables(base: sqlite3.Connection) -> None:
-    for statement in _TABLES.split(";")[:-1]:
-        base.execute(statement)
-    base.execute(f"PRAGMA user_version = {SCHEMA}")
-
-
-def _is_ours(base: sqlite3.Connection) -> bool:
-    return bool(base.execute("PRAGMA user_version").fetchone()[0] == SCHEMA)
 
 
 def _runs_of(base: sqlite3.Connection, block: int) -> dict[int, _Run]:

@@ -1,8 +1,8 @@
 """Reading the ledger's index: line N, the lines that a filter may name, and the hash of a subtree.
 
 `index` writes what is read here, and says what may be trusted of it: numbers, places and hashes are as the index has
-them, and nothing here holds them against the log, but that the last line it holds stands where it stood. What makes no
-sense is an `UnfitError`.
+them, and nothing here holds them against the log, but that the last line it holds stands where it stood, and that it
+names as many lines of a block as there are. What makes no sense is an `UnfitError`.
 """
 
 from __future__ import annotations
@@ -173,11 +173,28 @@ class View:
         self._base.create_function("may_be_among", 1, cache(partial(_may_be_among, wanted)), deterministic=True)
         query = f"SELECT block, lines FROM runs WHERE {condition}"  # noqa: S608  # of our own texts
         for end in range(last, -1, -_BLOCKS_AT_ONCE):
+            self._require_all_named(end - _BLOCKS_AT_ONCE + 1, end)
             blocks: dict[int, list[int]] = {}
             for block, lines in self._base.execute(query, (*values, end - _BLOCKS_AT_ONCE + 1, end)):
                 blocks.setdefault(block, []).extend(numbers_in(lines))
             for block in sorted(blocks, reverse=True):
-                yield from (block * BLOCK_LINES + number + 1 for number in sorted(blocks[block], reverse=True))
+                numbers = sorted(blocks[block], reverse=True)
+                if len(set(numbers)) < len(numbers) or any(number >= BLOCK_LINES for number in numbers[:1]):
+                    raise UnfitError("a block of it names a line twice, or one that is not in it")
+                yield from (block * BLOCK_LINES + number + 1 for number in numbers)
+
+    def _require_all_named(self, first: int, last: int) -> None:
+        """Raises `UnfitError` unless the kinds of each of these blocks have as many lines as the block has."""
+        query = (
+            "SELECT block, sum(length(lines)) FROM runs WHERE kind IN (SELECT id FROM kinds) AND block BETWEEN ? AND ? "
+            "GROUP BY block ORDER BY block"
+        )
+        blocks = range(max(0, first), last + 1)
+        lines = [min(BLOCK_LINES, self.size - block * BLOCK_LINES) for block in blocks]
+        if self._base.execute(query, (blocks.start, last)).fetchall() != [
+            *zip(blocks, (2 * n for n in lines), strict=True)
+        ]:
+            raise UnfitError("it does not name all lines")
 
     def hash_of(self, part: Subtree) -> bytes:
         """Of a perfect subtree whose leaves it holds. Raises `BrokenLineError` as well."""

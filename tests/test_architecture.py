@@ -25,7 +25,7 @@ FLOORS = [
     ["model"],
     ["settings", "hookspecs", "schemas", "purges"],
     ["codehash", "drift", "filesync", "manifest_form", "metrics", "overlay_entry", "records"],
-    ["members", "losses"],
+    ["members", "losses", "index_file"],
     ["segments"],
     ["index_view"],
     ["index"],

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bus import index as index_module
-from bus import index_view, proofs, provenance, segments
+from bus import index_file, index_view, proofs, provenance, segments
 from bus.index import Index
 from bus.index_view import Filter
 from bus.merkle import Subtree, root_of
@@ -403,12 +403,91 @@ def test_a_prover_keeps_little_more_than_the_hashes_of_lines_that_no_index_holds
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("wrong", ["UPDATE runs SET lines = 'text'", "UPDATE runs SET lines = x'000000'"])
-def test_an_index_that_does_not_say_which_lines_fit_is_done_without(path: Path, wrong: str) -> None:
+MISNAMED = [
+    "UPDATE runs SET lines = 'text'",
+    "UPDATE runs SET lines = x'000000'",
+    "UPDATE runs SET lines = zeroblob(2000000)",
+    "UPDATE runs SET lines = zeroblob(length(lines))",
+    "UPDATE runs SET lines = replace(lines, x'0100', x'ffff') WHERE typeof(lines) = 'blob'",
+    "DELETE FROM runs",
+    "DELETE FROM runs WHERE block > 1",
+    "DELETE FROM runs WHERE block = 0",
+    "DELETE FROM kinds WHERE ok = 'True'",
+    "UPDATE runs SET lines = x'' WHERE block = 2",
+    "UPDATE runs SET block = block + 100 WHERE block = 1",
+]
+
+
+@pytest.mark.parametrize("wrong", MISNAMED)
+def test_an_index_that_does_not_name_every_line_once_is_done_without_and_dropped(path: Path, wrong: str) -> None:
     synthesize(path, records(60), segment_lines=25)
     Index(path).refresh()
     alter(path, wrong)
     assert seqs(tail(path, 100, ok=True)) == seqs(slowly(path, 100, ok=True))
+    assert not Index(path).exists()
+
+
+ENDLESS = (
+    "ALTER TABLE runs RENAME TO others",
+    """CREATE VIEW runs AS WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c)
+       SELECT kind, block, oldest, newest, lines FROM others, c WHERE x < 0""",
+)
+
+
+@pytest.mark.parametrize(
+    "statements",
+    [
+        ENDLESS,
+        ("CREATE TRIGGER t AFTER UPDATE ON state BEGIN DELETE FROM runs; END",),
+        ("CREATE INDEX i ON runs (block)",),
+        ("ALTER TABLE kinds ADD COLUMN more GENERATED ALWAYS AS (zeroblob(1000000000))",),
+        ("DROP TABLE tiles",),
+        ("ALTER TABLE places RENAME COLUMN place TO here",),
+    ],
+)
+def test_an_index_with_another_schema_is_not_asked_and_is_built_anew(path: Path, statements: tuple[str, ...]) -> None:
+    synthesize(path, records(60), segment_lines=25)
+    Index(path).refresh(most_lines=50)
+    for statement in statements:
+        alter(path, statement)
+    assert held(path) == 0
+    assert seqs(tail(path, 100, ok=True)) == seqs(slowly(path, 100, ok=True))
+    assert Index(path).refresh() == held(path) == 60
+
+
+def test_a_statement_that_takes_too_much_is_ended_and_the_index_dropped(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synthesize(path, records(60), segment_lines=25)
+    Index(path).refresh()
+    with contextlib.closing(index_file.opened(path.with_suffix(".index"))) as base:
+        assert index_file.is_ours(base)
+        with pytest.raises(sqlite3.OperationalError, match="interrupted") as ended:
+            base.execute("WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT x FROM c WHERE x < 0")
+        assert index_file.is_malformed(ended.value)
+        assert base.execute("SELECT seq FROM state").fetchone() == (60,)
+    monkeypatch.setattr(index_file, "MOST_STEPS", 0)
+    monkeypatch.setattr(index_file, "_STEPS_AT_ONCE", 20)
+    monkeypatch.setattr(Index, "refresh", lambda *_, **__: 0)
+    assert seqs(tail(path, 100, ok=True)) == seqs(slowly(path, 100, ok=True))
+
+
+def test_an_index_that_a_killed_writer_left_unfinished_is_not_believed_and_no_journal_played_back(path: Path) -> None:
+    synthesize(path, records(60), segment_lines=25)
+    Index(path).refresh()
+    journal = path.with_name("provenance.index-journal")
+    journal.write_bytes(b"anything")
+    assert held(path) == 0
+    assert Index(path).refresh() == held(path) == 60
+    assert not journal.exists()
+
+
+def test_who_reads_an_index_writes_nothing(path: Path) -> None:
+    synthesize(path, records(60), segment_lines=25)
+    Index(path).refresh()
+    base = index_file.opened(path.with_suffix(".index"))
+    with contextlib.closing(base), pytest.raises(sqlite3.OperationalError, match="readonly"):
+        base.execute("DELETE FROM runs")
 
 
 # --- When it does not fit ---
@@ -493,7 +572,7 @@ def test_a_damaged_index_is_done_without_and_heals(path: Path, damage: Any) -> N
 def test_an_index_of_another_form_is_built_anew(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synthesize(path, records(60), segment_lines=25)
     Index(path).refresh()
-    monkeypatch.setattr(index_module, "SCHEMA", 99)
+    monkeypatch.setattr(index_file, "SCHEMA", 99)
     assert held(path) == 0
     assert Index(path).refresh() == held(path) == 60
 
