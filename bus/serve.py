@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import gc
 import logging
-import os
 import resource
 import signal
 import socket
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 import uvicorn
 
@@ -24,10 +22,10 @@ from bus.app import create_app
 from bus.callers import Callers
 from bus.dispatch import Bus
 from bus.errors import BusError, OperatorError, SettingError
+from bus.server_lock import folder_lock, ledger_lock, looked_after
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
     from types import FrameType
 
     from bus.settings import Settings
@@ -49,7 +47,6 @@ COLLECT_AFTER = (10_000, 10, 50)
 
 log = logging.getLogger(__name__)
 
-_PID_CHARACTERS = 32
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -61,8 +58,9 @@ def serve(settings: Settings, ready: Callable[[str, Bus], None]) -> None:
     """
     _require_tokens(settings)
     with (
-        folder_lock(settings.state),
-        ledger_lock(settings.ledger),
+        folder_lock(settings.state) as of_folder,
+        ledger_lock(settings.ledger) as of_ledger,
+        looked_after(of_folder, of_ledger),
         _listen(settings.host, settings.port) as listener,
         serving.announced(settings.state, _address(_reached_by(settings.host), listener)),
     ):
@@ -75,54 +73,6 @@ def serve(settings: Settings, ready: Callable[[str, Bus], None]) -> None:
             server.run(sockets=[listener])
         if not server.started:
             raise BusError("ERR_INTERNAL", "the server did not start")
-
-
-@contextmanager
-def folder_lock(state: Path) -> Iterator[None]:
-    """Hold the lock that only one server of a folder can have. The kernel frees it however the process ends.
-
-    Raises `OperatorError` that names the process which has it.
-    """
-    path = state / serving.LOCK
-    try:
-        state.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise OperatorError("ERR_FILES", f"cannot lock {path}: {error.strerror}") from None
-    with os.fdopen(handle, "r+") as file:
-        _take(file, str(state.parent))
-        yield
-
-
-@contextmanager
-def ledger_lock(ledger: Path) -> Iterator[None]:
-    """Hold the lock that only one server of a ledger can have, whatever the folders of their states, as `folder_lock`.
-
-    Beside a ledger that cannot be written there may be no lock; then there is nothing that two servers could write.
-    """
-    path = ledger.with_suffix(serving.LEDGER_LOCK)
-    try:
-        ledger.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
-    except OSError as error:
-        log.warning("cannot lock %s: %s", path, error.strerror)
-        yield
-        return
-    with os.fdopen(handle, "r+") as file:
-        _take(file, f"the ledger in {ledger.parent}")
-        yield
-
-
-def _take(file: TextIO, what: str) -> None:
-    """Lock the file of what is served, and leave this process's number in it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = file.read(_PID_CHARACTERS).strip() or "unknown"
-        raise OperatorError("ERR_IN_USE", f"process {holder} serves {what}") from None
-    file.truncate(0)
-    file.write(f"{os.getpid()}\n")
-    file.flush()
 
 
 def _require_tokens(settings: Settings) -> None:

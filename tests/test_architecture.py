@@ -35,7 +35,7 @@ FLOORS = [
     ["checkpoints", "ledger_key"],
     ["admission", "needs", "tails", "verification", "serving", "envelopes", "tokens", "secrets"],
     ["chain"],
-    ["ledger", "guard", "openapi", "proofs", "protocol", "web"],
+    ["ledger", "guard", "openapi", "proofs", "protocol", "server_lock", "web"],
     ["scheduler", "course", "callers", "targets", "plugins", "profiling"],
     ["balance", "starts"],
     ["dispatch"],

@@ -330,3 +330,19 @@ def test_a_ledger_has_one_server_whatever_the_folders_of_their_states(tmp_path: 
         server.wait(PATIENCE_S)
         with serving(tmp_path, state=other) as (_, address):
             assert address
+
+
+def test_a_second_server_is_refused_also_after_the_files_of_the_locks_were_removed(tmp_path: Path) -> None:
+    locks = [tmp_path / ".aal/serve.lock", tmp_path / "logs/provenance.serving"]
+    elsewhere: list[dict[str, str]] = [{"AAL_LOGS": str(tmp_path / "other")}, {"AAL_STATE": str(tmp_path / "other")}]
+    command = [sys.executable, "-m", "bus.cli", "-C", str(tmp_path), "serve", "--port", "0"]
+    with serving(tmp_path) as (server, _):
+        own = f"{server.pid}\n"
+        for lock in locks:
+            lock.unlink()
+        eventually(lambda: all(lock.exists() and lock.read_text() == own for lock in locks), "the locks are taken anew")
+        for settings in elsewhere:
+            env = {"PATH": "/usr/bin:/bin", "AAL_SANDBOX": "off"} | settings
+            ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+            assert (ran.returncode, ran.stdout) == (1, "")
+            assert f"ERR_IN_USE: process {server.pid} serves" in ran.stderr

@@ -12,7 +12,7 @@ import pytest
 
 from bus.errors import SettingError
 from bus.model import Phase
-from bus.serve import folder_lock
+from bus.server_lock import folder_lock
 from bus.serving import Serving, announced, find
 from bus.tokens import SCOPES, Tokens
 from tests.support import PATIENCE_S
