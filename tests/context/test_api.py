@@ -140,6 +140,8 @@ def test_a_run_that_is_there_is_409(service: Service) -> None:
         ("memory/propose", {"mcrs": [FACT, FACT | {"op": "forget"}]}, "$.mcrs[1].op"),
         ("memory/propose", {"mcrs": [FACT], "scope_filters": {"run_id": "x"}}, "$.scope_filters.run_id"),
         ("memory/commit", {"batch_id": "a b"}, "$.batch_id"),
+        ("milestone", {"reason": " \n"}, "$.reason"),
+        ("step/update", {"patch": a_patch(objective="\t ")}, "$.patch.set.objective"),
         ("resume/snapshot", {"zip_pack": "yes"}, "$.zip_pack"),
         ("resume/snapshot", {"pointers": {"at": {}}}, "$.pointers.at"),
         ("resume/snapshot", {"pointers": {"at": [1]}}, "$.pointers.at"),
@@ -152,6 +154,19 @@ def test_what_no_schema_allows_is_422_with_its_json_path(
     service: Service, run_id: str, rest: str, body: dict[str, Any], path: str
 ) -> None:
     faults = refused(service.post(f"/runs/{run_id}/{rest}", body), 422, "SCHEMA")["faults"]
+    assert path in [fault["path"] for fault in faults]
+
+
+@pytest.mark.parametrize(
+    ("body", "path"),
+    [
+        ({"objective": "   "}, "$.objective"),
+        ({"objective": "x", "acceptance_criteria": ["y", " "]}, "$.acceptance_criteria[1]"),
+        ({"objective": "x", "constraints": [" "]}, "$.constraints[0]"),
+    ],
+)
+def test_a_run_of_nothing_but_blanks_is_not_booted(service: Service, body: dict[str, Any], path: str) -> None:
+    faults = refused(service.post("/runs/boot", body), 422, "SCHEMA")["faults"]
     assert path in [fault["path"] for fault in faults]
 
 

@@ -8,6 +8,8 @@ import pytest
 from aos_context.artifacts import ARTIFACTS, Artifact, Document, decode, encode, schema, validate
 from aos_context.errors import BrokenError, SchemaError
 
+from tests.context.made import working_set
+
 ITEM = {"id": "c1", "content": "x", "timestamp": "2026-01-18T00:00:00Z", "priority": 2}
 
 EVENT = (
@@ -66,6 +68,16 @@ def test_a_patch_that_changes_nothing_or_what_is_not_to_be_changed_is_refused() 
     for members in refused:
         with pytest.raises(SchemaError):
             validate("ws_patch", {"_schema_version": "2.1", "expected_seq": 0, **members})
+
+
+@pytest.mark.parametrize(
+    ("member", "blank"), [("objective", " \t\n"), ("acceptance_criteria", ["x", "\u00a0"]), ("constraints", [" "])]
+)
+def test_what_is_nothing_but_blanks_is_no_text(member: str, blank: object) -> None:
+    with pytest.raises(SchemaError, match=rf"\$\.{member}"):
+        validate("working_set", working_set() | {member: blank})
+    with pytest.raises(SchemaError, match=rf"\$\.set\.{member}"):
+        validate("ws_patch", {"_schema_version": "2.1", "expected_seq": 0, "set": {member: blank}})
 
 
 def test_the_same_document_is_always_the_same_bytes() -> None:
