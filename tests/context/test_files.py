@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING
 import pytest
 from aos_context.errors import BusyError
 from aos_context.files import FILE_MODE, FOLDER_MODE, locked, make_folder, temporary_file, write_all, write_atomic
+from aos_context.memory import InMemoryMemoryStore
 from aos_context.memory_sqlite import SQLiteMemoryStore
 from aos_context.opening import opened
 from aos_context.resume_pack import check, snapshot, unpack
+from aos_context.runs import Runs
 from aos_context.settings import Settings
 
 from tests.context import OVERLAY
 from tests.context.made import TIME, MadeRun
+from tests.context.served import FACT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -180,6 +183,30 @@ def test_wherever_a_folder_is_made_its_name_is_on_the_disk(
     assert made.stat().st_mode & 0o777 == FOLDER_MODE
     if made.parent.name == "new":
         assert tmp_path in synced
+
+
+@pytest.fixture
+def no_umask() -> Iterator[None]:
+    """Nothing is taken from the mode that a program asks for."""
+    before = os.umask(0)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.usefixtures("no_umask")
+def test_every_folder_of_a_run_and_of_a_pack_is_its_owners_whoever_made_it(tmp_path: Path) -> None:
+    runs = Runs(tmp_path / "runs", memory=InMemoryMemoryStore())
+    run = runs.open(runs.boot("Be private.", run_id="booted")["run_id"])
+    run.milestone("one", memory_batch_id=run.propose([FACT]).batch_id)
+    runs.load_file(run.snapshot().path, "loaded")
+    runs.load_file(run.snapshot(zip_pack=False).path, "again")
+    folders = {
+        str(path.relative_to(tmp_path)): path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_dir()
+    }
+    assert {"runs/booted", "runs/loaded", "runs/loaded/state", "runs/again/episodes"} <= set(folders)
+    assert set(folders.values()) == {FOLDER_MODE}
 
 
 def test_what_is_written_in_parts_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

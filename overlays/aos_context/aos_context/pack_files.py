@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from aos_context.episode import number_of
 from aos_context.errors import NotFoundError, PackError
-from aos_context.files import CHUNK_BYTES, FILE_MODE, FOLDER_MODE, write_all
+from aos_context.files import CHUNK_BYTES, FILE_MODE, make_folder, write_all
 from aos_context.layout import EPISODES, LEDGER, PACK_MANIFEST, PACK_MEMORY, WORKING_SET
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def require_name(name: str) -> None:
 
 def write_file(path: Path, chunks: Iterable[bytes]) -> FileSum:
     """A new file with this content, not synced. Raises `OSError`."""
-    path.parent.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
+    make_folder(path.parent)
     digest, size = hashlib.sha256(), 0
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
     try:
