@@ -116,13 +116,17 @@ def replace(temporary: Path, path: Path) -> None:
     sync_folder(path.parent)
 
 
-def make_folder(folder: Path) -> None:
-    """The folder is there, and so are those above it, and their names are on the disk."""
+def make_folder(folder: Path, *, synced: bool = True) -> None:
+    """The folder is there, and so are those above it, each its owner's alone, and their names are on the disk.
+
+    Without `synced` the names are not on the disk yet, for who syncs all of them later.
+    """
     if folder.is_dir():
         return
-    make_folder(folder.parent)
+    make_folder(folder.parent, synced=synced)
     folder.mkdir(mode=FOLDER_MODE, exist_ok=True)
-    sync_folder(folder.parent)
+    if synced:
+        sync_folder(folder.parent)
 
 
 def write_all(fd: int, data: bytes) -> None:

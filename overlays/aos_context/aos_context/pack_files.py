@@ -104,7 +104,7 @@ def require_name(name: str) -> None:
 
 def write_file(path: Path, chunks: Iterable[bytes]) -> FileSum:
     """A new file with this content, not synced. Raises `OSError`."""
-    make_folder(path.parent)
+    make_folder(path.parent, synced=False)
     digest, size = hashlib.sha256(), 0
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
     try:
