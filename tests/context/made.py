@@ -135,6 +135,7 @@ class MadeRun:
         self.since, self.before = len(self.events), self.working_set
         hash_ = self.episodes.sha256(made["number"])
         data = {"episode_id": made["episode_id"], "number": made["number"], "sha256": hash_}
+        data |= {"last_seq": made["ledger"]["last_seq"], "request_id": made["request_id"]}
         self.add("EPISODE_CREATED", data)
         return made
 

@@ -84,7 +84,15 @@ def test_a_run_is_checked_whole_and_the_file_that_was_changed_is_named(tmp_path:
     [run_id] = [one for one in listed(folder) if (folder / one / "resume").is_dir()]
     sound = run_cli("check", run_id, "--root", str(folder))
     assert (sound.returncode, sound.stderr) == (0, "")
-    assert sound.stdout.endswith(" events and 1 episodes, all as they were written\n")
+    found = f"{run_id}: 8 events and 1 episodes, all as they were written; "
+    assert sound.stdout == f"{found}of the events from line 7 on, which are in no episode yet, only the form is known\n"
+    ledger = folder / run_id / "ledger" / "run.v2.1.jsonl"
+    whole = ledger.read_bytes()
+    ledger.write_bytes(whole.replace(b'"actor":null', b'"actor":"eve"', 1))
+    rewritten = run_cli("check", run_id, "--root", str(folder))
+    assert (rewritten.returncode, rewritten.stdout) == (1, "")
+    assert "run.v2.1.jsonl: a line up to 6 is not what it was at episode 1" in rewritten.stderr
+    ledger.write_bytes(whole)
     (folder / run_id / "episodes" / "episode_000001.v2.1.json").unlink()
     said = run_cli("check", run_id, "--root", str(folder))
     assert (said.returncode, said.stdout) == (1, "")

@@ -80,6 +80,35 @@ def test_every_changed_byte_of_a_slice_is_detected_and_a_missing_one_is_missed(r
         store.load(2)
 
 
+@pytest.mark.parametrize("line", range(6))
+def test_a_line_of_the_ledger_that_was_written_anew_is_told_from_the_one_that_an_episode_has_seen(
+    run: MadeRun, line: int
+) -> None:
+    lines = run.ledger.read_bytes().splitlines(keepends=True)
+    event = json.loads(lines[line]) | {"actor": "eve"}
+    run.ledger.write_bytes(b"".join([*lines[:line], encode("ledger_event", event) + b"\n", *lines[line + 1 :]]))
+    assert [one["number"] for one in run.episodes.list()] == [1, 2, 3]
+    with pytest.raises(BrokenError, match=rf"run\.v2\.1\.jsonl: a line up to .* at episode {line // 2 + 1}"):
+        run.episodes.verify()
+
+
+def test_a_line_that_was_taken_out_of_the_ledger_is_missed_by_the_episode_that_has_seen_it(run: MadeRun) -> None:
+    lines = run.ledger.read_bytes().splitlines(keepends=True)
+    run.ledger.write_bytes(b"".join(lines[:2]))
+    with pytest.raises(BrokenError, match="at episode 2"):
+        run.episodes.verify()
+    run.ledger.unlink()
+    with pytest.raises(BrokenError, match="at episode 1"):
+        run.episodes.verify()
+
+
+def test_each_episode_has_the_hash_of_the_chain_of_all_slices_up_to_its_own(run: MadeRun) -> None:
+    chain = "0" * 64
+    for episode in run.episodes.list():
+        chain = sha256(f"{chain}{episode['ledger']['sha256']}".encode())
+        assert episode["ledger"]["chain_sha256"] == chain
+
+
 def test_the_last_episode_is_read_without_its_slice(run: MadeRun) -> None:
     whole = run.episodes.load(3)
     run.episodes.slice_path(3).unlink()

@@ -551,8 +551,19 @@ def test_an_episode_whose_events_are_not_the_ledgers_is_refused(tmp_path: Path, 
     run = MadeRun(tmp_path / "run_1")
     run.events[0] = {**run.events[0], "timestamp": LATER}  # what the episode gets is not what the file has
     run.milestone()
-    with pytest.raises(BrokenError, match="not that of the ledger's lines 1 to 1"):
+    with pytest.raises(BrokenError, match="SHA-256 of: its lines 1 to 1"):
         packed(run)
+
+
+@pytest.mark.parametrize("line", range(4))
+def test_a_line_that_was_changed_anywhere_before_the_last_episodes_end_is_missed_by_it(
+    run: MadeRun, workspace: Path, tmp_path: Path, line: int
+) -> None:
+    files = files_of(packed(run).path)
+    changed = lines(files)
+    changed[line] = edited(changed[line], actor="eve")
+    files[LEDGER] = b"".join(changed)
+    assert refused(folder_with(with_manifest(files), tmp_path / "pack"), workspace).file == EPISODE_2
 
 
 def test_a_pack_that_changes_once_it_was_copied_is_the_one_that_was_copied(
@@ -633,7 +644,8 @@ def resumed(folder: Path) -> MadeRun:
     made.folder, made.ledger, made.state = folder, folder / LEDGER, folder / WORKING_SET
     made.episodes = EpisodeStore(folder / "episodes")
     made.events = [json.loads(line) for line in made.ledger.read_bytes().splitlines()]
-    made.since, made.memory = len(made.events), {}
+    made.since = next(one["data"]["last_seq"] for one in reversed(made.events) if "last_seq" in one["data"])
+    made.memory = {}
     made.working_set = made.before = json.loads(made.state.read_bytes())
     return made
 

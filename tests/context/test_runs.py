@@ -198,6 +198,37 @@ def test_a_milestone_that_is_asked_for_again_with_its_request_id_is_one_and_with
     assert [run.milestone("reached").already, len(run.episodes())] == [False, 4]
 
 
+@pytest.mark.parametrize("with_batch", [False, True])
+@pytest.mark.parametrize("opened_anew", [False, True])
+def test_a_milestone_that_is_asked_for_again_after_another_is_still_the_one_that_it_was(
+    runs: Runs, with_batch: bool, opened_anew: bool
+) -> None:
+    run = booted(runs)
+    asked: dict[str, Any] = {"memory_batch_id": proposed(run)} if with_batch else {}
+    first = run.milestone("one", request_id="r1", **asked)
+    run.milestone("two", request_id="r2")
+    run.milestone("three")
+    if opened_anew:
+        run = Runs(runs.root, memory=runs._means.memory).open(run.run_id)
+    again = run.milestone("one", request_id="r1", **asked)
+    assert (again.already, again.episode, again.sha256) == (True, first.episode, first.sha256)
+    assert (again.memory and again.memory.items) == (first.memory and first.memory.items)
+    with pytest.raises(SchemaError, match="that of episode 1, which is another milestone"):
+        run.milestone("else", request_id="r1")
+    assert len(run.episodes()) == 3
+
+
+def test_a_milestone_before_the_one_that_a_pack_has_is_not_made_twice_in_the_run_that_was_loaded(runs: Runs) -> None:
+    run = booted(runs)
+    run.milestone("one", request_id="r1")
+    second = run.milestone("two", request_id="r2")
+    there = runs.load_file(run.snapshot().path, "there").run
+    assert there.milestone("two", request_id="r2").episode == second.episode
+    with pytest.raises(NotFoundError, match="has made episode 1, which the pack"):
+        there.milestone("one", request_id="r1")
+    assert there.milestone("three", request_id="r3").episode["number"] == 3
+
+
 def test_a_milestone_with_a_batch_that_is_asked_for_again_gives_the_same_memory(runs: Runs) -> None:
     run = booted(runs)
     batch_id, other = proposed(run), proposed(run, "Sums are in euros")

@@ -84,8 +84,11 @@ def _brief(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     with opened(_settings(options), makes=False) as runs:
-        events, episodes = runs.open(options.run).check()
-    _say(f"{options.run}: {events} events and {episodes} episodes, all as they were written")
+        found = runs.open(options.run).check()
+    said = f"{options.run}: {found.events} events and {found.episodes} episodes, all as they were written"
+    if found.shown < found.events:
+        said += f"; of the events from line {found.shown + 1} on, which are in no episode yet, only the form is known"
+    _say(said)
     return 0
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from aos_context.artifacts import Document, decode, encode, now, sha256, to_json
 from aos_context.config import SCHEMA_VERSION
-from aos_context.episode_slice import check_slice, temporary_slice
+from aos_context.episode_slice import GENESIS, check_slice, parts, temporary_slice
 from aos_context.errors import BrokenError, NotFoundError
 from aos_context.files import locked, make_folder, replace, write_atomic
 from aos_context.ledger import whole_lines
@@ -73,6 +73,8 @@ class Recorded:
 
     hashes: dict[int, str] = field(default_factory=dict)
     """SHA-256 of the files, by number."""
+    ends: dict[int, int] = field(default_factory=dict)
+    """The last line that each stands for, by number."""
     first: int = 1
     """The first that the run has: a pack carries only the last one, so a run that was loaded begins with that."""
 
@@ -88,7 +90,8 @@ def recorded(ledger: Path) -> Recorded:
 
 def _record(found: Recorded, event: Document) -> None:
     if event["event_type"] == "EPISODE_CREATED":
-        found.hashes[event["data"]["number"]] = event["data"]["sha256"]
+        number = event["data"]["number"]
+        found.hashes[number], found.ends[number] = event["data"]["sha256"], event["data"]["last_seq"]
     elif event["event_type"] == "RESUME_PACK_LOADED":
         found.first = max(found.hashes, default=1)
 
@@ -145,10 +148,11 @@ class EpisodeStore:
         return document
 
     def _completed(self, given: Document, number: int, passing: Passing) -> Document:
+        before, before_sha256 = self._load(number - 1) if number > 1 else (None, None)
         document = {
             **given,
             "number": number,
-            "ledger": passing.document(),
+            "ledger": passing.document(before["ledger"]["chain_sha256"] if before else GENESIS),
             "summary": summarise(
                 reason=given["reason"],
                 next_entry_point=given["next_entry_point"],
@@ -157,7 +161,7 @@ class EpisodeStore:
                 event_counts=passing.counts,
                 memory_items=given["memory"]["items"],
             ),
-            "prev_sha256": self._load(number - 1)[1] if number > 1 else None,
+            "prev_sha256": before_sha256,
         }
         return {**document, "episode_id": content_id(document)}
 
@@ -213,9 +217,11 @@ class EpisodeStore:
     def verify(self) -> int:
         """How many there are, each of them unchanged, from the first to the last that the ledger knows of.
 
-        Raises `BrokenError` that names the first file that is not as it was.
+        The lines of the ledger that they stand for are looked at, too. Raises `BrokenError` that names the first file
+        that is not as it was.
         """
         known, numbers = recorded(self.ledger), self.numbers()
+        ledgers: dict[int, Document] = {}
         prev: str | None = None
         last = max([*numbers, *known.hashes], default=0)
         for number in range(known.first, last + 1):
@@ -227,8 +233,19 @@ class EpisodeStore:
                 self._break(number, "does not follow the episode before it")
             if known.hashes.get(number, hash_) != hash_:
                 self._break(number, "is not the one that the ledger has")
-            prev = hash_
+            prev, ledgers[number] = hash_, document["ledger"]
+        self._verify_lines(known.ends, ledgers)
         return max(0, last + 1 - known.first)
+
+    def _verify_lines(self, ends: dict[int, int], ledgers: dict[int, Document]) -> None:
+        """`ends` of all episodes that the ledger knows of; `ledgers` of those that are there, by number."""
+        ends = ends | {number: ledger["last_seq"] for number, ledger in ledgers.items()}
+        numbers = sorted(ends)
+        found = parts(whole_lines(self.ledger), [ends[number] for number in numbers])
+        for number, part in zip(numbers, found, strict=True):
+            if number in ledgers and not part.is_of(ledgers[number]):
+                what = f"a line up to {ends[number]} is not what it was at episode {number}"
+                raise BrokenError(f"{self.ledger.name}: {what}", file=self.ledger.name)
 
     def list(self, *, limit: int | None = None, after: int | None = None) -> Documents:
         """All that are there, the first first; with a limit the last ones, or those behind number `after`.

@@ -2,6 +2,9 @@
 
 Lines are copied and hashed as they pass, and not parsed: `seq` and type are read off the end of a line, where the
 ledger's sorted keys put them (`event_type`, `run_id`, `seq`, `timestamp`), so an episode costs what its lines weigh.
+
+The slices follow each other without a gap, and an episode also has the hash of the chain of them (`chained`): so one
+episode shows whether any line before its end was changed, for those who have the ledger and no episode before it.
 """
 
 from __future__ import annotations
@@ -10,9 +13,10 @@ import contextlib
 import hashlib
 import re
 from collections import Counter
-from typing import TYPE_CHECKING
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple
 
-from aos_context.artifacts import decode
+from aos_context.artifacts import decode, sha256
 from aos_context.errors import BrokenError
 from aos_context.files import CHUNK_BYTES, temporary_file
 
@@ -23,6 +27,8 @@ if TYPE_CHECKING:
     from aos_context.artifacts import Document
 
 SLICE_MODE = 0o444
+GENESIS = "0" * 64
+"""What the chain begins with."""
 
 _END_BYTES = 512
 """Of a line, in which the four members of `_LAST_MEMBERS` are."""
@@ -52,14 +58,45 @@ class Passing:
             self._digest.update(line)
             yield line
 
-    def document(self) -> Document:
-        """The member `ledger` of their episode."""
+    def document(self, chain_before: str = GENESIS) -> Document:
+        """The member `ledger` of their episode; `chain_before` is the `chain_sha256` of the episode before."""
+        sum_ = self._digest.hexdigest()
         return {
             "first_seq": self._first_seq,
             "last_seq": self._last_seq,
             "bytes": self._bytes,
-            "sha256": self._digest.hexdigest(),
+            "sha256": sum_,
+            "chain_sha256": chained(chain_before, sum_),
         }
+
+
+class Part(NamedTuple):
+    """What a ledger has where a slice was taken from: as the members of the same names in the episode's `ledger`."""
+
+    bytes: int
+    sha256: str
+    chain_sha256: str
+
+    def is_of(self, ledger: Document) -> bool:
+        """Whether it is what the episode's member `ledger` says."""
+        return self == tuple(ledger[name] for name in self._fields)
+
+
+def parts(lines: Iterable[bytes], ends: Iterable[int]) -> Iterator[Part]:
+    """Of the lines of a ledger from the first on, those up to each of `ends` (seq, ascending) behind the one before."""
+    left, before, chain = iter(lines), 0, GENESIS
+    for end in ends:
+        digest, size = hashlib.sha256(), 0
+        for line in islice(left, max(0, end - before)):
+            digest.update(line)
+            size += len(line)
+        before, chain = end, chained(chain, digest.hexdigest())
+        yield Part(size, digest.hexdigest(), chain)
+
+
+def chained(before: str, sum_: str) -> str:
+    """SHA-256 of the chain up to the slice before and of the slice's own SHA-256, both as 64 hexadecimal digits."""
+    return sha256(f"{before}{sum_}".encode())
 
 
 def _type_and_seq(line: bytes) -> tuple[str, int]:

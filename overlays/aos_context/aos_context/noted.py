@@ -26,6 +26,8 @@ class Noted:
         """The number of the last one; 0 without any."""
         self.episode_seq = 0
         """In which line that was created."""
+        self.requests: dict[str, int] = {}
+        """The numbers of the episodes that were asked for with a `request_id`, by that."""
         self.brought: Document | None = None
         """Of the proposal of what the pack remembers that this run was loaded from; None before it, or without any."""
 
@@ -53,5 +55,7 @@ class Noted:
             self.committed.setdefault(data["batch_id"], event["seq"])
         elif event["event_type"] == "EPISODE_CREATED":
             self.episode, self.episode_seq = data["number"], event["seq"]
+            if data["request_id"] is not None:
+                self.requests[data["request_id"]] = data["number"]
         elif event["event_type"] == "RESUME_PACK_LOADED":
             self.proposed, self.committed, self.brought = set(), {}, None

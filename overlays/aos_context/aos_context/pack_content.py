@@ -5,13 +5,12 @@ The same rules hold for a pack that is written and for one that is read.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
-from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 from aos_context.artifacts import Artifact, Document, decode, encode, sha256, to_json
 from aos_context.episode import file_name, read_episode
+from aos_context.episode_slice import parts
 from aos_context.errors import BrokenError, PackError
 from aos_context.layout import EPISODES, LEDGER, PACK_MANIFEST, PACK_MEMORY, WORKING_SET
 from aos_context.pack_files import REQUIRED, FileSum, require_name
@@ -30,6 +29,8 @@ class Created(NamedTuple):
     episode_id: str
     number: int
     sha256: str
+    last_seq: int
+    """The last line that it stands for."""
 
 
 class Committed(NamedTuple):
@@ -53,6 +54,9 @@ class History:
         self.state_run_id: str | None = None
         """Which run id the working set had then, where the run was loaded from a pack since."""
         self.episode: Created | None = None
+        """The last one."""
+        self.ends: list[int] = []
+        """The last line that each episode stands for, the first first."""
         self.committed: dict[str, Committed] = {}
         """Memories by id, since the run was loaded: what it had before is in another store, if anywhere."""
 
@@ -75,7 +79,8 @@ class History:
                 raise BrokenError(f"{where} has the update_seq {data['update_seq']} after {self.update_seq}")
             self.update_seq, self.state_sha256, self.state_run_id = data["update_seq"], data["sha256"], None
         elif type_ == "EPISODE_CREATED":
-            self.episode = Created(data["episode_id"], data["number"], data["sha256"])
+            self.episode = Created(data["episode_id"], data["number"], data["sha256"], data["last_seq"])
+            self.ends.append(data["last_seq"])
         elif type_ == "RESUME_PACK_LOADED":
             self.state_run_id = self.state_run_id or data["from_run_id"]
             self.committed = {}
@@ -211,19 +216,16 @@ def _require_episode(
         episode = read_episode(_read_whole(folder, wanted), created.number, "it")
     except BrokenError as error:
         raise PackError(str(error), wanted) from None
-    _require_slice(folder, episode, wanted)
+    _require_lines(folder, history, episode["ledger"], wanted)
     return episode
 
 
-def _require_slice(folder: Path, episode: Document, name: str) -> None:
-    """That the episode's events are lines of the ledger."""
-    first, last = episode["ledger"]["first_seq"], episode["ledger"]["last_seq"]
-    digest, size = hashlib.sha256(), 0
-    for line in islice(_read_lines(folder, LEDGER), first - 1, last):
-        digest.update(line)
-        size += len(line)
-    if (size, digest.hexdigest()) != (episode["ledger"]["bytes"], episode["ledger"]["sha256"]):
-        raise PackError(f"the SHA-256 of its events is not that of the ledger's lines {first} to {last}", name)
+def _require_lines(folder: Path, history: History, ledger: Document, name: str) -> None:
+    """That the ledger has the lines that the episode has seen: its own, and by their chain those of all before it."""
+    *_, own = parts(_read_lines(folder, LEDGER), history.ends)
+    if not own.is_of(ledger):
+        lines = f"its lines {ledger['first_seq']} to {ledger['last_seq']}, or the chain of those before"
+        raise PackError(f"the ledger does not have what it has the SHA-256 of: {lines}", name)
 
 
 def _require_memory(folder: Path, history: History) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aos_context import context_brief, resume_pack
 from aos_context.artifacts import now, sha256, to_json
@@ -65,12 +65,20 @@ class Means:
 
 @dataclass(frozen=True, slots=True)
 class Milestone:
-    """`already`: the same milestone was reached before, and nothing has happened since."""
+    """`already`: the same milestone was reached before, and this is its episode."""
 
     episode: Document
     sha256: str
     memory: CommitResult | None
     already: bool = False
+
+
+class Checked(NamedTuple):
+    """How many events and episodes a run has, all looked at; `shown` is the last line that an episode stands for."""
+
+    events: int
+    episodes: int
+    shown: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,13 +146,17 @@ class Run:
         hits, last = self.search(words), self._episodes.last()
         return context_brief.render(ws, hits, budget_tokens=budget, count=self._means.count, last_episode=last)
 
-    def check(self) -> tuple[int, int]:
-        """How many events and episodes there are, each looked at from the first to the last, and the working set.
+    def check(self) -> Checked:
+        """Look at the working set, at each event and at each episode, from the first to the last.
 
-        Raises `BrokenError` that names the first file that is not what was written.
+        The lines up to `shown` are those that were written, for the episodes have their hashes. Of those behind only
+        the form is known, and that the working set is as they left it. Raises `BrokenError` that names the first file
+        that is not what was written.
         """
         self.ws()
-        return sum(1 for _ in self._ledger.read()), self._episodes.verify()
+        last = self._episodes.last()
+        events, episodes = sum(1 for _ in self._ledger.read()), self._episodes.verify()
+        return Checked(events, episodes, last["ledger"]["last_seq"] if last else 0)
 
     def pack(self, name: str) -> Path:
         """A zipped resume pack of this run. Raises `NotFoundError`."""
@@ -213,20 +225,19 @@ class Run:
     ) -> Milestone:
         """Commit the batch, then make the episode. Raises `NotFoundError` (the batch), `SchemaError`.
 
-        With the `request_id` of the last episode it is that one again; without one only a batch tells a repetition.
+        With the `request_id` of an episode it is that one again; without one only a batch tells a repetition, and only
+        that of the last one. Raises `NotFoundError`, too, for an episode that the pack of a loaded run does not have.
         """
         with self._changing():
             ws, last = self.ws(), self._episodes.last()
-            is_same = last is not None and request_id is not None and last.get("request_id") == request_id
-            if last is not None and is_same:
-                self._require_same(last, reason, next_entry_point, memory_batch_id)
-            if memory_batch_id is None:
-                memory = None
-            else:
-                memory = self._commit(memory_batch_id, committed_by, actor)
-                is_same = is_same or (last is not None and self._is_repeated(last, memory, reason, next_entry_point))
-            if last is not None and is_same:
-                return Milestone(last, self._episodes.sha256(last["number"]), memory, already=True)
+            same = self._of_request(request_id)
+            if same is not None:
+                self._require_same(same, reason, next_entry_point, memory_batch_id)
+            memory = None if memory_batch_id is None else self._commit(memory_batch_id, committed_by, actor)
+            if same is None and last is not None and memory is not None:
+                same = last if self._is_repeated(last, memory, reason, next_entry_point) else None
+            if same is not None:
+                return Milestone(same, self._episodes.sha256(same["number"]), memory, already=True)
             episode = self._create_episode(ws, last, memory, reason, next_entry_point, request_id=request_id)
             file_sha256 = self._note_episode(episode, actor)
         return Milestone(episode, file_sha256, memory)
@@ -310,6 +321,16 @@ class Run:
     def _recorded(self, batch_id: str) -> list[Document]:
         """Raises `NotFoundError`."""
         return self._means.memory.commit(batch_id).items if self._records is None else self._records.recorded(batch_id)
+
+    def _of_request(self, request_id: str | None) -> Document | None:
+        """The episode that was made for it. Raises `NotFoundError` where that was left where the run was packed."""
+        number = None if request_id is None else self._noted.requests.get(request_id)
+        if number is None:
+            return None
+        if number not in self._episodes.numbers():
+            why = f"the request {request_id} has made episode {number}, which the pack of this run did not bring"
+            raise NotFoundError(why, hint="Ask with another request_id for another milestone.", number=number)
+        return self._episodes.load(number)
 
     def _is_repeated(self, last: Document, memory: CommitResult, reason: str, next_entry_point: str | None) -> bool:
         """Whether the last episode is that of the same request: its answer was lost, and it is made once more."""
@@ -421,7 +442,9 @@ class Run:
         """Returns the SHA-256 of the episode's file."""
         number = episode["number"]
         file_sha256 = self._episodes.sha256(number)
-        self._note("EPISODE_CREATED", actor, episode_id=episode["episode_id"], number=number, sha256=file_sha256)
+        data = {"episode_id": episode["episode_id"], "number": number, "sha256": file_sha256}
+        data |= {"last_seq": episode["ledger"]["last_seq"], "request_id": episode["request_id"]}
+        self._note("EPISODE_CREATED", actor, **data)
         return file_sha256
 
     def _note_pack(self, made: Snapshot, actor: str | None) -> None:
