@@ -227,7 +227,7 @@ def test_an_episode_of_which_the_ledger_does_not_know_yet_is_there_all_the_same(
 
 
 def test_an_episode_waits_for_another_that_is_being_written(run: MadeRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aos_context.files.LOCK_WAIT_S", 0.0)
+    monkeypatch.setattr("aos_context.locks.LOCK_WAIT_S", 0.0)
     before = run.episodes.numbers()
     with (run.folder / "episodes" / ".lock").open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)

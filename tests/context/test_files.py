@@ -1,19 +1,14 @@
-"""Files that are whole or not there, and locks of all processes."""
+"""Files that are whole or not there."""
 
 from __future__ import annotations
 
 import errno
 import os
-import signal
-import subprocess
-import sys
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from aos_context.errors import BusyError
-from aos_context.files import FILE_MODE, FOLDER_MODE, locked, make_folder, temporary_file, write_all, write_atomic
+from aos_context.files import FILE_MODE, FOLDER_MODE, make_folder, temporary_file, write_all, write_atomic
 from aos_context.memory import InMemoryMemoryStore
 from aos_context.memory_sqlite import SQLiteMemoryStore
 from aos_context.opening import opened
@@ -21,82 +16,11 @@ from aos_context.resume_pack import check, snapshot, unpack
 from aos_context.runs import Runs
 from aos_context.settings import Settings
 
-from tests.context import OVERLAY
 from tests.context.made import TIME, MadeRun
 from tests.context.served import FACT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-
-def test_a_thread_that_has_a_lock_may_take_it_again_and_keeps_it_until_the_first_ends(tmp_path: Path) -> None:
-    path = tmp_path / "run" / ".lock"
-    order = []
-
-    def other() -> None:
-        with locked(path):
-            order.append("other")
-
-    thread = threading.Thread(target=other)
-    with locked(path):
-        with locked(tmp_path / "run" / ".." / "run" / ".lock"):
-            thread.start()
-        order.append("first")
-    thread.join(10)
-    assert order == ["first", "other"]
-
-
-def test_a_lock_ends_with_an_error_and_can_be_taken_by_another_thread(tmp_path: Path) -> None:
-    def fail() -> None:
-        with locked(tmp_path / ".lock"):
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail()
-    thread = threading.Thread(target=lambda: locked(tmp_path / ".lock").__enter__())
-    thread.start()
-    thread.join(10)
-    assert not thread.is_alive()
-
-
-HOLDER = """
-import sys
-from pathlib import Path
-from aos_context.files import locked
-with locked(Path(sys.argv[1])):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
-@pytest.fixture
-def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process that holds the lock and was stopped in the middle."""
-    command = [sys.executable, "-c", HOLDER, str(tmp_path / ".lock")]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=OVERLAY) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
-        process.send_signal(signal.SIGSTOP)
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def test_a_lock_that_a_stopped_process_holds_is_busy_after_its_time_and_free_once_that_ends(
-    tmp_path: Path, holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("aos_context.files.LOCK_WAIT_S", 0.05)
-    path = tmp_path / ".lock"
-    with pytest.raises(BusyError, match=r"\.lock has been held by others for 0\.05 s") as refused, locked(path):
-        pass
-    assert (refused.value.status, refused.value.code) == (503, "BUSY")
-    assert "stopped process" in str(refused.value.hint)
-    monkeypatch.setattr("aos_context.files.LOCK_WAIT_S", 60.0)
-    holder.kill()
-    with locked(path):
-        pass
 
 
 @pytest.mark.parametrize("call", ["write", "fsync", "replace"])

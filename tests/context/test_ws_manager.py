@@ -169,7 +169,7 @@ def test_a_refused_patch_is_refused_though_the_ledger_cannot_be_written(
 def test_a_refused_patch_is_refused_though_others_hold_the_ledger(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wsm = manager(root)
     wsm.load()
-    monkeypatch.setattr("aos_context.files.LOCK_WAIT_S", 0.0)
+    monkeypatch.setattr("aos_context.locks.LOCK_WAIT_S", 0.0)
     with (root / "ledger" / ".lock").open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(StaleError):

@@ -9,8 +9,8 @@
 
 Reading order; a file imports only what stands before it:
 
-    ground        `config`, `layout` (where things lie), `errors`, `artifacts` (schemas), `files` (locks, atomic
-                  writes), `instants` (timestamps)
+    ground        `config`, `layout` (where things lie), `errors`, `artifacts` (schemas), `files` (atomic writes),
+                  `locks`, `instants` (timestamps)
     working set   `tokens`, `eviction`, `ledger`, `patches` (what a patch makes), `ws_file`, `recovery` (what a crash
                   left behind), `ws_manager`
     memory        `memory_words`, `memory_gate` (its rules), `memory_filters` (what a search sees), `memory_store` (the

@@ -18,8 +18,9 @@ from aos_context.artifacts import Document, decode, encode, now, sha256, to_json
 from aos_context.config import SCHEMA_VERSION
 from aos_context.episode_slice import GENESIS, check_slice, parts, temporary_slice
 from aos_context.errors import BrokenError, NotFoundError
-from aos_context.files import locked, make_folder, replace, write_atomic
+from aos_context.files import make_folder, replace, write_atomic
 from aos_context.ledger import whole_lines
+from aos_context.locks import locked
 from aos_context.summary import summarise
 
 if TYPE_CHECKING:

@@ -1,16 +1,10 @@
-"""Files that survive a crash: whole or not there, and changed by one process at a time."""
+"""Files that survive a crash: whole or not there."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
-import random
-import threading
-import time
 from typing import TYPE_CHECKING
-
-from aos_context.errors import BusyError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -20,62 +14,6 @@ FILE_MODE = 0o600
 FOLDER_MODE = 0o700
 CHUNK_BYTES = 1 << 20
 """How much of a file is read at a time."""
-LOCK_WAIT_S = 10.0
-"""How long a call waits for a lock that others hold: a change takes milliseconds, a large pack seconds."""
-LOCK_PAUSE_S, LOCK_PAUSE_MOST_S = 0.0005, 0.02
-"""Between two looks whether it is free, at first and at most."""
-
-
-class _Held(threading.local):
-    """The lock files that this thread has locked, by device and inode."""
-
-    def __init__(self) -> None:
-        self.files: set[tuple[int, int]] = set()
-
-
-_held = _Held()
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of all processes and threads on a file of its own (flock); it ends with the process.
-
-    A thread that has it may take it again. So nothing is awaited meanwhile: another task would be the same thread.
-    Raises `BusyError` where others, or one that was stopped, hold it for `LOCK_WAIT_S`.
-    """
-    make_folder(path.parent)
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
-    try:
-        found = os.fstat(fd)
-        file = (found.st_dev, found.st_ino)
-        if file in _held.files:
-            yield
-            return
-        _take(fd, path)
-        _held.files.add(file)
-        try:
-            yield
-        finally:
-            _held.files.discard(file)
-    finally:
-        os.close(fd)
-
-
-def _take(fd: int, path: Path) -> None:
-    """flock has no deadline, so it is tried; the pauses grow by random parts, lest those who wait keep step."""
-    deadline, pause = time.monotonic() + LOCK_WAIT_S, LOCK_PAUSE_S
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                hint = "Try again. If it stays so, see who holds the lock (lslocks): a stopped process keeps it."
-                detail = f"{path} has been held by others for {LOCK_WAIT_S:g} s"
-                raise BusyError(detail, hint=hint, file=str(path)) from None
-            time.sleep(pause)
-            pause = min(pause * random.uniform(1, 2), LOCK_PAUSE_MOST_S)  # noqa: S311  # nothing secret
-        else:
-            return
 
 
 def write_atomic(path: Path, data: bytes, mode: int = FILE_MODE) -> None:

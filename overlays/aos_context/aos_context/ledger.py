@@ -22,7 +22,8 @@ from typing import IO, TYPE_CHECKING, NamedTuple
 from aos_context.artifacts import decode, encode, now, sha256
 from aos_context.config import SCHEMA_VERSION
 from aos_context.errors import BrokenError, SchemaError
-from aos_context.files import FILE_MODE, locked, sync_folder, write_atomic
+from aos_context.files import FILE_MODE, sync_folder, write_atomic
+from aos_context.locks import locked
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator

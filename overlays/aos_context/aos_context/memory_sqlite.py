@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from aos_context.artifacts import Document, days_ago, decode, encode, sha256
 from aos_context.config import DEFAULT_CONFIG, Config
 from aos_context.errors import BrokenError, BusyError, ContextError
-from aos_context.files import FILE_MODE, locked, make_folder, sync_folder
+from aos_context.files import FILE_MODE, make_folder, sync_folder
+from aos_context.locks import locked
 from aos_context.memory_filters import Filters, beside
 from aos_context.memory_gate import CONFLICTS_MOST, draft_of
 from aos_context.memory_gated import GatedMemoryStore, item_of

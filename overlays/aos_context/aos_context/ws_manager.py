@@ -16,7 +16,7 @@ from aos_context.artifacts import encode, now, to_json
 from aos_context.config import DEFAULT_CONFIG, SCHEMA_VERSION, Config
 from aos_context.errors import BusyError, ExistsError, LimitError, NotFoundError, SchemaError, StaleError
 from aos_context.eviction import evict, texts_of, tokens_of
-from aos_context.files import locked
+from aos_context.locks import locked
 from aos_context.patches import CONTEXTS, copied, patched, without
 from aos_context.recovery import STATE_EVENTS, caught_up
 from aos_context.tokens import estimate
