@@ -94,7 +94,7 @@ def test_the_same_content_in_two_batches_is_one_whichever_is_committed_first(
 ) -> None:
     first = store.propose([add("water is wet")])
     second = store.propose([add("water is  wet")])
-    assert (second.staged, [one.batch_id for one in second.duplicates]) == (0, [first.batch_id])
+    assert (second.staged, [one.batch_id for one in second.duplicates]) == (1, [first.batch_id])
     batches = [first.batch_id, second.batch_id]
     assert [len(store.commit(batches[turn]).items) for turn in order] == [1, 0]
     assert len(store.items()) == 1
@@ -264,7 +264,7 @@ def test_the_same_change_in_two_batches_is_made_once(store: RecordingMemoryStore
     one, two, three = remember(store, add("alpha beta"), add("gamma delta"), add("epsilon zeta"))
     changes = [delete(one["id"]), supersede(two["id"], "eta theta"), update(three["id"], confidence=0.2)]
     first, second = store.propose(changes), store.propose(changes)
-    assert (second.staged, {one.batch_id for one in second.duplicates}) == (0, {first.batch_id})
+    assert (second.staged, {one.batch_id for one in second.duplicates}) == (3, {first.batch_id})
     assert second.conflicts == ()
     assert len(store.commit(second.batch_id).items) == 4
     assert store.commit(first.batch_id).items == []

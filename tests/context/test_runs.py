@@ -7,7 +7,7 @@ import os
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -356,6 +356,24 @@ def test_a_milestone_takes_a_batch_of_nothing_but_what_is_known(runs: Runs) -> N
     assert reached.memory is not None
     assert reached.memory.items == []
     assert reached.episode["memory"]["items"] == []
+
+
+@pytest.mark.parametrize("is_noted", [True, False], ids=["noted", "mended"])
+def test_what_waits_in_another_runs_batch_is_staged_and_its_event_says_so_and_a_milestone_commits_it(
+    runs: Runs, is_noted: bool
+) -> None:
+    first = proposed(booted(runs))
+    run = booted(runs)
+    with nullcontext() if is_noted else cut(cut_before("MEMORY_PROPOSED")):
+        proposed(run)
+    run = Runs(runs.root, memory=runs._means.memory).open(run.run_id)
+    run.snapshot()
+    [said] = [event["data"] for event in run.events(limit=10) if event["event_type"] == "MEMORY_PROPOSED"]
+    assert (said["staged"], said["duplicates"]) == (1, 1 if is_noted else 0)
+    reached = run.milestone("reached", memory_batch_id=said["batch_id"])
+    assert reached.memory is not None
+    assert [item["content"] for item in reached.memory.items] == ["Sums are in pounds"]
+    assert first != said["batch_id"]
 
 
 def test_each_episode_begins_where_the_last_one_ended(runs: Runs) -> None:

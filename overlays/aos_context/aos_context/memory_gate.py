@@ -7,8 +7,8 @@ compared in NFC with white space folded; case counts, since `Foo` and `foo` can 
 is named as a conflict and nothing is lost.
 
 A proposal that waits in another batch does not take one's own place, since nobody knows whether that batch will be
-committed. It is told as a duplicate and staged all the same; whichever batch comes first makes the change, and the
-other finds it made. After `Config.proposal_max_age_days` it is told no more.
+committed. It is told as a duplicate and staged all the same, and counts among what is staged; whichever batch comes
+first makes the change, and the other finds it made. After `Config.proposal_max_age_days` it is told no more.
 
 A batch of nothing but what is there already is empty, and can be committed like any other: it changes nothing.
 """
@@ -107,10 +107,9 @@ class Staged:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """`staged` has the new ones (`new` of them) and those that wait in another batch, too."""
+    """`staged` has the new ones, and those of the duplicates that wait in another batch, too."""
 
     staged: tuple[Staged, ...]
-    new: int
     duplicates: tuple[Duplicate, ...]
     conflicts: tuple[Conflict, ...]
 
@@ -198,8 +197,7 @@ def judge(mcrs: Sequence[Document], proposer: Proposer, view: View, config: Conf
         staged.append(one)
         identities.add(one.identity)
         targets |= {mcr["target_id"]} if target else set()
-    waiting = sum(1 for one in duplicates if one.batch_id is not None)
-    return Judgement(tuple(staged), len(staged) - waiting, tuple(duplicates), tuple(conflicts))
+    return Judgement(tuple(staged), tuple(duplicates), tuple(conflicts))
 
 
 def settle(

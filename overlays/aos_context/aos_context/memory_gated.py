@@ -57,7 +57,7 @@ class GatedMemoryStore(ABC):
             state: Literal["proposed", "empty"] = "proposed" if staged else "empty"
             batch = Batch(ordered_id("batch"), state, proposer.run_id, proposer.task_id, staged, now())
             shelf.stage(batch, judgement.staged)
-        return ProposeResult(batch.batch_id, judgement.new, judgement.duplicates, judgement.conflicts)
+        return ProposeResult(batch.batch_id, len(staged), judgement.duplicates, judgement.conflicts)
 
     def commit(self, batch_id: str, *, committed_by: str | None = None) -> CommitResult:
         check_name("commit", "committed_by", committed_by)

@@ -26,7 +26,10 @@ class Hit:
 
 @dataclass(frozen=True, slots=True)
 class ProposeResult:
-    """`staged` new changes wait. Duplicates and conflicts are no errors: the caller decides what to make of them."""
+    """`staged` changes wait in the batch: all that its commit makes, those included that wait in another batch, too.
+
+    Duplicates and conflicts are no errors: the caller decides what to make of them.
+    """
 
     batch_id: str
     staged: int

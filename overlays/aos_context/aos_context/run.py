@@ -190,7 +190,7 @@ class Run:
         """
         with self._changing():
             said = self._noted.brought
-        if said is None or not said["staged"] + said["pack"]["waiting"]:
+        if said is None or not said["staged"]:
             return None
         return Brought(said["batch_id"], said["staged"], said["duplicates"], said["pack"]["left_out"])
 
@@ -422,9 +422,7 @@ class Run:
         if new:
             most = self._means.config.batch_max_changes
             proposed = self._stage([_as_proposal(item, pack_id) for item in new[:most]], None)
-            waiting = sum(one.batch_id is not None for one in proposed.duplicates)
-            pack = {"pack_id": pack_id, "left_out": len(new[most:]), "waiting": waiting}
-            self._note_proposed(proposed, actor, pack)
+            self._note_proposed(proposed, actor, {"pack_id": pack_id, "left_out": len(new[most:])})
 
     def _note_proposed(self, proposed: ProposeResult, actor: str | None, pack: Document | None = None) -> None:
         """`pack` says that it is what a pack remembers."""
@@ -466,7 +464,7 @@ def _as_proposal(item: Document, pack_id: str) -> Document:
 def _pack_of(batch: Batch, pack_id: str) -> Document | None:
     """What its event says of the pack, if it is the one that `_as_proposal` has made of that."""
     is_of = any(ref.startswith(f"pack:{pack_id}/") for mcr in batch.mcrs for ref in mcr.get("source_refs", ()))
-    return {"pack_id": pack_id, "left_out": 0, "waiting": 0} if is_of else None
+    return {"pack_id": pack_id, "left_out": 0} if is_of else None
 
 
 def random_id(kind: str) -> str:
