@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from aos_context import locks
 from aos_context.artifacts import Document, encode, sha256
 from aos_context.config import DEFAULT_CONFIG, Config
 from aos_context.errors import BrokenError, BusyError, ExistsError, LimitError, NotFoundError, SchemaError, StaleError
@@ -24,6 +25,7 @@ from hypothesis import strategies as st
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
     from random import Random
 
 NAMES = {"task_id": "task_1", "thread_id": "thread_1", "run_id": "run_1", "objective": "Find out."}
@@ -102,7 +104,7 @@ def test_without_a_ledger_a_working_set_is_a_file_alone(tmp_path: Path) -> None:
         result = (one, other)[seq % 2].apply_patch(patch(seq, set={"next_action": f"step {seq}"}))
         assert result.update_seq == seq + 1
     assert one.load() == other.load() == json.loads(path.read_bytes())
-    assert {found.name for found in path.parent.iterdir()} == {path.name, ".lock"}
+    assert {found.name for found in path.parent.iterdir()} == {path.name, ".lock", ".lock.turn"}
 
 
 def test_set_takes_effect_before_remove_and_remove_before_add(root: Path) -> None:
@@ -526,7 +528,7 @@ def test_an_event_that_may_yet_be_taken_back_is_not_taken_for_the_last_one(
 ) -> None:
     """A reader looks while an event is written that cannot be synced; then a patch gets its number, and crashes."""
     ledger = FileLedger(root / "ledger" / "run.v2.1.jsonl")
-    flock = fcntl.flock
+    turn = locks._turn
     looked = threading.Event()
     wsm = manager(root)
 
@@ -534,10 +536,10 @@ def test_an_event_that_may_yet_be_taken_back_is_not_taken_for_the_last_one(
         wsm.load()
         looked.set()
 
-    def taken(fd: int, how: int) -> None:
-        if threading.current_thread() is reader and Path(f"/proc/self/fd/{fd}").readlink().parent.name == "ledger":
+    def taken(file: tuple[int, int], path: Path, deadline: float) -> AbstractContextManager[None]:
+        if threading.current_thread() is reader and path.parent.name == "ledger":
             looked.set()  # the reader waits
-        flock(fd, how)
+        return turn(file, path, deadline)
 
     def unsynced(_fd: int) -> None:
         reader.start()
@@ -547,7 +549,7 @@ def test_an_event_that_may_yet_be_taken_back_is_not_taken_for_the_last_one(
     reader = threading.Thread(target=look)
     with monkeypatch.context() as patches:
         patches.setattr(os, "fdatasync", unsynced)
-        patches.setattr(fcntl, "flock", taken)
+        patches.setattr(locks, "_turn", taken)
         with pytest.raises(OSError, match="Input/output"):
             ledger.append({"event_type": "NOTE"})
         reader.join(10)
