@@ -4,8 +4,12 @@
     python -m tests.context.hammer --kills 100 --seed 7
 
 A writer reads the working set, adds one to the number in it, and says in its own item which of its patches it was. It
-writes a line to a pipe after each patch that was applied: that is the acknowledgement, which outlives the writer. Ends
-with 1 where anything is not as it should be, and says what.
+writes a line to a pipe after each patch that was applied: that is the acknowledgement, which outlives the writer.
+
+A kill hardly ever falls between the bytes of a line, so between some kills the ledger gets a torn tail, as a power cut
+leaves one: the next line up to a random byte, with or without blocks behind it that never reached the disk.
+
+Ends with 1 where anything is not as it should be, and says what.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from aos_context.artifacts import decode
+from aos_context.artifacts import decode, encode
 from aos_context.errors import StaleError
 from aos_context.ledger import FileLedger
 from aos_context.ws_manager import WorkingSetManager
@@ -44,6 +48,8 @@ KILL_PROCESSES, KILL_WRITERS = 2, 3
 """At a time, and in each process."""
 KILL_ACKNOWLEDGED, KILL_DELAY_S = 15, 0.005
 """A process is killed after at most so many patches more, and then so long: at any moment of a patch."""
+TEAR_CHANCE = 0.5
+"""That the ledger's tail is torn before new writers begin."""
 
 
 class FaultError(Exception):
@@ -69,6 +75,8 @@ class Run:
         self.acknowledged: list[Acknowledged] = []
         self.looks = 0
         self.kinds: Counter[str] = Counter()
+        self.torn = 0
+        """How often the ledger's tail was torn."""
         self._applied: list[tuple[str, int]] = []
         self._read = 0
         self._checked = 0
@@ -90,6 +98,16 @@ class Run:
         """Without a lock, in the middle of it all. Raises `BrokenError` for a torn file."""
         decode("working_set", self.path.read_bytes(), str(self.path))
         self.looks += 1
+
+    def tear(self, chance: random.Random) -> None:
+        """With no writer left: leave the beginning of the line that would be the next, as a power cut does."""
+        event = self.ledger.tail(1)[0]
+        line = encode("ledger_event", event | {"seq": event["seq"] + 1}) + b"\n"
+        kept = line[: chance.randrange(1, len(line))]
+        lost = chance.choice([b"", bytes(len(line) - len(kept)), bytes(len(line) - len(kept) - 1) + b"\n"])
+        with self.ledger.path.open("ab") as file:
+            file.write(kept + lost)
+        self.torn += 1
 
     def check(self) -> Document:
         """With no writer left. Raises `FaultError`, `BrokenError`."""
@@ -255,14 +273,19 @@ def kill(run: Run, *, kills: int, seed: int) -> str:
     run.boot()
     chance = random.Random(seed)
     for done in range(0, kills, KILL_PROCESSES):
+        if done and (done == KILL_PROCESSES or chance.random() < TEAR_CHANCE):
+            run.tear(chance)
+            run.check()
         kill_some(run, f"w{done}", min(KILL_PROCESSES, kills - done), chance)
         run.check()
+        if run.kinds["LEDGER_HEALED"] < run.torn:
+            raise FaultError(f"{run.torn} tails were torn, and {run.kinds['LEDGER_HEALED']} healed")
     run.check_all()
     applied, known = run.kinds["WS_UPDATE_APPLIED"], len(run.acknowledged)
     return (
         f"{kills} kills (seed {seed}); each of {known} acknowledged patches is there, and {applied - known} whose "
-        f"writer was killed before it said so; {run.kinds['LEDGER_HEALED']} torn tails healed; the file was whole at "
-        f"{run.looks} looks"
+        f"writer was killed before it said so; {run.torn} tails torn, {run.kinds['LEDGER_HEALED']} healed; "
+        f"the file was whole at {run.looks} looks"
     )
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
+import re
 import subprocess
 import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from aos_context.errors import BrokenError
+from aos_context.errors import BrokenError, StaleError
+from aos_context.ledger import FileLedger
 
 from tests.context import hammer
 
@@ -25,6 +28,9 @@ def test_many_writers_in_many_processes_lose_no_update(tmp_path: Path) -> None:
 def test_killed_writers_leave_every_patch_that_they_acknowledged(tmp_path: Path) -> None:
     said = hammer.kill(hammer.Run(tmp_path), kills=7, seed=2)
     assert said.startswith("7 kills (seed 2); each of ")
+    torn, healed = map(int, re.findall(r"(\d+) (?:tails torn|healed)", said))
+    assert healed >= torn >= 1
+    assert len(list((tmp_path / "ledger").glob("run.v2.1.jsonl.torn-*"))) == healed
 
 
 @pytest.fixture
@@ -72,6 +78,26 @@ def test_a_line_that_is_missing_is_a_fault(run: hammer.Run) -> None:
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
     with pytest.raises(BrokenError, match="its ledger only at 5"):
         run.check()
+
+
+def test_a_torn_tail_that_is_not_healed_is_a_fault(run: hammer.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.tear(random.Random(1))
+    monkeypatch.setattr(hammer, "kill_some", lambda *_: None)
+    monkeypatch.setattr(run, "boot", lambda: None)
+    with pytest.raises(hammer.FaultError, match="1 tails were torn, and 0 healed"):
+        hammer.kill(run, kills=4, seed=1)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_torn_tail_is_passed_over_by_readers_and_healed_by_the_next_writer(run: hammer.Run, seed: int) -> None:
+    before = run.ledger.last_seq()
+    run.tear(random.Random(seed))
+    assert FileLedger(run.ledger.path).last_seq() == before
+    run.check()
+    with pytest.raises(StaleError):
+        run.manager().apply_patch({"_schema_version": "2.1", "expected_seq": 0, "set": {"status": "BUSY"}})
+    run.check()
+    assert run.kinds["LEDGER_HEALED"] == 1
 
 
 def test_a_torn_file_is_a_fault(run: hammer.Run) -> None:
