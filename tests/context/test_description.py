@@ -249,7 +249,7 @@ def steps_through(bus: Server) -> dict[str, Any]:
 
 IDS = re.compile(r"(?<![0-9a-z])([a-z]+_)?[0-9a-f]{16,}(-[0-9a-f]+)*(?![0-9a-z])")
 TIMES = re.compile(r"(?!2026-01-18T00:00:00Z)\d{4}-\d\d-\d\dT[\d:.]+Z")
-CALLERS_OWN = ("actor", "committed_by", "request_id")
+CALLERS_OWN = ("actor", "committed_by", "packed_by", "request_id")
 """Who called: nobody alone, the request of the call on the bus. So lines of the ledger have other sizes, too."""
 
 

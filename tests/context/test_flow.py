@@ -53,16 +53,17 @@ def test_the_commands_of_the_readme_play_the_whole_flow_against_the_service_alon
     checked = run_cli(*arguments)
     assert (checked.returncode, checked.stderr) == (1, "")
     memory, *unchecked, summary = checked.stdout.splitlines()
-    assert unchecked == [
-        "not checked: the manifest's own members, id, time and pointers among them: no SHA-256 of it was given"
+    assert [one.partition(",")[0] for one in unchecked] == [
+        "not vouched for: the manifest's own members",
+        "not vouched for: lines 1 to 6 of ledger/run.v2.1.jsonl",
     ]
     assert re.fullmatch(r"BAD  mem_[0-9a-f]+  it was committed without a bus", memory)
-    assert summary.startswith("1 memories of pack ")
+    assert summary.startswith("1 memories and 0 files of pack ")
     assert summary.endswith(f", run {run_id}: 1 not as they should be")
     allowed = run_cli(*arguments, "--allow-unrecorded")
     assert (allowed.returncode, allowed.stdout.splitlines()[-1]) == (
         0,
-        f"{summary.partition(': ')[0]}: all as they should be",
+        f"{summary.partition(': ')[0]}: as they should be, as far as the ledger vouches for them",
     )
 
 
@@ -120,6 +121,7 @@ def test_the_same_flow_goes_through_the_bus_and_its_ledger_has_who_committed(bus
     found = (verdict["item_id"], verdict["committed_by"], verdict["seq"], verdict["reason"])
     assert found == (item["id"], item["committed_by"], line["seq"], None)
     assert (said["ok"], said["run_id"], said["pack_id"]) == (True, run_id, packed["pack_id"])
+    assert ([one["reason"] for one in said["files"]], said["unchecked"]) == ([None, None], [])
 
 
 def test_who_reaches_the_port_of_the_service_past_the_bus_is_refused(bus: Server) -> None:

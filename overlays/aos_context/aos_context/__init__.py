@@ -20,7 +20,8 @@ Reading order; a file imports only what stands before it:
     episode       `summary` (its words), `episode_slice` (its part of the ledger), `episode`
     resume pack   `scratch` (folders that end with the work in them), `pack_files` (names and limits), `pack_content`
                   (whether its documents belong together), `resume_pack`, `bus_ledger` (the ledger of a bus),
-                  `pack_check` (a pack against it)
+                  `bus_calls` (what it has of calls), `canonical` (RFC 8785), `pack_answers` (what must have been
+                  answered), `pack_check` (a pack against it)
     brief         `context_brief`
     together      `noted` (what a ledger says of memory and episodes), `run`, `runs` (a folder of them), `contract`
                   (the manifest's capabilities), `operations` (what each does), `settings`, `opening`

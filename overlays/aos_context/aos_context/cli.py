@@ -42,8 +42,11 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("pack", type=Path, metavar="PACK", help="a zip or a folder")
     verify.add_argument("--ledger", type=Path, required=True, metavar="FILE", help="provenance.jsonl, or its folder")
     verify.add_argument("--manifest-sha256", metavar="HEX", help="of the pack's manifest, as snapshot answered it")
+    verify.add_argument(
+        "--root", type=Path, metavar="FOLDER", help="of the runs, where the pack was made; else its place"
+    )
     verify.add_argument("--allow-unrecorded", action="store_true", help="memory may be committed without a bus")
-    verify.add_argument("--strict", action="store_true", help="a commit whose answer was lost must be shown by another")
+    verify.add_argument("--strict", action="store_true", help="what is open stands against the pack, too")
     _with_json(verify)
 
     _with_json(_with_root(commands.add_parser("runs", help="list the runs")))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
 
+    from aos_context.pack_check import FileVerdict, Verdict
     from aos_context.settings import Settings
 
 
@@ -47,19 +48,31 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    report = pack_check.check_against_ledger(options.pack, options.ledger, manifest_sha256=options.manifest_sha256)
-    faults = report.faults(allow_unrecorded=options.allow_unrecorded, strict=options.strict)
+    given = {"manifest_sha256": options.manifest_sha256, "root": options.root}
+    report = pack_check.check_against_ledger(options.pack, options.ledger, **given)
+    faults: list[Verdict | FileVerdict] = [
+        *report.faults(allow_unrecorded=options.allow_unrecorded, strict=options.strict),
+        *report.file_faults(strict=options.strict),
+    ]
     if options.json:
         _say(to_json(dataclasses.asdict(report) | {"ok": not faults}).decode())
         return 1 if faults else 0
     for one in report.verdicts:
-        word = "BAD " if one in faults else "open" if one.is_open else "ok  "
-        _say(f"{word} {one.item_id}  {one.reason or f'line {one.seq}, request {one.committed_by}'}")
+        _say(f"{_word(one, faults)} {one.item_id}  {one.reason or f'line {one.seq}, request {one.committed_by}'}")
+    for file in report.files:
+        _say(f"{_word(file, faults)} {file.file}  {file.reason or f'line {file.seq}'}")
     for what in report.unchecked:
-        _say(f"not checked: {what}")
-    said = f"{len(report.verdicts)} memories of pack {report.pack_id}, run {report.run_id}"
-    _say(f"{said}: {len(faults)} not as they should be" if faults else f"{said}: all as they should be")
+        _say(f"not vouched for: {what}")
+    said = (
+        f"{len(report.verdicts)} memories and {len(report.files)} files of pack {report.pack_id}, run {report.run_id}"
+    )
+    sound = "all as they should be" if report.is_vouched else "as they should be, as far as the ledger vouches for them"
+    _say(f"{said}: {len(faults)} not as they should be" if faults else f"{said}: {sound}")
     return 1 if faults else 0
+
+
+def _word(one: Verdict | FileVerdict, faults: list[Verdict | FileVerdict]) -> str:
+    return "BAD " if one in faults else "open" if one.is_open else "ok  "
 
 
 def _runs(options: argparse.Namespace) -> int:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from aos_context.artifacts import Document, decode, encode, now, sha256, to_json
 from aos_context.config import SCHEMA_VERSION
-from aos_context.episode_slice import GENESIS, check_slice, parts, temporary_slice
+from aos_context.episode_slice import CHAIN_START, check_slice, parts, temporary_slice
 from aos_context.errors import BrokenError, NotFoundError
 from aos_context.files import make_folder, replace, write_atomic
 from aos_context.ledger import whole_lines
@@ -153,7 +153,7 @@ class EpisodeStore:
         document = {
             **given,
             "number": number,
-            "ledger": passing.document(before["ledger"]["chain_sha256"] if before else GENESIS),
+            "ledger": passing.document(before["ledger"]["chain_sha256"] if before else CHAIN_START),
             "summary": summarise(
                 reason=given["reason"],
                 next_entry_point=given["next_entry_point"],

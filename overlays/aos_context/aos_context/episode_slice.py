@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from aos_context.artifacts import Document
 
 SLICE_MODE = 0o444
-GENESIS = "0" * 64
+CHAIN_START = "0" * 64
 """What the chain begins with."""
 
 _END_BYTES = 512
@@ -58,7 +58,7 @@ class Passing:
             self._digest.update(line)
             yield line
 
-    def document(self, chain_before: str = GENESIS) -> Document:
+    def document(self, chain_before: str = CHAIN_START) -> Document:
         """The member `ledger` of their episode; `chain_before` is the `chain_sha256` of the episode before."""
         sum_ = self._digest.hexdigest()
         return {
@@ -84,7 +84,7 @@ class Part(NamedTuple):
 
 def parts(lines: Iterable[bytes], ends: Iterable[int]) -> Iterator[Part]:
     """Of the lines of a ledger from the first on, those up to each of `ends` (seq, ascending) behind the one before."""
-    left, before, chain = iter(lines), 0, GENESIS
+    left, before, chain = iter(lines), 0, CHAIN_START
     for end in ends:
         digest, size = hashlib.sha256(), 0
         for line in islice(left, max(0, end - before)):

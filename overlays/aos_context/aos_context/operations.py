@@ -121,7 +121,10 @@ def _brief(runs: Runs, payload: Document, caller: Caller) -> Document:
 
 def _snapshot(runs: Runs, payload: Document, caller: Caller) -> Document:
     packed = runs.open(payload["run_id"]).snapshot(
-        zip_pack=payload.get("zip_pack", True), pointers=payload.get("pointers", {}), actor=caller.actor(payload)
+        zip_pack=payload.get("zip_pack", True),
+        pointers=payload.get("pointers", {}),
+        packed_by=caller.request_id,
+        actor=caller.actor(payload),
     )
     return {
         "pack_id": packed.manifest["pack_id"],

@@ -1,49 +1,36 @@
-"""Whether the memories of a resume pack were committed as they say: through the bus, in SEAL.
+"""Whether a resume pack is what the bus's ledger says: its memories committed through the bus, in SEAL, as they are.
 
 Each memory item has in `committed_by` the bus's request id of the call that committed it. The bus's ledger has a line
 for that call, whose hash, links and members are looked at here. A line that holds the call's payload also says which
 run and batch it was about. Nothing of the bus is needed for that, only its ledger's files.
 
-The service may have committed, and its answer been lost (too large, too late, killed): then the bus's line says that
-the call failed, or only that it started. What the caller then does is to ask again, and a later line of the same call
-that went well, or of one for the same batch, shows that it was committed. Where there is none that can be known, the
-item is open: neither shown nor against the pack.
+An id shows nothing of what the pack holds. That the lines' `result_hash` does, of the answer of the milestone, of a
+commit and of the snapshot, which are made anew from the pack (`pack_answers`): the snapshot's line vouches for all of
+the pack, the last milestone's for its episode and, by the chain of hashes, for all that was committed before its end.
+What no line vouches for is said (`Report.unchecked`), or open where it is a memory.
+
+Where the answer of a call was lost and no later call shows what came of it (`bus_calls`), the item is open: neither
+shown nor against the pack.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from aos_context.bus_ledger import lines, link_fault, record_of
+from aos_context.bus_calls import BATCH_MEMBERS, UNKNOWN, Call, Found, Lost, find
 from aos_context.config import DEFAULT_CONFIG, Config
-from aos_context.errors import (
-    ConflictError,
-    ForbiddenError,
-    GateError,
-    NotFoundError,
-    PhaseError,
-    RequestError,
-)
-from aos_context.resume_pack import check
+from aos_context.episode import file_name
+from aos_context.layout import EPISODES, LEDGER, PACK_MANIFEST, WORKING_SET
+from aos_context.pack_answers import Answers, answers_of
+from aos_context.resume_pack import CheckedPack, check
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-BATCH_MEMBERS = {"milestone": "memory_batch_id", "commit": "batch_id"}
-"""The capabilities that commit, and which member of their payload names the batch."""
-REFUSALS = frozenset(
-    one.code for one in (ConflictError, ForbiddenError, GateError, NotFoundError, PhaseError, RequestError)
-)
-"""What the service answers only where nothing was committed."""
-_PLACE = {"overlay": "aos_context", "phase": "SEAL"}
-_REQUEST_ID = re.compile(rb'"request_id":"((?:[^"\\]|\\.)*)"')
-_OWN = b'"overlay":"aos_context"'
 _UNRECORDED = "it was committed without a bus"
-_UNKNOWN = "the ledger has no line on the call that it names"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +54,19 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
+class FileVerdict:
+    """On a file of the pack of which the ledger has a line: its episode, its manifest. `reason` as a `Verdict` has."""
+
+    file: str
+    seq: int | None
+    reason: str | None
+    is_open: bool = False
+    """Whether the line may be that of the same pack in another place, or its answer was lost."""
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
-    """On all memory items of a pack, in its order."""
+    """On all memory items of a pack, in its order, and on its files."""
 
     pack_id: str
     run_id: str
@@ -76,6 +74,7 @@ class Report:
     lines: int
     """How many lines of the ledger were read."""
     verdicts: tuple[Verdict, ...]
+    files: tuple[FileVerdict, ...] = ()
     unchecked: tuple[str, ...] = ()
     """What there was nothing to check by, a sentence each."""
 
@@ -90,8 +89,18 @@ class Report:
             if not one.ok and (one.is_recorded or not allow_unrecorded) and (strict or not one.is_open)
         ]
 
+    def file_faults(self, *, strict: bool = False) -> list[FileVerdict]:
+        """Those on files, with `strict` as `faults` has it."""
+        return [one for one in self.files if one.reason is not None and (strict or not one.is_open)]
+
     def ok(self, *, allow_unrecorded: bool = False, strict: bool = False) -> bool:
-        return not self.faults(allow_unrecorded=allow_unrecorded, strict=strict)
+        return not self.faults(allow_unrecorded=allow_unrecorded, strict=strict) and not self.file_faults(strict=strict)
+
+    @property
+    def is_vouched(self) -> bool:
+        """Whether nothing is open and nothing is left to be checked by something else."""
+        is_open = any(one.is_open for one in self.verdicts) or any(one.is_open for one in self.files)
+        return not self.unchecked and not is_open
 
 
 def check_against_ledger(
@@ -100,105 +109,149 @@ def check_against_ledger(
     config: Config = DEFAULT_CONFIG,
     *,
     manifest_sha256: str | None = None,
+    root: Path | None = None,
     workspace: Path | None = None,
 ) -> Report:
-    """Verify a pack, and find the call that committed each of its memories in the bus's ledger.
+    """Verify a pack, and find in the bus's ledger who committed its memories, made its episode and packed it.
 
     `ledger_path` is the ledger's file or the folder that it lies in. It is read once, from the first line to the last,
-    with three lines in memory. With `manifest_sha256` it must be the pack with that manifest. Raises as
-    `resume_pack.check`; `NotFoundError` where there is no ledger, `BrokenError` where a segment cannot be unpacked.
+    with three lines in memory. With `manifest_sha256` it must be the pack with that manifest. `root` is the folder of
+    runs that it was made in, for a pack that lies elsewhere. Raises as `resume_pack.check`; `NotFoundError` where there
+    is no ledger, `BrokenError` where a segment cannot be unpacked.
     """
     with check(pack_path, config, manifest_sha256=manifest_sha256, workspace=workspace) as pack:
-        named = (item["committed_by"] for item in pack.memory_items())
-        found = _find(ledger_path, {request_id for request_id in named if request_id is not None})
-        run_id = pack.manifest["run_id"]
+        answers = answers_of(pack, pack_path, root)
+        named = {item["committed_by"] for item in pack.memory_items()} - {None}
+        found = find(ledger_path, named | _named_by_files(pack), answers.all())
+        bound = _Bound(pack, answers, found, is_placed=root is not None)
+        files = tuple(bound.files())
         return Report(
             pack.manifest["pack_id"],
-            run_id,
+            pack.manifest["run_id"],
             pack.manifest_sha256,
             found.lines,
-            tuple(_verdict(item, found, run_id) for item in pack.memory_items()),
-            tuple(_unchecked(found, has_manifest_sha256=manifest_sha256 is not None)),
+            tuple(bound.verdict(item) for item in pack.memory_items()),
+            files,
+            tuple(bound.unchecked(has_manifest_sha256=manifest_sha256 is not None)),
         )
 
 
-@dataclass(slots=True)
-class _Lost:
-    """A call that ran and whose answer was lost."""
-
-    capability: str
-    payload_hash: str | None
-    batch_id: str | None
-    """None where the ledger does not have the payload."""
-    is_repeated: bool = False
-    """Whether the same call went well later."""
+def _named_by_files(pack: CheckedPack) -> set[str]:
+    """The calls that its manifest and its episode say that they come from."""
+    return {pack.manifest["packed_by"], pack.episode and pack.episode.get("request_id")} - {None}
 
 
-@dataclass(slots=True)
-class _Call:
-    """What the ledger has of a request."""
+class _Bound:
+    """A pack, and what the ledger's lines say of it."""
 
-    seq: int | None = None
-    reason: str | None = _UNKNOWN
-    count: int = 0
-    """Of lines that say what came of a call; there is one."""
-    lost: _Lost | None = None
-    capability: str | None = None
-    payload: dict[str, Any] | None = None
-    """None where the line does not hold it."""
+    def __init__(self, pack: CheckedPack, answers: Answers, found: Found, *, is_placed: bool) -> None:
+        self._pack, self._answers, self._found, self._is_placed = pack, answers, found, is_placed
+        self._run_id = pack.manifest["run_id"]
+        self._episode = file_name(pack.episode["number"]) if pack.episode else ""
+        self._last_seq = pack.episode["ledger"]["last_seq"] if pack.episode else 0
+        self._milestone = found.witness(answers.milestone)
+        self._snapshot = found.witness(answers.snapshot)
 
-    def take(self, record: dict[str, Any], fault: str | None) -> None:
-        """Take in a line of this request; `fault` is what is wrong with its links."""
-        is_end = record.get("type") not in ("started", "interrupted")
-        if self.count and not is_end:
+    def files(self) -> Iterator[FileVerdict]:
+        """On those that a line is about."""
+        if (verdict := self._on_episode()) is not None:
+            yield verdict
+        if (verdict := self._on_manifest()) is not None:
+            yield verdict
+
+    def _on_episode(self) -> FileVerdict | None:
+        name = f"{EPISODES}/{self._episode}"
+        if self._milestone is not None:
+            return FileVerdict(name, self._milestone, None)
+        other = self._other_milestone()
+        if other is None:
+            return None
+        why = f"line {other} has the hash of another answer: the milestone did not make this episode of these events"
+        return FileVerdict(name, other, why)
+
+    def _other_milestone(self) -> int | None:
+        """The line of a milestone that the episode names, and that has answered with another one."""
+        if self._pack.episode is None:
+            return None
+        made = self._pack.episode["memory"]["items"]
+        for request_id in (self._pack.episode.get("request_id"), *(item["committed_by"] for item in made)):
+            call = self._found.calls.get(request_id)
+            if call is not None and call.capability == "milestone" and call.answered is not None:
+                return call.seq
+        return None
+
+    def _on_manifest(self) -> FileVerdict | None:
+        request_id = self._pack.manifest["packed_by"]
+        if self._snapshot is not None:
+            return FileVerdict(PACK_MANIFEST, self._snapshot, None)
+        if request_id is None:
+            return None
+        call = self._found.calls[request_id]
+        reason = self._misplaced(call)
+        if reason is not None:
+            return FileVerdict(PACK_MANIFEST, call.seq, reason)
+        if call.answered is None:
+            return FileVerdict(PACK_MANIFEST, call.seq, "the answer of its call was lost", is_open=True)
+        why = f"line {call.seq} has the hash of another answer: it was made elsewhere, or is not what was answered"
+        return FileVerdict(PACK_MANIFEST, call.seq, why, is_open=not self._is_placed)
+
+    def _misplaced(self, call: Call) -> str | None:
+        """Why a line cannot be the one of the snapshot."""
+        if call.seq is None:
+            return UNKNOWN
+        is_one = call.capability == "snapshot"
+        return call.fault or (None if is_one else f'the call\'s capability is "{call.capability}", not "snapshot"')
+
+    def verdict(self, item: dict[str, Any]) -> Verdict:
+        request_id, batch_id = item["committed_by"], item["batch_id"]
+        if request_id is None:
+            return Verdict(item["id"], batch_id, None, None, _UNRECORDED, is_recorded=False)
+        call = self._found.calls[request_id]
+        reason, is_open = call.reason, False
+        if reason is None or call.lost is not None:
+            reason = _payload_fault(call, item, self._run_id)
+            if reason is None and call.lost is not None and not self._is_shown(call.lost, batch_id):
+                reason, is_open = call.reason, True
+        if reason is None:
+            reason, is_open = self._content_fault(item, call)
+        return Verdict(item["id"], batch_id, request_id, call.seq, reason, is_recorded=True, is_open=is_open)
+
+    def _is_shown(self, lost: Lost, batch_id: str) -> bool:
+        return lost.is_repeated or batch_id in self._found.committed
+
+    def _content_fault(self, item: dict[str, Any], call: Call) -> tuple[str | None, bool]:
+        """Why nothing shows that the item is what its call has committed, and whether it may be so all the same."""
+        batch_id = item["batch_id"]
+        is_before = self._answers.seqs[batch_id] <= self._last_seq
+        wanted = self._answers.commits[batch_id]
+        if self._snapshot is not None or (is_before and self._milestone is not None):
+            return None, False
+        if self._found.witness(wanted) is not None:
+            return None, False
+        if is_before and (other := self._other_milestone()) is not None:
+            return f"line {other} has the hash of another answer than the episode that stands for its commit", False
+        if call.answered is None:
+            return None, False  # the ledger holds no hash to compare with
+        if call.capability == "commit" and wanted:
+            return f"line {call.seq} has the hash of another answer: the call did not commit this content", False
+        return "no line that is known has the hash of an answer that its content is in", True
+
+    def unchecked(self, *, has_manifest_sha256: bool) -> Iterator[str]:
+        found = self._found
+        bare = sum(1 for call in found.calls.values() if call.reason is None and call.payload is None)
+        if bare and self._snapshot is None and self._milestone is None:
+            yield f"run and batch of {bare} calls: the ledger does not hold their payloads"
+        if has_manifest_sha256 or self._snapshot is not None:
             return
-        self.count += is_end
-        seq = record.get("seq")
-        self.seq = seq if isinstance(seq, int) else None
-        payload = record.get("payload")
-        self.payload = payload if isinstance(payload, dict) else None
-        self.capability = str(record.get("capability"))
-        started, self.lost = self.lost, None
-        self.reason = fault or _place_fault(record) or (_end_fault(record) if is_end else _lost_reason(record))
-        if self.count > 1:
-            self.reason = f"the ledger has {self.count} lines on the call that it names"
-        elif self.reason == _lost_reason(record):
-            self.lost = _lost(record, started)
+        why = "no SHA-256 of it was given, and no line of a snapshot that answered with it at this place is known"
+        yield f"the manifest's own members, id, time and pointers among them: {why}"
+        shown = self._last_seq if self._milestone is not None else 0
+        if shown < self._pack.ledger_last_seq:
+            lines_ = f"lines {shown + 1} to {self._pack.ledger_last_seq} of {LEDGER}"
+            yield f"{lines_}, and {WORKING_SET} as they left it: no milestone's line vouches for them"
 
 
-@dataclass(slots=True)
-class _Found:
-    calls: dict[str, _Call] = field(default_factory=dict)
-    lines: int = 0
-    committed: set[str] = field(default_factory=set)
-    """Batches that a call has committed, or found so, since the first answer that was lost."""
-
-    def lost(self) -> list[_Lost]:
-        return [call.lost for call in self.calls.values() if call.lost is not None]
-
-
-def _unchecked(found: _Found, *, has_manifest_sha256: bool) -> Iterator[str]:
-    bare = sum(1 for call in found.calls.values() if call.reason is None and call.payload is None)
-    if bare:
-        yield f"run and batch of {bare} calls: the ledger does not hold their payloads"
-    if not has_manifest_sha256:
-        yield "the manifest's own members, id, time and pointers among them: no SHA-256 of it was given"
-
-
-def _verdict(item: dict[str, Any], found: _Found, run_id: str) -> Verdict:
-    request_id, batch_id = item["committed_by"], item["batch_id"]
-    if request_id is None:
-        return Verdict(item["id"], batch_id, None, None, _UNRECORDED, is_recorded=False)
-    call = found.calls[request_id]
-    reason, is_open = call.reason, False
-    if reason is None or call.lost is not None:
-        reason = _payload_fault(call, item, run_id)
-        if reason is None and call.lost is not None and not (call.lost.is_repeated or batch_id in found.committed):
-            reason, is_open = call.reason, True
-    return Verdict(item["id"], batch_id, request_id, call.seq, reason, is_recorded=True, is_open=is_open)
-
-
-def _payload_fault(call: _Call, item: dict[str, Any], run_id: str) -> str | None:
+def _payload_fault(call: Call, item: dict[str, Any], run_id: str) -> str | None:
     """What is wrong with what a call asked for, as far as its line holds that."""
     if call.payload is None:
         return None
@@ -206,92 +259,3 @@ def _payload_fault(call: _Call, item: dict[str, Any], run_id: str) -> str | None
         if call.payload.get(member) != expected:
             return f"the call's payload has the {member} {json.dumps(call.payload.get(member))}, not {expected}"
     return None
-
-
-def _find(ledger_path: Path, wanted: set[str]) -> _Found:
-    found = _Found({request_id: _Call() for request_id in sorted(wanted)})
-    before: bytes | None = None
-    line: bytes | None = None
-    for after in lines(ledger_path):
-        found.lines += 1
-        if line is not None:
-            _look(found, before, line, after)
-        before, line = line, after
-    if line is not None:
-        _look(found, before, line, None)
-    return found
-
-
-def _look(found: _Found, before: bytes | None, line: bytes, after: bytes | None) -> None:
-    """Take in a line, if it says what came of a call that is wanted, or perhaps of one whose answer was lost."""
-    is_named = any(_text(match[1]) in found.calls for match in _REQUEST_ID.finditer(line))
-    lost = found.lost() if _OWN in line else []
-    if not is_named and not lost:
-        return
-    record = record_of(line)
-    fault = link_fault(record, before, line, after)
-    if (call := found.calls.get(str(record.get("request_id")))) is not None:  # a stored payload may hold any id
-        call.take(record, fault)
-    if lost and fault is None and _place_fault(record) is None and _end_fault(record) is None:
-        _repeat(found, lost, record)
-
-
-def _repeat(found: _Found, lost: list[_Lost], record: dict[str, Any]) -> None:
-    """Take in a call that went well, after those whose answers were lost."""
-    if (batch_id := _batch_id(record)) is not None:
-        found.committed.add(batch_id)
-    for one in lost:
-        same = one.payload_hash is not None and one.payload_hash == record.get("payload_hash")
-        one.is_repeated |= same and one.capability == record.get("capability")
-
-
-def _lost(record: dict[str, Any], started: _Lost | None) -> _Lost:
-    """Of the line that says so; an `interrupted` line has less than the `started` one before it."""
-    hash_ = record.get("payload_hash")
-    known = hash_ if isinstance(hash_, str) else started.payload_hash if started else None
-    return _Lost(str(record.get("capability")), known, _batch_id(record))
-
-
-def _batch_id(record: dict[str, Any]) -> str | None:
-    """What the payload names, if the ledger has it."""
-    payload = record.get("payload")
-    batch_id = payload.get(BATCH_MEMBERS[record["capability"]]) if isinstance(payload, dict) else None
-    return batch_id if isinstance(batch_id, str) else None
-
-
-def _place_fault(record: dict[str, Any]) -> str | None:
-    """Why a call of this overlay, capability and phase commits nothing; None where it may."""
-    for member, expected in _PLACE.items():
-        if record.get(member) != expected:
-            return f"the call's {member} is {json.dumps(record.get(member))}, not {json.dumps(expected)}"
-    capability = record.get("capability")
-    if not isinstance(capability, str) or capability not in BATCH_MEMBERS:
-        return f"the call's capability is {json.dumps(capability)}, not {' or '.join(BATCH_MEMBERS)}"
-    return None
-
-
-def _end_fault(record: dict[str, Any]) -> str | None:
-    """What is wrong with what came of a call; None where it went well."""
-    if record.get("type") != "invoke":
-        return f'the call\'s type is {json.dumps(record.get("type"))}, not "invoke"'
-    ok = record.get("ok")
-    if ok is True:
-        return None
-    if ok is False and record.get("code") not in REFUSALS:
-        return _lost_reason(record)
-    return f"the call's ok is {json.dumps(ok)}, not true, and its code {json.dumps(record.get('code'))}"
-
-
-def _lost_reason(record: dict[str, Any]) -> str:
-    how = {"started": "it only started", "interrupted": "it was interrupted"}.get(str(record.get("type")))
-    how = how or f"its code is {json.dumps(record.get('code'))}"
-    return f"the call's answer was lost ({how}), and no later call is known that shows its commit"
-
-
-def _text(escaped: bytes) -> str | None:
-    """Of the inside of a JSON string."""
-    try:
-        text = json.loads(b'"%b"' % escaped)
-    except ValueError:
-        return None
-    return text if isinstance(text, str) else None

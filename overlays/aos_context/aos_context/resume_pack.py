@@ -73,6 +73,10 @@ class CheckedPack:
         """What the run had committed."""
         return read_items(self.folder)
 
+    def episode_file(self) -> bytes:
+        """Of the `episode`, which is not None."""
+        return (self.folder / f"{EPISODES}/{file_name((self.episode or {})['number'])}").read_bytes()
+
     def close(self) -> None:
         self.keeping.close()
 
@@ -108,13 +112,15 @@ def prepared(
     pointers: Mapping[str, Any],
     memory_items: Iterable[Document],
     now: str,
+    packed_by: str | None = None,
     working_set: Document | None = None,
     config: Config = DEFAULT_CONFIG,
 ) -> Iterator[Prepared]:
     """Pack a run whose lock the caller holds. The same run, `pack_id`, `pointers` and `now` give the same bytes.
 
-    `working_set` is for a file that a crash has left behind its ledger; without it the file is packed. Raises
-    `ExistsError` where there is such a pack; `BrokenError` where the run's files do not belong together; `LimitError`.
+    `packed_by` is the bus's request id of the call that asks for it, None without a bus. `working_set` is for a file
+    that a crash has left behind its ledger; without it the file is packed. Raises `ExistsError` where there is such a
+    pack; `BrokenError` where the run's files do not belong together; `LimitError`.
     """
     resume = run_folder / PACKS
     path = resume / (f"pack_{pack_id}.zip" if zip_pack else f"pack_{pack_id}")
@@ -127,7 +133,8 @@ def prepared(
         if sum(one.size for one in files.values()) > config.pack_max_bytes:
             raise LimitError(f"the pack would have more than {config.pack_max_bytes} bytes")
         state = decode("working_set", (folder / WORKING_SET).read_bytes(), WORKING_SET)
-        manifest = _pack_manifest(state, history, files, pack_id=pack_id, created_at=now, pointers=dict(pointers))
+        given = {"pack_id": pack_id, "created_at": now, "packed_by": packed_by, "pointers": dict(pointers)}
+        manifest = _pack_manifest(state, history, files, **given)
         files[PACK_MANIFEST] = write_file(folder / PACK_MANIFEST, [encode("resume_pack_manifest", manifest) + b"\n"])
         try:
             contents = verify(folder, files)

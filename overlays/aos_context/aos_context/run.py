@@ -243,15 +243,21 @@ class Run:
         return Milestone(episode, file_sha256, memory)
 
     def snapshot(
-        self, *, zip_pack: bool = True, pointers: Document | None = None, actor: str | None = None
+        self,
+        *,
+        zip_pack: bool = True,
+        pointers: Document | None = None,
+        packed_by: str | None = None,
+        actor: str | None = None,
     ) -> Snapshot:
-        """Pack the run as it is now. Raises `SchemaError`, `LimitError`."""
+        """Pack the run as it is now; `packed_by` as the bus's request. Raises `SchemaError`, `LimitError`."""
         with self._changing():
             packing = resume_pack.prepared(
                 self.folder,
                 pack_id=secrets.token_hex(8),
                 zip_pack=zip_pack,
                 pointers=pointers or {},
+                packed_by=packed_by,
                 memory_items=self._remembered(),
                 now=now(),
                 working_set=self.ws(),
