@@ -99,6 +99,23 @@ def test_a_run_is_checked_whole_and_the_file_that_was_changed_is_named(tmp_path:
     assert "episode_000001" in said.stderr
 
 
+def test_a_demo_whose_reader_has_gone_is_played_to_its_end(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with closing(os.fdopen(writer, "wb")) as out:
+        played = subprocess.run(
+            [sys.executable, "-W", "error", "-m", "aos_context.cli", "demo", "--root", str(tmp_path / "runs")],
+            cwd=OVERLAY,
+            env=environment(),
+            stdout=out,
+            stderr=subprocess.PIPE,
+            timeout=PATIENCE_S,
+            check=False,
+        )
+    assert (played.returncode, played.stderr) == (0, b"")
+    assert len(listed(tmp_path / "runs")) == 2
+
+
 def test_what_fails_is_one_sentence_and_status_1(root: Path) -> None:
     for arguments in (["brief", "nobody"], ["snapshot", "nobody"], ["load", "nothing.zip"]):
         failed = run_cli(*arguments, "--root", str(root))

@@ -129,7 +129,13 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 
 def _say(line: str) -> None:
-    print(line)  # the answer
+    """The answer, each line at once. A reader that has gone ends the saying and not what is done (`demo | head -1`)."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
