@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
+import tomllib
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -191,6 +192,15 @@ def required(file: Path) -> set[str]:
     text = file.read_text() if file.exists() else ""
     names = re.findall(r"^(?:# optional: )?([A-Za-z0-9_-]+)[>=]", text, re.MULTILINE)
     return {{"mem0ai": "mem0"}.get(name, name.replace("-", "_")) for name in names}
+
+
+def test_what_the_context_overlay_needs_and_may_use_are_extras_of_the_bus() -> None:
+    text = (OVERLAY.parent / "requirements.txt").read_text()
+    extras = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert re.findall(r"^# optional: (.+)", text, re.MULTILINE) == extras["tokens"] + extras["mem0"]
+    assert set(extras["context"]) <= set(text.splitlines())
+    readme = (OVERLAY.parent / "README.md").read_text()
+    assert all(f"pip install '{one}'" in readme for one in extras["tokens"] + extras["mem0"])
 
 
 def test_a_module_of_the_context_overlay_imports_only_what_stands_before_it_on_the_map() -> None:
