@@ -61,7 +61,7 @@ def test_the_page_is_at_the_root_and_may_load_nothing_from_elsewhere(service: Se
 def test_health_says_what_runs(service: Service) -> None:
     body = service.get("/health").json()
     assert (body["ok"], body["service"], body["testing"]) == (True, "aos_context", False)
-    assert "/runs/{run_id}/ws" in body["paths"]
+    assert {"/runs/{run_id}/ws", "/aal/{capability}"} < set(body["paths"])
 
 
 @pytest.mark.parametrize(
@@ -89,6 +89,19 @@ def test_an_unknown_run_or_address_is_404(service: Service, method: str, path: s
     body = bodies.get(path.rpartition("/")[2], {"batch_id": "b"} if path.endswith("commit") else {})
     reply = service.post(path, body) if method == "POST" else service.get(path)
     refused(reply, 404, "NOT_FOUND")
+
+
+@pytest.mark.parametrize("run_id", ["_x", "a%20b", ".hidden", "x" * 129, "%C3%A9"])
+def test_what_is_no_id_of_a_run_is_404_at_every_address_whatever_comes_with_it(service: Service, run_id: str) -> None:
+    routes = [one for one in service.get("/health").json()["paths"] if one.startswith("/runs/{run_id}/")]
+    assert len(routes) >= 12
+    for route in routes:
+        path = route.format(run_id=run_id, number="1", name="pack_1.zip")
+        answers = [service.get(f"{path}?colour=red"), service.post(path, {"colour": "red"})]
+        found = [one for one in answers if one.status != 405]
+        assert found
+        for one in found:
+            refused(one, 404, "NOT_FOUND")
 
 
 @pytest.mark.parametrize(("method", "path"), [("GET", "/runs/boot"), ("DELETE", "/runs/x/ws"), ("POST", "/health")])
@@ -428,7 +441,7 @@ def test_a_sealed_call_opens_the_gate_of_memory_only_where_the_bus_has_started_t
 
 def test_on_the_bus_nothing_is_served_past_it(tmp_path_factory: Any) -> None:
     with serving(tmp_path_factory.mktemp("bus"), variables={"OVERLAY_PORT": "1"}) as service:
-        assert service.get("/health").status == 200
+        assert service.get("/health").json()["paths"] == ["/aal/{capability}", "/health"]
         assert service.post("/aal/boot", envelope({"objective": "x", "run_id": "r"})).json()["ok"] is True
         for path in ("/", "/runs", "/runs/r/ws", "/static/index.html", "/health/", "/aal", "/nothing"):
             assert refused(service.get(path), 403, "FORBIDDEN")["hint"]

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from aos_context.tokens import Count
 
 RUN_ID = re.compile("[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+ID_SHOWN = 100
+"""Characters of what is no id that its refusal shows."""
 OPEN_RUNS = 1_000
 """So many runs are kept open; one more closes the one that was not asked for the longest."""
 
@@ -136,7 +138,8 @@ class Runs:
 
     def open(self, run_id: str) -> Run:
         """Raises `NotFoundError`. Nothing is written."""
-        if not RUN_ID.fullmatch(run_id) or not _is_run(self.root / run_id):
+        require_run_id(run_id)
+        if not _is_run(self.root / run_id):
             raise NotFoundError(f"there is no run {run_id!r}", run_id=run_id)
         with self._mutex:
             run = self._look_up(run_id)
@@ -269,6 +272,13 @@ class Runs:
             return {"run_id": run_id, "updated_at": "", "error": str(error), "code": error.code}
         kept = ("objective", "status", "current_stage", "_update_seq", "created_at", "updated_at", "task_id")
         return {"run_id": run_id, **{name: ws[name] for name in kept}}
+
+
+def require_run_id(run_id: str) -> None:
+    """Raises `NotFoundError` for what is no id: there is no run of it."""
+    if not RUN_ID.fullmatch(run_id):
+        shown = run_id[:ID_SHOWN]
+        raise NotFoundError(f"there is no run {shown!r}", run_id=shown)
 
 
 def _is_run(folder: Path) -> bool:

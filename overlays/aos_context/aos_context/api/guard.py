@@ -40,6 +40,11 @@ HEADERS = {
 }
 
 
+def is_of_bus(path: str) -> bool:
+    """Whether a service on the bus serves it."""
+    return path in BUS_PATHS or path.startswith(BUS_ROOT)
+
+
 class Guard:
     """An ASGI application before another; the service's settings say by which names it is reached, and by whom."""
 
@@ -70,7 +75,7 @@ class Guard:
             return ForbiddenError(f"this service is not {host[:100]!r}", hint=hint)
         if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
             return ForbiddenError(f"a page of {origin[:100]!r} may not call this service")
-        if self._settings().on_bus and path not in BUS_PATHS and not path.startswith(BUS_ROOT):
+        if self._settings().on_bus and not is_of_bus(path):
             return ForbiddenError(f"{path[:100]} is not served where the bus has started the service", hint=THROUGH_BUS)
         if path.startswith(BUS_ROOT) and not self._is_bus(headers.get("authorization", "")):
             return ForbiddenError("this is not the bus that has started the service", hint=THROUGH_BUS)

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
-from starlette.routing import Mount, Route
+from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
 
 from aos_context.api import answers
-from aos_context.api.bus_route import BusRoute
 from aos_context.api.guard import Guard
 from aos_context.api.routes import Routes
 from aos_context.api.service import Service
@@ -42,7 +41,6 @@ def create_app(settings: Settings | None = None) -> Starlette:
     return Starlette(
         routes=[
             *Routes(service).all(),
-            Route("/aal/{capability}", BusRoute(service).handle, methods=["POST"]),
             Mount("/static", StaticFiles(directory=STATIC, check_dir=False)),
         ],
         middleware=[Middleware(Guard, settings=lambda: service.settings)],

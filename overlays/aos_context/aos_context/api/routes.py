@@ -13,10 +13,13 @@ from starlette.routing import Route
 from aos_context import contract
 from aos_context.api.answers import json_response
 from aos_context.api.bodies import read_object
+from aos_context.api.bus_route import BusRoute
+from aos_context.api.guard import is_of_bus
 from aos_context.api.queries import LARGEST, LINES, LISTED, NOTHING, RUNS, read_query
 from aos_context.api.upload import Upload
 from aos_context.errors import NotFoundError, SchemaError
 from aos_context.operations import perform
+from aos_context.runs import require_run_id
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -59,19 +62,21 @@ class Routes:
             Route("/runs/{run_id}/episodes", self._episodes, methods=["GET"]),
             Route("/runs/{run_id}/episodes/{number}", self._episode, methods=["GET"]),
             Route("/runs/{run_id}/resume/{name}", self._pack, methods=["GET"]),
+            Route("/aal/{capability}", BusRoute(self._service).handle, methods=["POST"]),
         ]
 
     def _handler(self, name: str) -> Callable[[Request], Awaitable[Response]]:
         async def handle(request: Request) -> Response:
             schema = contract.capability(name).input_schema
+            where = _where(request)
             if request.method == "POST":
                 payload = await read_object(request, self._service.settings.config.body_max_bytes)
             else:
                 payload = read_query(request.query_params, schema)
-            if "run_id" in request.path_params and "run_id" in payload:
+            if "run_id" in where and "run_id" in payload:
                 fault = {"path": "$.run_id", "message": "the run stands in the address"}
                 raise SchemaError(f"{name} request", [fault])
-            payload |= request.path_params
+            payload |= where
             if name == "brief" and "text/markdown" in request.headers.get("accept", ""):
                 found = await self._service.ask(lambda runs: perform(runs, name, payload))
                 return PlainTextResponse(found["brief"], media_type="text/markdown")
@@ -84,12 +89,13 @@ class Routes:
 
     async def _health(self, request: Request) -> Response:
         NOTHING.read(request.query_params)
+        settings = self._service.settings
         said = {
             "ok": True,
             "service": "aos_context",
             "version": contract.version(),
-            "testing": self._service.settings.testing,
-            "paths": sorted(route.path for route in self.all()),
+            "testing": settings.testing,
+            "paths": sorted(route.path for route in self.all() if not settings.on_bus or is_of_bus(route.path)),
         }
         return json_response(said)
 
@@ -98,13 +104,13 @@ class Routes:
         return await self._service.respond(lambda runs: runs.page(**asked)._asdict())
 
     async def _ledger(self, request: Request) -> Response:
+        run_id = _where(request)["run_id"]
         asked: Document = {"limit": LISTED} | LINES.read(request.query_params)
-        run_id = request.path_params["run_id"]
         return await self._service.respond(lambda runs: {"run_id": run_id, "events": runs.open(run_id).events(**asked)})
 
     async def _episodes(self, request: Request) -> Response:
+        run_id = _where(request)["run_id"]
         asked: Document = {"limit": LISTED} | LINES.read(request.query_params)
-        run_id = request.path_params["run_id"]
         kept = ("episode_id", "number", "reason", "next_entry_point", "created_at", "summary")
         return await self._service.respond(
             lambda runs: {
@@ -114,14 +120,21 @@ class Routes:
         )
 
     async def _episode(self, request: Request) -> Response:
+        run_id, number = _where(request)["run_id"], request.path_params["number"]
         NOTHING.read(request.query_params)
-        run_id, number = request.path_params["run_id"], request.path_params["number"]
         if not (number.isascii() and number.isdecimal() and len(number) < len(str(LARGEST))):
             raise NotFoundError(f"run {run_id} has no episode {number!r}")
         return await self._service.respond(lambda runs: runs.open(run_id).episode(int(number)))
 
     async def _pack(self, request: Request) -> Response:
+        run_id, name = _where(request)["run_id"], request.path_params["name"]
         NOTHING.read(request.query_params)
-        run_id, name = request.path_params["run_id"], request.path_params["name"]
         path = await self._service.ask(lambda runs: runs.open(run_id).pack(name))
         return FileResponse(path, media_type="application/zip", filename=name)
+
+
+def _where(request: Request) -> Document:
+    """What the address says. Raises `NotFoundError` for what is no id of a run, before all else is looked at."""
+    if "run_id" in request.path_params:
+        require_run_id(request.path_params["run_id"])
+    return request.path_params
