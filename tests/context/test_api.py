@@ -225,6 +225,47 @@ def test_a_query_that_no_schema_allows_is_422_with_its_path(
     assert [fault["path"] for fault in faults] == [path]
 
 
+LARGE = "sk-live-secret " * 200_000
+
+
+@pytest.mark.parametrize(
+    ("rest", "body"),
+    [
+        ("step/update", {"patch": a_patch(next_action=LARGE)}),
+        ("step/update", {"patch": {"expected_seq": 0, "set": {"status": LARGE}}}),
+        ("step/update", {"patch": LARGE}),
+        ("memory/propose", {"mcrs": [FACT | {"content": LARGE[:3_000] * 22}] * 50}),
+        ("memory/propose", {"mcrs": [{LARGE[:3_000]: 1, "op": LARGE[:100]}] * 1_000}),
+        ("memory/propose", {"mcrs": [FACT], "scope_filters": {"run_id": LARGE}}),
+        ("milestone", {"reason": LARGE}),
+        ("resume/snapshot", {"pointers": {LARGE: {}}}),
+        ("resume/snapshot", {"pointers": {"at": LARGE}}),
+    ],
+    ids=lambda given: given if isinstance(given, str) else "",
+)
+def test_a_refusal_is_short_and_does_not_give_back_what_it_refuses(
+    service: Service, run_id: str, rest: str, body: dict[str, Any]
+) -> None:
+    alone = service.post(f"/runs/{run_id}/{rest}", body)
+    assert 0 < len(refused(alone, 422, "SCHEMA")["faults"]) <= 20
+    name = rest.rpartition("/")[2]
+    phase = "SEAL" if name == "milestone" else "OPEN"
+    by_bus = service.post(f"/aal/{name}", envelope(body | {"run_id": run_id}, phase))
+    assert by_bus.json()["code"] == "SCHEMA"
+    assert len(alone.content) < 10_000
+    assert len(by_bus.content) < 10_000
+    assert LARGE[:150].encode() not in alone.content + by_bus.content
+
+
+def test_a_refused_value_stands_in_no_ledger(service: Service, run_id: str) -> None:
+    for members in ({"current_stage": "sk-live-secret"}, {"status": "sk-live-secret"}):
+        refused(service.post(f"/runs/{run_id}/step/update", {"patch": a_patch(**members)}), 422, "SCHEMA")
+    events = service.get(f"/runs/{run_id}/ledger?limit=2").json()["events"]
+    assert [event["event_type"] for event in events] == ["WS_UPDATE_REJECTED"] * 2
+    assert "$.set.current_stage: a string of 14 characters" in events[0]["data"]["detail"]
+    assert "sk-live" not in str(events)
+
+
 def test_more_pinned_context_than_is_allowed_is_422(service: Service, run_id: str) -> None:
     item = {"content": "x", "timestamp": "2026-01-18T00:00:00Z", "priority": 1}
     items = [item | {"id": f"p{number}"} for number in range(100)]

@@ -57,6 +57,52 @@ def test_a_document_of_another_version_or_with_an_unknown_member_is_refused_with
     }
 
 
+SECRET = "sk-live-secret"
+
+
+@pytest.mark.parametrize(
+    ("artifact", "members", "said"),
+    [
+        ("ws_patch", {"set": {"current_stage": SECRET}}, "a string of 14 characters does not match"),
+        ("ws_patch", {"set": {"status": SECRET}}, "a string of 14 characters is not one of"),
+        ("ws_patch", {"set": {"next_action": SECRET * 1_000}}, "a string of 14000 characters is longer than 10000"),
+        ("ws_patch", {"set": {"next_action": [SECRET]}}, 'an array of 1 items is not of type "string"'),
+        ("ws_patch", {"set": {"objective": None}}, 'null is not of type "string"'),
+        ("ws_patch", {"set": {"sliding_context": [ITEM | {"timestamp": SECRET}]}}, 'is not a "date-time"'),
+        ("ws_patch", {"set": {"sliding_context": [ITEM | {"priority": 424_242}]}}, "a number is greater than"),
+        ("ws_patch", {"remove": {"sliding_context": [SECRET + " "]}}, "a string of 15 characters does not match"),
+        ("ws_patch", {"set": {SECRET * 1_000: 1, "status": "BUSY"}}, "has members that are not known: 'sk-live-"),
+        ("ws_patch", {"_schema_version": SECRET, "set": {"status": "BUSY"}}, '"2.1" was expected'),
+        ("ws_patch", {}, "$: has none of 'set', 'remove', 'add'"),
+        ("mcr", {"op": "add", "target_id": SECRET}, "$.target_id: is not allowed here"),
+        ("memory_item", {"task_id": SECRET + " "}, 'does not match "^[A-Za-z0-9]'),
+        ("memory_item", {"task_id": SECRET + " "}, '15 characters is not of type "null"'),
+        (
+            "resume_pack_manifest",
+            {"pointers": {SECRET + " ": 1}},
+            "has a member whose name is not allowed: a string of",
+        ),
+    ],
+)
+def test_what_is_refused_is_told_by_rule_and_kind_and_not_by_value(
+    artifact: Artifact, members: Document, said: str
+) -> None:
+    document = {"_schema_version": "2.1", **({"expected_seq": 0} if artifact == "ws_patch" else {}), **members}
+    with pytest.raises(SchemaError) as refused:
+        validate(artifact, document)
+    told = [f"{fault['path']}: {fault['message']}" for fault in refused.value.faults]
+    assert any(said in one for one in told), told
+    assert all(SECRET not in one or "not known: '" in one for one in told)
+    assert "424" not in str(told)
+    assert max(map(len, told)) < 300
+
+
+def test_many_members_that_are_not_known_are_named_in_short() -> None:
+    document = {"_schema_version": "2.1", "expected_seq": 0, **{f"{number:0>99}": 1 for number in range(100)}}
+    with pytest.raises(SchemaError, match="0', and 95 more"):
+        validate("ws_patch", document)
+
+
 def test_a_patch_that_changes_nothing_or_what_is_not_to_be_changed_is_refused() -> None:
     refused: list[Document] = [
         {},

@@ -47,6 +47,7 @@ def test_a_capability_has_its_phases_its_strict_input_and_its_output(name: str) 
 def test_every_address_stands_in_the_readme() -> None:
     for route in Routes(Service()).all():
         path = route.path.replace("{run_id}", "ID").replace("{name}", "pack_PACK.zip").replace("/{number}", "")
+        path = path.replace("{capability}", "CAPABILITY")
         assert f"`{'POST' if 'POST' in (route.methods or ()) else 'GET'} {path}`" in README or path == "/", path
 
 

@@ -18,15 +18,20 @@ from typing import Any, Literal
 import jsonschema_rs
 
 from aos_context.config import SCHEMA_VERSION
-from aos_context.errors import BrokenError, SchemaError
+from aos_context.errors import FAULTS_MOST, BrokenError, SchemaError
 
 Artifact = Literal["working_set", "ws_patch", "ledger_event", "episode", "memory_item", "mcr", "resume_pack_manifest"]
 ARTIFACTS: tuple[Artifact, ...] = (
     "working_set", "ws_patch", "ledger_event", "episode", "memory_item", "mcr", "resume_pack_manifest",
 )  # fmt: skip
-FAULTS_MOST = 20
+NAMES_SHOWN, NAME_SHOWN = 5, 40
+"""Of members that a schema does not know so many are named, each with so many characters at most."""
+STEP_SHOWN = 128
+"""Characters of a step in a JSON path."""
 Document = dict[str, Any]
 
+_Kind = jsonschema_rs.ValidationErrorKind
+_MASK = "\N{REPLACEMENT CHARACTER}"
 _MAYBE_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
 """An escape of a surrogate: half a pair is JSON to the parser, and no text that can be written."""
 
@@ -102,7 +107,12 @@ def finite(number: str) -> float:
 
 @cache
 def _validator(artifact: Artifact) -> jsonschema_rs.Draft202012Validator:
-    return jsonschema_rs.Draft202012Validator(schema(artifact), registry=_registry(), validate_formats=True)
+    return validator_of(schema(artifact), registry=_registry(), validate_formats=True)
+
+
+def validator_of(schema: Document, **options: Any) -> jsonschema_rs.Draft202012Validator:
+    """A validator for `faults`: its messages have `_MASK` in the place of every value."""
+    return jsonschema_rs.Draft202012Validator(schema, mask=_MASK, **options)
 
 
 @cache
@@ -112,11 +122,48 @@ def _registry() -> jsonschema_rs.Registry:
 
 
 def faults(validator: jsonschema_rs.Draft202012Validator, document: Any) -> list[dict[str, str]]:
-    """The first `FAULTS_MOST`, as `SchemaError` has them."""
+    """The first `FAULTS_MOST`, as `SchemaError` has them. The validator is one of `validator_of`."""
     errors = islice(validator.iter_errors(document), FAULTS_MOST)
-    return [{"path": json_path(error.instance_path), "message": error.message} for error in errors]
+    return [{"path": json_path(error.instance_path), "message": _message(error)} for error in errors]
 
 
 def json_path(steps: list[str | int]) -> str:
     """As RFC 9535 writes one: `$.set.sliding_context[0]`."""
-    return "$" + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps)
+    return "$" + "".join(f"[{step}]" if isinstance(step, int) else f".{step[:STEP_SHOWN]}" for step in steps)
+
+
+def described(value: object) -> str:
+    """What kind of value it is, and how large; not the value."""
+    if value is None or isinstance(value, bool):
+        return str(to_json(value), "ascii")
+    if isinstance(value, int | float):
+        return "a number"
+    if isinstance(value, str):
+        return f"a string of {len(value)} characters"
+    if isinstance(value, dict):
+        return f"an object of {len(value)} members"
+    if isinstance(value, list | tuple):
+        return f"an array of {len(value)} items"
+    return f"a {type(value).__name__}"
+
+
+def _message(error: jsonschema_rs.ValidationError) -> str:
+    kind = error.kind
+    if isinstance(kind, _Kind.AdditionalProperties):
+        return f"has members that are not known: {_named(kind.unexpected)}"
+    if isinstance(kind, _Kind.FalseSchema):
+        return "is not allowed here"
+    if isinstance(kind, _Kind.PropertyNames):
+        return f"has a member whose name is not allowed: {_message(kind.error)}"
+    if isinstance(kind, _Kind.AnyOf):
+        ways = [one[0] for one in kind.context]
+        missing = [one.kind.property for one in ways if isinstance(one.kind, _Kind.Required)]
+        if len(missing) == len(ways):
+            return f"has none of {_named(missing)}"
+        return ", and ".join(_message(one) for one in ways)
+    return error.message.replace(_MASK, described(error.instance))
+
+
+def _named(names: list[str]) -> str:
+    more = f", and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(repr(name[:NAME_SHOWN]) for name in names[:NAMES_SHOWN]) + more

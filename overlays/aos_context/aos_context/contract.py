@@ -9,12 +9,13 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jsonschema_rs
-
-from aos_context.artifacts import Document, faults
+from aos_context.artifacts import NAME_SHOWN, Document, faults, validator_of
 from aos_context.errors import NotFoundError, PhaseError, SchemaError
+
+if TYPE_CHECKING:
+    import jsonschema_rs
 
 MANIFEST = Path(__file__).parent.parent / "manifest.json"
 
@@ -36,7 +37,10 @@ class Capability:
     def check_phase(self, phase: str) -> None:
         """Raises `PhaseError`."""
         if phase not in self.phases:
-            raise PhaseError(f"{self.name} is not for {phase}; allowed: {', '.join(self.phases)}", phase=phase)
+            raise PhaseError(
+                f"{self.name} is not for {phase[:NAME_SHOWN]}; allowed: {', '.join(self.phases)}",
+                phase=phase[:NAME_SHOWN],
+            )
 
 
 @cache
@@ -49,7 +53,7 @@ def capability(name: str) -> Capability:
     """Raises `NotFoundError`."""
     found = capabilities().get(name)
     if found is None:
-        raise NotFoundError(f"there is no capability {name!r}; known: {', '.join(capabilities())}")
+        raise NotFoundError(f"there is no capability {name[:NAME_SHOWN]!r}; known: {', '.join(capabilities())}")
     return found
 
 
@@ -65,4 +69,4 @@ def _manifest() -> Document:
 
 def _capability(name: str, given: Document) -> Capability:
     schema = given["input_schema"]
-    return Capability(name, tuple(given["phases"]), schema, jsonschema_rs.Draft202012Validator(schema))
+    return Capability(name, tuple(given["phases"]), schema, validator_of(schema))

@@ -24,6 +24,9 @@ from __future__ import annotations
 
 from typing import Any
 
+FAULTS_MOST = 20
+"""Of a document, so many are told."""
+
 
 class ContextError(Exception):
     """`str()` is a sentence for people; `members` are for programs."""
@@ -73,15 +76,21 @@ class ConflictError(ContextError):
 
 
 class SchemaError(ContextError):
-    """`faults` are `{"path": "$.set.status", "message": ...}`, the first first."""
+    """`faults` are `{"path": "$.set.status", "message": ...}`, the first `FAULTS_MOST`.
+
+    A message says which rule is broken and what kind of value breaks it, and never the value: it may be large, or a
+    secret, and messages go into ledgers and logs.
+    """
 
     code, status = "SCHEMA", 422
 
     def __init__(self, artifact: str, faults: list[dict[str, str]]) -> None:
         first = faults[0]
         more = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
-        super().__init__(f"{artifact}: {first['path']}: {first['message']}{more}", artifact=artifact, faults=faults)
-        self.faults = faults
+        super().__init__(
+            f"{artifact}: {first['path']}: {first['message']}{more}", artifact=artifact, faults=faults[:FAULTS_MOST]
+        )
+        self.faults = faults[:FAULTS_MOST]
 
 
 class LimitError(ContextError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from aos_context.artifacts import described
 from aos_context.errors import SchemaError
 from aos_context.memory_gate import check_members, holds
 
@@ -42,13 +43,13 @@ class Filters:
         given = {name: value for name, value in (filters or {}).items() if value is not None}
         choices = {"scope": SCOPES, "status": (*STATUSES, "any"), "type": TYPES}
         faults = [
-            {"path": f"$.{name}", "message": f"{given[name]!r} is not one of {', '.join(values)}"}
+            {"path": f"$.{name}", "message": f"{described(given[name])} is not one of {', '.join(values)}"}
             for name, values in choices.items()
             if name in given and given[name] not in values
         ]
         least = given.get("min_confidence", 0.0)
         if isinstance(least, bool) or not isinstance(least, int | float) or not 0 <= least <= 1:
-            faults.append({"path": "$.min_confidence", "message": f"{least!r} is not a number from 0 to 1"})
+            faults.append({"path": "$.min_confidence", "message": f"{described(least)} is not a number from 0 to 1"})
         if faults:
             raise SchemaError("filters", faults)
         return cls(**given)

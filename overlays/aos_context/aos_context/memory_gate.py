@@ -22,7 +22,7 @@ import unicodedata
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from aos_context.artifacts import Document, encode, json_path, now, sha256, to_json
+from aos_context.artifacts import Document, described, encode, json_path, now, sha256, to_json
 from aos_context.config import SCHEMA_VERSION
 from aos_context.errors import ConflictError, SchemaError
 
@@ -153,7 +153,7 @@ def ordered_id(prefix: str) -> str:
 def check_members(artifact: str, given: object, allowed: Iterable[str]) -> None:
     """Of scope and search filters: known ones, ids and writers as their schemas have them. Raises `SchemaError`."""
     if not isinstance(given, dict):
-        raise SchemaError(artifact, [{"path": "$", "message": f"{given!r} is not of type object"}])
+        raise SchemaError(artifact, [{"path": "$", "message": f"{described(given)} is not an object"}])
     faults = [
         {"path": json_path([name]), "message": f"not one of {', '.join(allowed)}"}
         for name in given
@@ -162,7 +162,7 @@ def check_members(artifact: str, given: object, allowed: Iterable[str]) -> None:
     for name in ("task_id", "run_id"):
         value = given.get(name)
         if value is not None and not (isinstance(value, str) and ID_PATTERN.fullmatch(value)):
-            faults.append({"path": json_path([name]), "message": f"{value!r} is no id"})
+            faults.append({"path": json_path([name]), "message": f"{described(value)} is no id"})
     if faults:
         raise SchemaError(artifact, faults)
     check_name(artifact, "writer", given.get("writer"))
@@ -171,7 +171,7 @@ def check_members(artifact: str, given: object, allowed: Iterable[str]) -> None:
 def check_name(artifact: str, member: str, name: object) -> None:
     """None, or text of 1 to 128 characters. Raises `SchemaError`."""
     if name is not None and not (isinstance(name, str) and NAME_PATTERN.fullmatch(name)):
-        message = f"{name!r} is not text of 1 to 128 characters"
+        message = f"{described(name)} is not text of 1 to 128 characters"
         raise SchemaError(artifact, [{"path": json_path([member]), "message": message}])
 
 

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from aos_context.artifacts import Document, decode, now
+from aos_context.artifacts import Document, decode, described, now
 from aos_context.config import DEFAULT_CONFIG, Config
 from aos_context.errors import NotFoundError, SchemaError
 from aos_context.memory_compared import Compared, Comparing
@@ -112,10 +112,10 @@ class GatedMemoryStore(ABC):
     def checked(self, query: str, top_k: int | None) -> int:
         """`top_k`, or what it is by default. Raises `SchemaError`."""
         if not isinstance(query, str):
-            raise SchemaError("search", [{"path": "$.query", "message": f"{query!r} is not a string"}])
+            raise SchemaError("search", [{"path": "$.query", "message": f"{described(query)} is not a string"}])
         wanted = self.config.search_top_k if top_k is None else top_k
         if isinstance(wanted, bool) or not isinstance(wanted, int) or not 1 <= wanted <= self.config.search_max_hits:
-            message = f"{top_k!r} is not a whole number from 1 to {self.config.search_max_hits}"
+            message = f"{described(top_k)} is not a whole number from 1 to {self.config.search_max_hits}"
             raise SchemaError("search", [{"path": "$.top_k", "message": message}])
         return wanted
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from aos_context.artifacts import FAULTS_MOST, json_path
+from aos_context.artifacts import json_path
 from aos_context.errors import SchemaError
 
 if TYPE_CHECKING:
@@ -92,4 +92,4 @@ def _refuse_repeated(artifact: Artifact, places: list[Place], *, per_list: bool)
 
 
 def _refuse(artifact: Artifact, faults: list[tuple[list[str | int], str]]) -> None:
-    raise SchemaError(artifact, [{"path": json_path(steps), "message": why} for steps, why in faults[:FAULTS_MOST]])
+    raise SchemaError(artifact, [{"path": json_path(steps), "message": why} for steps, why in faults])

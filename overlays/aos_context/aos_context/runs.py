@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from aos_context import resume_pack
-from aos_context.artifacts import now
+from aos_context.artifacts import described, now
 from aos_context.config import DEFAULT_CONFIG, Config
 from aos_context.errors import ContextError, ExistsError, ForbiddenError, NotFoundError, SchemaError
 from aos_context.files import make_folder
@@ -235,7 +235,8 @@ class Runs:
     def _folder(self, run_id: str) -> Path:
         """Where a new run comes to lie. Raises `SchemaError` for what is no run's name."""
         if not RUN_ID.fullmatch(run_id) or run_id.startswith(DATABASE):
-            message = f"{run_id!r} is no name for a run: letters, digits, '.', '_' and '-', 128 at most, and no file's"
+            rule = "letters, digits, '.', '_' and '-', 128 at most, and no file's"
+            message = f"{described(run_id)} is no name for a run: {rule}"
             raise SchemaError("working_set", [{"path": "$.run_id", "message": message}])
         return self.root / run_id
 

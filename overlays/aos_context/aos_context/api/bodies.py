@@ -26,7 +26,7 @@ connection closes might never see the answer."""
 async def read_object(request: Request, limit_bytes: int) -> Document:
     """The body as one JSON object. Raises `MediaTypeError`, `TooLargeError`, `RequestError`."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise MediaTypeError(f"the Content-Type is {request.headers.get('content-type')!r}")
+        raise MediaTypeError(f"the Content-Type is {request.headers.get('content-type', '')[:100]!r}")
     text = await _read(request, limit_bytes)
     return await run_in_threadpool(parse_object, text) if len(text) > LARGE_BYTES else parse_object(text)
 

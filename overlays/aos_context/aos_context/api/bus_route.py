@@ -39,7 +39,7 @@ class BusRoute:
             wanted = contract.capability(name)
             phase, payload = _member(envelope, "phase", str), _member(envelope, "payload", dict)
             if envelope.get("capability", name) != name:
-                raise RequestError(f"the envelope is for {envelope['capability']!r}, and its address is {name}'s")
+                raise RequestError(f"the envelope is for another capability, and its address is {name}'s")
             wanted.check_phase(phase)
             caller = Caller(_request_id(envelope), settings.on_bus and phase == "SEAL", _max_tokens(envelope))
             return await self._service.respond(

@@ -6,12 +6,11 @@ import math
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jsonschema_rs
-
-from aos_context.artifacts import faults
+from aos_context.artifacts import described, faults, validator_of
 from aos_context.errors import SchemaError
 
 if TYPE_CHECKING:
+    import jsonschema_rs
     from starlette.datastructures import QueryParams
 
     from aos_context.artifacts import Document
@@ -33,7 +32,7 @@ class Query(NamedTuple):
     @classmethod
     def of(cls, **properties: Document) -> Query:
         schema = {"type": "object", "additionalProperties": False, "properties": properties}
-        return cls(schema, jsonschema_rs.Draft202012Validator(schema))
+        return cls(schema, validator_of(schema))
 
     def read(self, query: QueryParams) -> Document:
         """Raises `SchemaError`."""
@@ -70,7 +69,7 @@ def _typed(name: str, text: str, schema: Document) -> Any:
     try:
         return _integer(text) if kind == "integer" else _number(text) if kind == "number" else text
     except ValueError:
-        fault = {"path": f"$.{name}", "message": f"{text[:100]!r} is not of type {kind!r}"}
+        fault = {"path": f"$.{name}", "message": f"{described(text)} is not of type {kind!r}"}
         raise SchemaError("query", [fault]) from None
 
 
