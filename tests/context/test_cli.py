@@ -45,6 +45,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "boot", "update", "stale", "propose", "commit", "milestone", "search", "snapshot", "load",
     ]  # fmt: skip
     assert "Parse the logs." in played.stdout
+    assert "## Memory" in played.stdout
     return folder
 
 

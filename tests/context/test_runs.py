@@ -483,6 +483,15 @@ def test_a_milestone_that_was_cut_off_is_made_good_by_the_next_change(
             assert len(holding) == 1
 
 
+def test_a_brief_has_the_memories_that_belong_to_the_run_and_no_others(runs: Runs) -> None:
+    run = booted(runs)
+    run.milestone("seen", memory_batch_id=proposed(run, "The server listens on port 80 in the east region"))
+    for objective, is_there in (("Fix the login bug in the mobile app", False), ("Move the server to the west", True)):
+        other = runs.open(runs.boot(objective)["run_id"])
+        assert ("port 80" in other.brief()) is is_there
+        assert "port 80" in other.brief(query="server port")
+
+
 def test_a_proposal_whose_event_was_cut_off_gets_it_with_the_next_change(tmp_path: Path) -> None:
     root = tmp_path / "runs"
     with opened(root) as runs:

@@ -22,7 +22,7 @@ Reading order; a file imports only what stands before it:
                   (whether its documents belong together), `resume_pack`, `bus_ledger` (the ledger of a bus),
                   `bus_calls` (what it has of calls), `canonical` (RFC 8785), `pack_answers` (what must have been
                   answered), `pack_check` (a pack against it)
-    brief         `context_brief`
+    brief         `recall` (what of memory belongs to it), `context_brief`
     together      `noted` (what a ledger says of memory and episodes), `run`, `runs` (a folder of them), `contract`
                   (the manifest's capabilities), `operations` (what each does), `settings`, `opening`
     service       `api` (HTTP, the bus, the page), `serving`

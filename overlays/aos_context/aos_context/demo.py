@@ -33,7 +33,7 @@ REMEMBERED: Document = {
     "op": "add",
     "type": "fact",
     "scope": "global",
-    "content": "The log has 3 formats, and all of them begin with a date in UTC.",
+    "content": "The logs have 3 formats, and all of them begin with a date in UTC.",
     "confidence": 0.9,
     "rationale": "Seen in every sample.",
     "source_refs": ["note"],

@@ -35,6 +35,7 @@ from aos_context.ledger import FileLedger
 from aos_context.memory_store import CommitResult, ProposeResult, RecordingMemoryStore
 from aos_context.noted import Noted
 from aos_context.pack_content import read_items
+from aos_context.recall import recalled
 from aos_context.scratch import sweep
 from aos_context.ws_manager import WorkingSetManager
 
@@ -139,11 +140,15 @@ class Run:
         return self._means.memory.search(query, {**(filters or {}), **here}, wanted)
 
     def brief(self, *, budget_tokens: int | None = None, query: str | None = None) -> str:
-        """Markdown for a model's prompt. Without a query the objective and the next action are looked for."""
+        """Markdown for a model's prompt, with what memory has on the query, else on objective and next action.
+
+        What a memory must have in common with it is in `recall`.
+        """
         ws = self.ws()
         words = f"{ws['objective']} {ws['next_action']}" if query is None else query
-        budget = self._means.config.brief_max_tokens if budget_tokens is None else budget_tokens
-        hits, last = self.search(words), self._episodes.last()
+        config = self._means.config
+        budget = config.brief_max_tokens if budget_tokens is None else budget_tokens
+        hits, last = recalled(self.search, words, config.search_top_k), self._episodes.last()
         return context_brief.render(ws, hits, budget_tokens=budget, count=self._means.count, last_episode=last)
 
     def check(self) -> Checked:
