@@ -258,8 +258,9 @@ def test_a_refusal_is_short_and_does_not_give_back_what_it_refuses(
 
 
 def test_a_refused_value_stands_in_no_ledger(service: Service, run_id: str) -> None:
-    for members in ({"current_stage": "sk-live-secret"}, {"status": "sk-live-secret"}):
-        refused(service.post(f"/runs/{run_id}/step/update", {"patch": a_patch(**members)}), 422, "SCHEMA")
+    for name in ("current_stage", "status"):
+        patch = {"_schema_version": "2.1", "expected_seq": 0, "set": {name: "sk-live-secret"}}
+        refused(service.post(f"/runs/{run_id}/step/update", {"patch": patch}), 422, "SCHEMA")
     events = service.get(f"/runs/{run_id}/ledger?limit=2").json()["events"]
     assert [event["event_type"] for event in events] == ["WS_UPDATE_REJECTED"] * 2
     assert "$.set.current_stage: a string of 14 characters" in events[0]["data"]["detail"]
@@ -348,6 +349,56 @@ def test_episodes_are_listed_and_read_one_by_one(service: Service) -> None:
     for number in ("2", "0", "-1", "x", "9" * 30, "²"):
         path = f"/runs/{run_id}/episodes/" + "".join(f"%{byte:02x}" for byte in number.encode())
         refused(service.get(path), 404, "NOT_FOUND")
+
+
+def waiting(service: Service, run_id: str, query: str = "") -> list[dict[str, Any]]:
+    batches: list[dict[str, Any]] = service.get(f"/runs/{run_id}/memory/waiting{query}").json()["batches"]
+    return batches
+
+
+def test_the_batches_that_wait_are_those_that_a_milestone_of_the_run_can_commit(service: Service, run_id: str) -> None:
+    other = service.boot()
+    fact = FACT | {"content": f"Boxes of {run_id} are blue"}
+    first = service.post(f"/runs/{other}/memory/propose", {"mcrs": [fact]}).json()
+    same = service.post(f"/runs/{run_id}/memory/propose", {"mcrs": [fact], "writer": "ada"}).json()
+    assert (same["staged"], len(same["duplicates"])) == (0, 1)
+    for _ in range(210):  # refused patches do not hide it
+        service.post(f"/runs/{run_id}/step/update", {"patch": a_patch(99)})
+    [batch] = waiting(service, run_id)
+    assert batch["batch_id"] == same["batch_id"]
+    assert (batch["changes"], batch["first"]) == (
+        1,
+        {"op": "add", "target_id": None, "content": fact["content"], "writer": "ada"},
+    )
+    reached = service.post(f"/runs/{run_id}/milestone", {"reason": "x", "memory_batch_id": batch["batch_id"]}).json()
+    assert len(reached["memory"]["items"]) == 1
+    assert waiting(service, run_id) == []
+    known = service.post(f"/runs/{run_id}/memory/propose", {"mcrs": [fact]}).json()
+    assert (known["staged"], waiting(service, run_id)) == (0, [])
+    assert [one["batch_id"] for one in waiting(service, other)] == [first["batch_id"]]
+
+
+def test_of_many_batches_that_wait_the_last_are_listed_the_oldest_first(service: Service, run_id: str) -> None:
+    def propose(number: int) -> str:
+        mcrs = [FACT | {"content": f"{number} of {run_id}" + "x" * 1_000, "scope": "run"}] * (number + 1)
+        batch_id: str = service.post(f"/runs/{run_id}/memory/propose", {"mcrs": mcrs}).json()["batch_id"]
+        return batch_id
+
+    batches = [propose(number) for number in range(4)]
+    assert [one["batch_id"] for one in waiting(service, run_id)] == batches
+    found = waiting(service, run_id, "?limit=2")
+    assert [one["batch_id"] for one in found] == batches[2:]
+    assert all(len(one["first"]["content"]) == 80 for one in found)
+    assert refused(service.get(f"/runs/{run_id}/memory/waiting?limit=0"), 422, "SCHEMA")["faults"]
+
+
+def test_what_waits_is_not_carried_by_a_pack(service: Service, run_id: str) -> None:
+    fact = FACT | {"content": f"Lids of {run_id} are green"}
+    batch_id = service.post(f"/runs/{run_id}/memory/propose", {"mcrs": [fact]}).json()["batch_id"]
+    packed = service.post(f"/runs/{run_id}/resume/snapshot", {}).json()["pack_path"]
+    loaded = service.post("/runs/resume/load", {"pack_path": packed}).json()["run_id"]
+    assert waiting(service, loaded) == []
+    refused(service.post(f"/runs/{loaded}/milestone", {"reason": "x", "memory_batch_id": batch_id}), 404, "NOT_FOUND")
 
 
 def test_a_brief_is_text_for_who_asks_for_it(service: Service, run_id: str) -> None:

@@ -437,6 +437,25 @@ def test_an_active_memory_that_takes_anothers_place_says_who_put_it_there(store:
     assert [(item["writer"], item["rationale"]) for item in items] == [("eve", "compared")] * 2
 
 
+def test_what_waits_are_batches_of_the_run_that_would_change_something(store: RecordingMemoryStore) -> None:
+    remember(store, add("alpha one"), run_id="r1")
+    store.propose([add("alpha one")], {"run_id": "r1"})
+    store.propose([add("gamma three")], {"run_id": "r2"})
+    batches = [
+        store.propose([add(f"{word} two"), add("more")], {"run_id": "r1"}).batch_id for word in ("be", "de", "ge")
+    ]
+    assert [one.batch_id for one in store.waiting("r1", 9)] == batches
+    found = store.waiting("r1", 2)
+    assert [(one.batch_id, one.changes, one.first and one.first["content"]) for one in found] == [
+        (batches[1], 2, "de two"),
+        (batches[2], 2, "ge two"),
+    ]
+    assert [one.proposed_at for one in found] == [store.batch(batch_id).proposed_at for batch_id in batches[1:]]
+    store.commit(batches[1])
+    assert [one.batch_id for one in store.waiting("r1", 9)] == [batches[0], batches[2]]
+    assert store.waiting("r3", 9) == []
+
+
 def test_batches_and_items_are_listed_by_the_run_that_proposed_them(store: RecordingMemoryStore) -> None:
     first = store.propose([add("alpha one")], {"run_id": "r1"}).batch_id
     second = store.propose([add("beta two")], {"run_id": "r1"}).batch_id

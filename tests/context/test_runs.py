@@ -527,6 +527,7 @@ def test_reading_writes_nothing_even_where_something_was_cut_off(tmp_path: Path)
         run.brief()
         run.events(limit=10)
         run.episodes()
+        run.waiting(limit=10)
         runs.list()
         assert files(root) == before
 
@@ -772,6 +773,7 @@ def test_a_memory_that_can_only_search_propose_and_commit_is_enough(tmp_path: Pa
     with pytest.raises(NotFoundError, match=batch_id):
         other.milestone("stolen", memory_batch_id=batch_id)
     run.commit(sealed, sealed=True)
+    assert [one.batch_id for one in run.waiting(limit=9)] == [batch_id]
     with cut(cut_before("MEMORY_COMMITTED")):
         run.milestone("counted", memory_batch_id=batch_id)
     again = Runs(tmp_path / "runs", memory=memory).open(run.run_id)

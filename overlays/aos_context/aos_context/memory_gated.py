@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from aos_context.memory_shelf import Change, Shelf
-    from aos_context.memory_store import Hit
+    from aos_context.memory_store import Hit, Waiting
 
 
 class GatedMemoryStore(ABC):
@@ -77,6 +77,10 @@ class GatedMemoryStore(ABC):
     def batches(self, run_id: str) -> list[Batch]:
         with self.transaction(writes=False) as shelf:
             return shelf.batches(run_id)
+
+    def waiting(self, run_id: str, most: int) -> list[Waiting]:
+        with self.transaction(writes=False) as shelf:
+            return shelf.waiting(run_id, most)
 
     def recorded(self, batch_id: str) -> list[Document]:
         with self.transaction(writes=False) as shelf:

@@ -15,7 +15,7 @@ from aos_context.memory_filters import Filters, beside
 from aos_context.memory_gate import Draft, Staged, draft_of
 from aos_context.memory_gated import GatedMemoryStore, item_of
 from aos_context.memory_shelf import Change
-from aos_context.memory_store import Batch, Hit
+from aos_context.memory_store import Batch, Hit, Waiting
 from aos_context.memory_words import similarity, words
 
 if TYPE_CHECKING:
@@ -132,6 +132,14 @@ class _Data:
 
     def batches(self, run_id: str) -> list[Batch]:
         return [self._batch(one.batch_id) for one in self._batches.values() if one.run_id == run_id]
+
+    def waiting(self, run_id: str, most: int) -> list[Waiting]:
+        mine = [one for one in self._batches.values() if one.run_id == run_id and one.state == "proposed"]
+        counted = ((one, self._mcrs[one.batch_id]) for one in mine[-most:])
+        return [
+            Waiting(one.batch_id, one.proposed_at, len(mcrs), decode("mcr", mcrs[0], one.batch_id))
+            for one, mcrs in counted
+        ]
 
     def items(self, run_id: str | None, batch_id: str | None) -> list[Document]:
         if run_id is None and batch_id is None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from aos_context.errors import ContextError, UnreachableError
 from aos_context.memory_filters import Filters
-from aos_context.memory_store import Batch, CommitResult, Hit, ProposeResult
+from aos_context.memory_store import Batch, CommitResult, Hit, ProposeResult, Waiting
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -103,6 +103,9 @@ class Mem0MemoryStore:
 
     def batches(self, run_id: str) -> list[Batch]:
         return self._store.batches(run_id)
+
+    def waiting(self, run_id: str, most: int) -> list[Waiting]:
+        return self._store.waiting(run_id, most)
 
     def recorded(self, batch_id: str) -> list[Document]:
         return self._store.recorded(batch_id)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from aos_context.artifacts import Document
     from aos_context.memory_filters import Filters
     from aos_context.memory_gate import Staged
-    from aos_context.memory_store import Batch, Hit
+    from aos_context.memory_store import Batch, Hit, Waiting
 
 
 class Change(NamedTuple):
@@ -39,6 +39,8 @@ class Shelf(View, Protocol):
     def find(self, query: str, filters: Filters, top_k: int) -> list[Hit]: ...
 
     def batches(self, run_id: str) -> list[Batch]: ...
+
+    def waiting(self, run_id: str, most: int) -> list[Waiting]: ...
 
     def items(self, run_id: str | None, batch_id: str | None) -> list[Document]: ...
 

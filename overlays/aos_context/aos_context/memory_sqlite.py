@@ -27,7 +27,7 @@ from aos_context.memory_filters import Filters, beside
 from aos_context.memory_gate import CONFLICTS_MOST, draft_of
 from aos_context.memory_gated import GatedMemoryStore, item_of
 from aos_context.memory_shelf import Change
-from aos_context.memory_store import Batch, Hit
+from aos_context.memory_store import Batch, Hit, Waiting
 from aos_context.memory_words import similarity, words
 
 if TYPE_CHECKING:
@@ -273,6 +273,13 @@ class _Shelf:
             self._batch(row) for row in self._connection.execute(f"{_BATCHES} WHERE run_id = ? ORDER BY n", (run_id,))
         ]
 
+    def waiting(self, run_id: str, most: int) -> list[Waiting]:
+        rows = self._connection.execute(_WAITING, (run_id, most)).fetchall()
+        return [
+            Waiting(batch_id, proposed_at, changes, decode("mcr", mcr, "a proposal"))
+            for batch_id, proposed_at, changes, mcr in reversed(rows)
+        ]
+
     def recorded(self, batch_id: str) -> list[Document]:
         found = "SELECT document FROM change JOIN batch ON batch.n = batch WHERE batch_id = ? ORDER BY change.n"
         return [item_of(row[0]) for row in self._connection.execute(found, (batch_id,))]
@@ -379,6 +386,14 @@ class _Shelf:
 
 
 _BATCHES = "SELECT n, batch_id, state, run_id, task_id, proposed_at, committed_at, committed_by FROM batch"
+_WAITING = """
+SELECT
+    batch_id, proposed_at, (SELECT count(*) FROM proposal WHERE batch = n),
+    (SELECT mcr FROM proposal WHERE batch = n ORDER BY position LIMIT 1)
+FROM batch
+WHERE run_id = ? AND state = 'proposed'
+ORDER BY n DESC LIMIT ?
+"""
 _LAST_CHANGES = """
 SELECT document
 FROM change

@@ -60,6 +60,16 @@ class Batch:
     committed_by: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A batch that can be committed: how many changes it has, and the first. Of those a plain store tells no more."""
+
+    batch_id: str
+    proposed_at: str | None = None
+    changes: int | None = None
+    first: Document | None = None
+
+
 class MemoryStore(Protocol):
     """All that a memory must be. Whose batches are whose, and what became of them, is in the ledgers of the runs."""
 
@@ -92,6 +102,9 @@ class RecordingMemoryStore(MemoryStore, Protocol):
 
     def batches(self, run_id: str) -> list[Batch]:
         """Those that a run proposed, oldest first."""
+
+    def waiting(self, run_id: str, most: int) -> list[Waiting]:
+        """The last batches of a run that have changes and are not committed, at most so many, oldest first."""
 
     def recorded(self, batch_id: str) -> list[Document]:
         """What a batch added or changed, as it was then; nothing before its commit. Raises `NotFoundError`."""

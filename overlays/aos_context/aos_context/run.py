@@ -32,7 +32,7 @@ from aos_context.errors import (
 from aos_context.files import FILE_MODE
 from aos_context.layout import CHANGING, EPISODES, LEDGER, PACKS, PENDING_MEMORY, WORKING_SET
 from aos_context.ledger import FileLedger
-from aos_context.memory_store import CommitResult, ProposeResult, RecordingMemoryStore
+from aos_context.memory_store import CommitResult, ProposeResult, RecordingMemoryStore, Waiting
 from aos_context.noted import Noted
 from aos_context.pack_content import read_items
 from aos_context.recall import recalled
@@ -138,6 +138,14 @@ class Run:
         if isinstance(wanted, int):  # the store says what is wrong with any other
             wanted = min(wanted, config.search_max_hits)
         return self._means.memory.search(query, {**(filters or {}), **here}, wanted)
+
+    def waiting(self, *, limit: int) -> list[Waiting]:
+        """The last batches that this run has proposed and that a milestone of it can still commit, oldest first."""
+        if self._records is not None:
+            return self._records.waiting(self.run_id, limit)
+        with self._working_set.locked():
+            self._noted.catch_up()
+            return [Waiting(one) for one in sorted(self._noted.proposed - self._noted.committed.keys())[-limit:]]
 
     def brief(self, *, budget_tokens: int | None = None, query: str | None = None) -> str:
         """Markdown for a model's prompt, with what memory has on the query, else on objective and next action.

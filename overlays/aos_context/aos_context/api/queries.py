@@ -47,6 +47,7 @@ RUNS = Query.of(
     limit={"type": "integer", "minimum": 1, "maximum": MOST_LISTED},
     after={"type": "string", "pattern": "^[0-9]{1,20},[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"},
 )
+MOST = Query.of(limit={"type": "integer", "minimum": 1, "maximum": MOST_LISTED})
 LINES = Query.of(
     limit={"type": "integer", "minimum": 0, "maximum": MOST_LISTED},
     after={"type": "integer", "minimum": 0, "maximum": LARGEST},

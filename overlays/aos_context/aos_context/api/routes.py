@@ -5,6 +5,7 @@ A payload is the body, or the query of a GET, with the run from the address.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 from starlette.responses import FileResponse, PlainTextResponse, RedirectResponse, Response
@@ -15,9 +16,10 @@ from aos_context.api.answers import json_response
 from aos_context.api.bodies import read_object
 from aos_context.api.bus_route import BusRoute
 from aos_context.api.guard import is_of_bus
-from aos_context.api.queries import LARGEST, LINES, LISTED, NOTHING, RUNS, read_query
+from aos_context.api.queries import LARGEST, LINES, LISTED, MOST, NOTHING, RUNS, read_query
 from aos_context.api.upload import Upload
 from aos_context.errors import NotFoundError, SchemaError
+from aos_context.memory_gate import CONTENT_SHOWN
 from aos_context.operations import perform
 from aos_context.runs import require_run_id
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
     from aos_context.api.service import Service
     from aos_context.artifacts import Document
+    from aos_context.memory_store import Waiting
 
 CAPABILITIES = (
     ("POST", "/runs/boot", "boot"),
@@ -58,6 +61,7 @@ class Routes:
             Route("/runs", self._list, methods=["GET"]),
             *(Route(path, self._handler(name), methods=[method]) for method, path, name in CAPABILITIES),
             Route("/runs/resume/upload", Upload(self._service).handle, methods=["POST"]),
+            Route("/runs/{run_id}/memory/waiting", self._waiting, methods=["GET"]),
             Route("/runs/{run_id}/ledger", self._ledger, methods=["GET"]),
             Route("/runs/{run_id}/episodes", self._episodes, methods=["GET"]),
             Route("/runs/{run_id}/episodes/{number}", self._episode, methods=["GET"]),
@@ -108,6 +112,13 @@ class Routes:
         asked: Document = {"limit": LISTED} | LINES.read(request.query_params)
         return await self._service.respond(lambda runs: {"run_id": run_id, "events": runs.open(run_id).events(**asked)})
 
+    async def _waiting(self, request: Request) -> Response:
+        run_id = _where(request)["run_id"]
+        asked: Document = {"limit": LISTED} | MOST.read(request.query_params)
+        return await self._service.respond(
+            lambda runs: {"run_id": run_id, "batches": [_shown(one) for one in runs.open(run_id).waiting(**asked)]}
+        )
+
     async def _episodes(self, request: Request) -> Response:
         run_id = _where(request)["run_id"]
         asked: Document = {"limit": LISTED} | LINES.read(request.query_params)
@@ -131,6 +142,15 @@ class Routes:
         NOTHING.read(request.query_params)
         path = await self._service.ask(lambda runs: runs.open(run_id).pack(name))
         return FileResponse(path, media_type="application/zip", filename=name)
+
+
+def _shown(batch: Waiting) -> Document:
+    """What it would change, in short."""
+    first = batch.first
+    if first is not None:
+        first = {name: first.get(name) for name in ("op", "target_id", "content", "writer")}
+        first["content"] = first["content"] and first["content"][:CONTENT_SHOWN]
+    return {**dataclasses.asdict(batch), "first": first}
 
 
 def _where(request: Request) -> Document:
