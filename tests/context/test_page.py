@@ -330,7 +330,7 @@ def test_every_batch_that_waits_can_be_chosen_and_each_has_a_milestone_of_its_ow
     choose(page, run_id)
     status(page, "is open")
     api.expect(batches).to_have_count(4)
-    api.expect(batches.nth(3)).to_contain_text("1 proposed by another")
+    api.expect(batches.nth(3)).to_contain_text("Nails are short, by anonymous")
     second = batches.nth(2).get_attribute("value")
     page.get_by_label("Batch of memory").select_option(second)
     reach(page, "lids")
@@ -347,12 +347,148 @@ def test_it_is_said_when_nothing_new_was_proposed(page: Any) -> None:
     propose(page, "Ropes are long")
     status(page, "Nothing new was proposed")
     api.expect(page.locator("#proposed")).to_contain_text("It is there already: it waits in batch_")
-    api.expect(page.locator("#milestone-batch option")).to_have_count(2)
+    api.expect(page.locator("#milestone-batch option")).to_have_count(3)
     reach(page, "known")
     status(page, "Committed: 1.")
     propose(page, "Ropes are long")
     status(page, "Nothing new was proposed")
     api.expect(page.locator("#proposed")).to_contain_text("It is there already: as mem_")
+
+
+def test_a_batch_can_be_chosen_though_another_run_has_proposed_the_same_and_much_has_happened_since(
+    page: Any, service: Service
+) -> None:
+    other = service.boot("Propose first.")
+    service.post(f"/runs/{other}/memory/propose", {"mcrs": [FACT | {"content": "Zebras have stripes"}]})
+    boot(page, "Propose the same.")
+    propose(page, "Zebras have stripes")
+    status(page, "It was proposed. A milestone that names its batch commits it. Another run has proposed it, too.")
+    run_id = run_of(service, "Propose the same.")
+    for _ in range(205):
+        service.post(f"/runs/{run_id}/step/update", {"patch": a_patch(99)})
+    page.reload()
+    choose(page, run_id)
+    status(page, "is open")
+    api.expect(page.locator("#waiting")).to_have_text("1 batch waits. A milestone commits one.")
+    page.get_by_label("Batch of memory").select_option(index=1)
+    reach(page, "seen")
+    status(page, "Committed: 1.")
+    api.expect(page.locator("#waiting")).to_have_text("No batch of memory waits.")
+
+
+def test_a_run_that_was_loaded_offers_no_batch_of_the_one_that_was_packed(page: Any, service: Service) -> None:
+    run_id = service.boot("Be packed while a batch waits.")
+    service.post(f"/runs/{run_id}/memory/propose", {"mcrs": [FACT | {"content": "Cranes are high"}]})
+    packed = service.post(f"/runs/{run_id}/resume/snapshot", {}).json()["pack_path"]
+    loaded = service.post("/runs/resume/load", {"pack_path": packed}).json()["run_id"]
+    page.reload()
+    choose(page, run_id)
+    api.expect(page.locator("#milestone-batch option")).to_have_count(2)
+    choose(page, loaded)
+    status(page, f"Run {loaded} is open.")
+    api.expect(page.locator("#milestone-batch option")).to_have_count(1)
+    reach(page, "goes on")
+    status(page, "Episode 1 was written.")
+
+
+def search(page: Any, words: str) -> None:
+    page.get_by_label("Search (empty: the newest)").fill(words)
+    page.get_by_role("button", name="Search", exact=True).click()
+
+
+def test_what_was_found_is_called_a_part_where_it_may_be_and_can_be_changed_and_deleted(
+    page: Any, service: Service
+) -> None:
+    run_id = service.boot("Amend what is remembered.")
+    facts = [FACT | {"content": f"Alphabets number {number}", "scope": "run"} for number in range(12)]
+    batch = service.post(f"/runs/{run_id}/memory/propose", {"mcrs": facts}).json()["batch_id"]
+    service.post(f"/runs/{run_id}/milestone", {"reason": "x", "memory_batch_id": batch})
+    page.reload()
+    choose(page, run_id)
+    status(page, "is open")
+    search(page, "alphabets")
+    status(page, "The best 10 of what was found.")
+    hits, form = page.locator("#hits li"), page.locator("#propose")
+    api.expect(hits).to_have_count(10)
+    search(page, "alphabets 7")
+    api.expect(hits.first).to_contain_text("Alphabets number 7")
+    item_id = hits.first.locator("code").inner_text()
+
+    page.get_by_role("button", name=f"Change {item_id}").click()
+    api.expect(form.get_by_label("What to do")).to_be_focused()
+    api.expect(form.get_by_label("Id of the memory")).to_have_value(item_id)
+    api.expect(form.get_by_label("Content")).to_have_value("Alphabets number 7")
+    api.expect(form.get_by_label("Scope")).to_be_hidden()
+    propose(page, "Alphabets number seven")
+    status(page, "It was proposed.")
+    api.expect(form.get_by_label("Id of the memory")).to_be_hidden()
+    api.expect(page.locator("#milestone-batch option").nth(1)).to_contain_text(
+        f"update {item_id}: Alphabets number seven"
+    )
+    reach(page, "changed")
+    status(page, "Committed: 1.")
+
+    form.get_by_label("What to do").select_option("supersede one")
+    form.get_by_label("Id of the memory").fill(item_id)
+    propose(page, "Alphabets have 26 letters")
+    status(page, "It was proposed.")
+    reach(page, "superseded")
+    status(page, "Committed: 2.")
+    search(page, "letters")
+    status(page, "1 found.")
+    page.get_by_role("button", name="Change").click()
+    form.get_by_label("What to do").select_option("delete one")
+    api.expect(form.get_by_label("Content")).to_be_hidden()
+    form.get_by_label("Rationale").fill("Wrong")
+    page.get_by_role("button", name="Propose", exact=True).click()
+    status(page, "It was proposed.")
+    reach(page, "deleted")
+    status(page, "Committed: 1.")
+    page.locator("#search-status").select_option("deleted")
+    page.get_by_role("button", name="Search", exact=True).click()
+    status(page, "1 found.")
+    api.expect(hits).to_contain_text("Alphabets have 26 letters")
+    api.expect(page.get_by_role("button", name="Change")).to_have_count(0)
+
+
+def test_a_patch_of_nothing_is_told_so_by_the_page(page: Any) -> None:
+    boot(page, "Change nothing.")
+    page.get_by_role("button", name="Apply", exact=True).click()
+    api.expect(page.locator("#fault")).to_contain_text("Nothing is filled in")
+
+
+TOP = "(selector) => document.querySelector(selector).getBoundingClientRect().top + scrollY"
+"""How far an element is from the page's top, in pixels."""
+
+
+def test_an_error_lies_over_the_page_moves_nothing_and_can_be_closed(page: Any, refusals: list[int]) -> None:
+    refusals += [404]
+    place = page.evaluate(TOP, "#load")
+    page.get_by_label("Path in the folder of runs").fill("nothing.zip")
+    page.get_by_role("button", name="Load", exact=True).click()
+    api.expect(page.locator("#fault")).to_contain_text("nothing.zip")
+    assert page.evaluate(TOP, "#load") == place
+    page.get_by_role("button", name="Close the message").click()
+    api.expect(page.locator("#fault")).to_be_hidden()
+
+
+@pytest.mark.parametrize(("width", "most"), [(1280, 1_300), (360, 3_000)])
+def test_a_working_set_of_any_legal_size_leaves_the_forms_in_reach(
+    page: Any, service: Service, width: int, most: int
+) -> None:
+    long = "word " * 400
+    run_id = service.boot(long, acceptance_criteria=[long] * 50, constraints=[long] * 50)
+    items = [
+        {"id": f"c{number}", "content": "word " * 3_000, "timestamp": "2026-01-18T00:00:00Z", "priority": 1}
+        for number in range(8)
+    ]
+    patch = a_patch(next_action=long, sliding_context=items)
+    assert service.post(f"/runs/{run_id}/step/update", {"patch": patch}).status == 200
+    page.set_viewport_size({"width": width, "height": 800})
+    page.reload()
+    choose(page, run_id)
+    status(page, "is open")
+    assert page.evaluate(TOP, "#patch") < most
 
 
 def test_a_milestone_shows_what_has_become_of_the_other_runs(page: Any, service: Service) -> None:
@@ -437,7 +573,7 @@ def test_long_texts_and_errors_leave_room_for_the_rest_of_the_page(
     field.fill(json.dumps({"_schema_version": "2.1", "expected_seq": 0, "set": {"status": 1, **wrong}, **wrong}))
     page.get_by_role("button", name="Apply", exact=True).click()
     api.expect(page.locator("#fault")).to_be_visible()
-    for place, most in (("#runs", 400), ("#run-title", 170), ("#told", 330)):
+    for place, most in (("#runs-box", 400), ("#run-title", 170), ("#fault", 330)):
         assert page.locator(place).bounding_box()["height"] <= most, place
     assert page.locator(f"[data-run='{run_id}']").bounding_box()["height"] <= 160
 

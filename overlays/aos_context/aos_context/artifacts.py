@@ -155,13 +155,19 @@ def _message(error: jsonschema_rs.ValidationError) -> str:
         return "is not allowed here"
     if isinstance(kind, _Kind.PropertyNames):
         return f"has a member whose name is not allowed: {_message(kind.error)}"
+    if isinstance(kind, _Kind.Enum):
+        return f"{described(error.instance)} is not one of {', '.join(map(str, kind.options))}"
     if isinstance(kind, _Kind.AnyOf):
-        ways = [one[0] for one in kind.context]
-        missing = [one.kind.property for one in ways if isinstance(one.kind, _Kind.Required)]
-        if len(missing) == len(ways):
-            return f"has none of {_named(missing)}"
-        return ", and ".join(_message(one) for one in ways)
+        return _of_any([way[0] for way in kind.context])
     return error.message.replace(_MASK, described(error.instance))
+
+
+def _of_any(ways: list[jsonschema_rs.ValidationError]) -> str:
+    """What is wrong with each of the ways in which a document may be right."""
+    missing = [one.kind.property for one in ways if isinstance(one.kind, _Kind.Required)]
+    if len(missing) == len(ways):
+        return f"has none of {_named(missing)}"
+    return ", and ".join(_message(one) for one in ways)
 
 
 def _named(names: list[str]) -> str:

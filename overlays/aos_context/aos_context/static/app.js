@@ -4,14 +4,14 @@ const byId = (id) => document.getElementById(id);
 const VERSION = "2.1";
 const ACTOR = "web"; // who stands in the ledger for what is done here
 const LEDGER_SHOWN = 20;
-const LEDGER_READ = 200; // events in which batches of memory that wait are looked for
+const HITS_SHOWN = 10;
+const BATCHES_READ = 1000; // batches that wait, the last ones
 let shown = null; // {runId, ws}: the run that is shown, and its working set as it was read
 let opening = 0; // counts the runs that were chosen: what is answered for one that was chosen before is dropped
 let listing = 0; // the same for the list of runs
 let listed = 100; // so many runs are listed, if there are so many
 const RUNS_MORE = 100; // so many more are asked for at a time
 const RUNS_READ = 1000; // so many the service gives at most in an answer
-const proposedWords = new Map(); // what this page has proposed, by batch
 
 class Refused extends Error {
   constructor(status, body) {
@@ -53,10 +53,17 @@ function fill(list, items, toElement, empty) {
   list.replaceChildren(...(made.length || !empty ? made : [element("li", empty, { class: "quiet" })]));
 }
 
-function entry(title, text) {
-  const made = element("li");
-  made.append(element("span", title, { class: "quiet" }), element("p", text));
+/* `about` are texts and elements, with a dot between. */
+function entry(about, text) {
+  const made = element("li"), title = element("span", "", { class: "quiet" });
+  title.append(...about.flatMap((one, index) => (index ? [" · ", one] : [one])));
+  made.append(title, element("p", text));
   return made;
+}
+
+/* "2026-01-18 00:00:00Z" of what the service writes; it is all UTC. */
+function moment(text) {
+  return element("time", text.replace(/[Tt]/, " ").replace(/\.\d+/, ""), { datetime: text });
 }
 
 function say(words) {
@@ -68,11 +75,13 @@ function showRefusal(error) {
   if (!(error instanceof Refused)) throw error;
   byId("status").textContent = "";
   const faults = error.body.faults ?? [];
-  byId("fault-words").textContent = error.message;
+  byId("fault-words").textContent = faults.length > 1 ? `${error.body.artifact}: this is not as it has to be:` : error.message;
   fill(byId("fault-list"), faults.length > 1 ? faults : [], (one) => element("li", `${one.path}: ${one.message}`));
   byId("fault-hint").textContent = error.body.hint ?? "";
   byId("fault").hidden = false;
 }
+
+byId("fault-close").addEventListener("click", () => { byId("fault").hidden = true; });
 
 /* The button of a form waits while its request is on the way, so that nothing is sent twice. */
 async function once(button, work) {
@@ -156,7 +165,7 @@ async function openRun(runId) {
   if (isOther) clear();
   shown = { runId, ws };
   showWorkingSet();
-  await Promise.all([showRuns(), showEpisodes(shown), showLedger(shown)]);
+  await Promise.all([showRuns(), showEpisodes(shown), showLedger(shown), showWaiting(shown)]);
   if (mine !== opening) return false;
   say(`Run ${runId} is open.`);
   if (isOther) {
@@ -204,11 +213,11 @@ function showWorkingSet() {
   const facts = {
     "Run": ws.run_id, "_update_seq": ws._update_seq, "Status": ws.status, "Stage": ws.current_stage,
     "Next action": ws.next_action, "Acceptance criteria": ws.acceptance_criteria.join("\n"),
-    "Constraints": ws.constraints.join("\n"), "Changed": ws.updated_at,
+    "Constraints": ws.constraints.join("\n"), "Changed": moment(ws.updated_at).textContent,
   };
   const rows = Object.entries(facts).filter(([, value]) => value !== "");
   byId("ws-facts").replaceChildren(...rows.flatMap(([name, value]) => [element("dt", name), element("dd", value)]));
-  const piece = (one) => entry(`${one.id} · priority ${one.priority} · ${one.timestamp}`, one.content);
+  const piece = (one) => entry([one.id, `priority ${one.priority}`, moment(one.timestamp)], one.content);
   fill(byId("ws-pinned"), ws.pinned_context, piece, "none");
   fill(byId("ws-sliding"), ws.sliding_context, piece, "none");
 }
@@ -217,38 +226,46 @@ async function showEpisodes(run) {
   const { episodes } = await ask(runPath(run.runId, "episodes"));
   if (!isShown(run)) return;
   fill(byId("episodes"), episodes, (one) => {
-    const made = entry(`${one.number} · ${one.created_at}`, one.reason);
+    const made = entry([String(one.number), moment(one.created_at)], one.reason);
     made.append(element("pre", one.summary));
     return made;
   }, "none yet");
 }
 
 async function showLedger(run) {
-  const { events } = await ask(runPath(run.runId, `ledger?limit=${LEDGER_READ}`));
+  const { events } = await ask(runPath(run.runId, `ledger?limit=${LEDGER_SHOWN}`));
   if (!isShown(run)) return;
-  const last = events.slice(-LEDGER_SHOWN).toReversed();
-  fill(byId("ledger"), last, (one) => {
-    const by = one.actor === null ? "" : ` · by ${one.actor}`;
-    return entry(`${one.seq} · ${one.timestamp}${by}`, one.event_type);
+  fill(byId("ledger"), events.toReversed(), (one) => {
+    const by = one.actor === null ? [] : [`by ${one.actor}`];
+    return entry([String(one.seq), moment(one.timestamp), ...by], one.event_type);
   });
-  const of = (type) => events.filter((one) => one.event_type === type);
-  const committed = new Set(of("MEMORY_COMMITTED").map((one) => one.data.batch_id));
-  const waits = ({ data }) => data.staged > 0 && !committed.has(data.batch_id);
-  showBatches(of("MEMORY_PROPOSED").filter(waits).map((one) => ({ ...one.data, actor: one.actor })));
 }
 
-/* The batches that wait, whoever has proposed them. The one that was chosen stays chosen as long as it waits. */
+/* The batches that a milestone of the run can commit, whoever has proposed them. The one that was chosen stays chosen as
+   long as it waits. */
+async function showWaiting(run) {
+  const { batches } = await ask(runPath(run.runId, `memory/waiting?limit=${BATCHES_READ}`));
+  if (isShown(run)) showBatches(batches);
+}
+
 function showBatches(waiting) {
   const select = byId("milestone-batch");
   const chosen = select.value;
-  const options = waiting.map((one) => {
-    const what = proposedWords.get(one.batch_id) ?? `${one.staged} proposed${one.actor === null ? "" : ` by ${one.actor}`}`;
-    return element("option", `${what.slice(0, 80)} (${one.batch_id})`, { value: one.batch_id });
-  });
+  const options = waiting.map((one) => element("option", `${wordsOf(one)} (${one.batch_id})`, { value: one.batch_id }));
   select.replaceChildren(element("option", "none", { value: "" }), ...options);
-  select.value = waiting.some((one) => one.batch_id === chosen) ? chosen : "";
+  select.value = waits(chosen) ? chosen : "";
   byId("waiting").textContent = waiting.length === 0 ? "No batch of memory waits."
     : `${waiting.length} ${waiting.length === 1 ? "batch waits" : "batches wait"}. A milestone commits one.`;
+}
+
+const waits = (batchId) => [...byId("milestone-batch").options].some((one) => one.value === batchId);
+
+function wordsOf(batch) {
+  if (batch.first === null) return "proposed";
+  const { op, content, target_id: target, writer } = batch.first;
+  const what = op === "add" ? content : `${op} ${target}${content ? `: ${content}` : ""}`;
+  const more = batch.changes > 1 ? `, and ${batch.changes - 1} more` : "";
+  return `${what.slice(0, 80)}${more}, by ${writer}`;
 }
 
 /* What is done */
@@ -281,6 +298,7 @@ function patchOf(given, ws) {
     const id = `c-${timestamp.replace(/[^0-9]/g, "")}-${Math.random().toString(16).slice(2, 8)}`;
     patch.add = { [where]: [{ id, content: given.content, timestamp, priority: Number(given.priority) }] };
   }
+  if (!patch.set && !patch.add) throw new Refused(0, { error: "Nothing is filled in: say what is to change." });
   return patch;
 }
 
@@ -310,38 +328,80 @@ byId("ws-again").addEventListener("click", (event) => once(event.currentTarget, 
 
 onSubmit("search", async (given) => {
   const run = shown;
-  const query = new URLSearchParams({ q: given.q, status: given.status });
+  const query = new URLSearchParams({ q: given.q, status: given.status, top_k: HITS_SHOWN });
   if (given.scope) query.set("scope", given.scope);
   const { hits } = await ask(runPath(run.runId, `memory/search?${query}`));
   if (!isShown(run)) return;
-  fill(byId("hits"), hits, ({ item }) =>
-    entry(`${item.type} · ${item.scope} · confidence ${item.confidence} · by ${item.writer}`, item.content),
-  "nothing of this is remembered");
-  say(`${hits.length} found.`);
+  fill(byId("hits"), hits, toHit, "nothing of this is remembered");
+  const kind = given.q.trim() ? "best" : "newest";
+  say(hits.length < HITS_SHOWN ? `${hits.length} found.` : `The ${kind} ${HITS_SHOWN} of what was found.`);
 });
+
+function toHit({ item }) {
+  const about = [item.type, item.scope, `confidence ${item.confidence}`, `by ${item.writer}`];
+  const made = entry(about, item.content);
+  const foot = element("div", "", { class: "foot" });
+  foot.append(element("code", item.id));
+  if (item.status === "active") {
+    const button = element("button", "Change", { type: "button", class: "plain", "aria-label": `Change ${item.id}` });
+    button.addEventListener("click", () => takeUp(item));
+    foot.append(button);
+  }
+  made.append(foot);
+  return made;
+}
+
+/* Which fields a proposal has; the others are not sent. */
+function showFields() {
+  for (const field of byId("propose").querySelectorAll("[data-ops]")) {
+    field.hidden = !field.dataset.ops.split(" ").includes(byId("propose-op").value);
+    field.querySelector("input, select, textarea").disabled = field.hidden;
+  }
+}
+
+byId("propose-op").addEventListener("change", showFields);
+byId("propose").addEventListener("reset", () => queueMicrotask(showFields)); // its fields are reset after the event
+
+/* A memory that was found, ready to be changed. */
+function takeUp(item) {
+  const op = byId("propose-op").value;
+  byId("propose-op").value = op === "add" ? "update" : op;
+  showFields();
+  const values = { target: item.id, content: item.content, confidence: item.confidence };
+  for (const [name, value] of Object.entries(values)) byId(`propose-${name}`).value = value;
+  byId("propose").scrollIntoView({ block: "nearest" });
+  byId("propose-op").focus({ preventScroll: true });
+}
+
+function changeOf(given) {
+  const mcr = { _schema_version: VERSION, ...given };
+  if ("confidence" in given) mcr.confidence = Number(given.confidence);
+  if (given.op === "add" || given.op === "supersede") mcr.source_refs = [];
+  return mcr;
+}
 
 onSubmit("propose", async (given, form) => {
   const run = shown;
-  const mcr = { _schema_version: VERSION, op: "add", source_refs: [], ...given, confidence: Number(given.confidence) };
+  const mcr = changeOf(given);
   const proposed = await post(runPath(run.runId, "memory/propose"), { mcrs: [mcr], writer: ACTOR });
-  proposedWords.set(proposed.batch_id, mcr.content);
-  const isNew = proposed.staged > 0;
-  if (isShown(run)) {
-    form.reset();
-    const made = entry(isNew ? `batch ${proposed.batch_id}` : "not new", mcr.content);
-    for (const one of proposed.duplicates) {
-      const where = one.memory_id === null ? `it waits in ${one.batch_id}` : `as ${one.memory_id}`;
-      made.append(element("p", `It is there already: ${where}`));
-    }
-    for (const one of proposed.conflicts) {
-      made.append(element("p", `It may contradict ${one.memory_id}: ${one.content}`));
-    }
-    byId("proposed").append(made);
+  if (isShown(run)) form.reset();
+  await Promise.all([showLedger(run), showWaiting(run)]);
+  if (!isShown(run)) return sayOf(run, "A change of memory was proposed.");
+  const canBe = waits(proposed.batch_id), before = proposed.duplicates.find((one) => one.batch_id)?.batch_id;
+  const isKnown = proposed.staged === 0 && (!canBe || waits(before)); // else another run has it, and may commit it or not
+  const made = entry([canBe ? `batch ${proposed.batch_id}` : "not new"], mcr.content ?? `${mcr.op} ${mcr.target_id}`);
+  for (const one of proposed.duplicates) {
+    const where = one.memory_id === null ? `it waits in ${one.batch_id}, too` : `as ${one.memory_id}`;
+    made.append(element("p", `It is there already: ${where}`));
   }
-  await showLedger(run);
-  if (isShown(run) && isNew && !byId("milestone-batch").value) byId("milestone-batch").value = proposed.batch_id;
-  sayOf(run, isNew ? "It was proposed. A milestone that names its batch commits it."
-    : "Nothing new was proposed: it is there already.");
+  for (const one of proposed.conflicts) {
+    made.append(element("p", `It may contradict ${one.memory_id}: ${one.content}`));
+  }
+  byId("proposed").append(made);
+  if (canBe && !byId("milestone-batch").value) byId("milestone-batch").value = isKnown ? before : proposed.batch_id;
+  const others = proposed.staged === 0 ? " Another run has proposed it, too." : "";
+  say(isKnown ? `Nothing new was proposed: it ${canBe ? "waits" : "is there"} already.`
+    : `It was proposed. A milestone that names its batch commits it.${others}`);
 });
 
 onSubmit("milestone", async (given, form) => {
@@ -352,7 +412,7 @@ onSubmit("milestone", async (given, form) => {
     memory_batch_id: given.memory_batch_id || null,
   });
   if (isShown(run)) form.reset();
-  await Promise.all([showEpisodes(run), showLedger(run), showRuns()]);
+  await Promise.all([showEpisodes(run), showLedger(run), showWaiting(run), showRuns()]);
   const committed = reached.memory === null ? "" : ` Committed: ${reached.memory.items.length}.`;
   const left = isShown(run) ? byId("milestone-batch").options.length - 1 : 0;
   const waits = left ? ` Batches that still wait for a milestone each: ${left}.` : "";
@@ -363,7 +423,7 @@ byId("snapshot").addEventListener("click", (event) => once(event.currentTarget, 
   const run = shown;
   const packed = await post(runPath(run.runId, "resume/snapshot"), { zip_pack: true });
   if (isShown(run)) {
-    const made = entry(`pack ${packed.pack_id}`, packed.pack_path);
+    const made = entry([`pack ${packed.pack_id}`], packed.pack_path);
     const href = runPath(run.runId, `resume/pack_${packed.pack_id}.zip`);
     made.append(element("a", "Download", { href, download: `pack_${packed.pack_id}.zip` }));
     byId("packs").append(made);
@@ -403,6 +463,7 @@ onSubmit("brief", async (given) => {
   say(`The brief has ${tokens} tokens.`);
 });
 
+showFields();
 try {
   const { version, testing } = await ask("/health");
   byId("service").textContent = `Version ${version}${testing ? ", started for tests" : ""}`;
