@@ -356,8 +356,8 @@ def waiting(service: Service, run_id: str, query: str = "") -> list[dict[str, An
     return batches
 
 
-def test_the_batches_that_wait_are_those_that_a_milestone_of_the_run_can_commit(service: Service, run_id: str) -> None:
-    other = service.boot()
+def test_the_batches_that_wait_are_those_that_a_milestone_of_the_run_can_commit(service: Service) -> None:
+    run_id, other = service.boot(), service.boot()
     fact = FACT | {"content": f"Boxes of {run_id} are blue"}
     first = service.post(f"/runs/{other}/memory/propose", {"mcrs": [fact]}).json()
     same = service.post(f"/runs/{run_id}/memory/propose", {"mcrs": [fact], "writer": "ada"}).json()
@@ -378,7 +378,9 @@ def test_the_batches_that_wait_are_those_that_a_milestone_of_the_run_can_commit(
     assert [one["batch_id"] for one in waiting(service, other)] == [first["batch_id"]]
 
 
-def test_of_many_batches_that_wait_the_last_are_listed_the_oldest_first(service: Service, run_id: str) -> None:
+def test_of_many_batches_that_wait_the_last_are_listed_the_oldest_first(service: Service) -> None:
+    run_id = service.boot()
+
     def propose(number: int) -> str:
         mcrs = [FACT | {"content": f"{number} of {run_id}" + "x" * 1_000, "scope": "run"}] * (number + 1)
         batch_id: str = service.post(f"/runs/{run_id}/memory/propose", {"mcrs": mcrs}).json()["batch_id"]
@@ -392,7 +394,8 @@ def test_of_many_batches_that_wait_the_last_are_listed_the_oldest_first(service:
     assert refused(service.get(f"/runs/{run_id}/memory/waiting?limit=0"), 422, "SCHEMA")["faults"]
 
 
-def test_what_waits_is_not_carried_by_a_pack(service: Service, run_id: str) -> None:
+def test_what_waits_is_not_carried_by_a_pack(service: Service) -> None:
+    run_id = service.boot()
     fact = FACT | {"content": f"Lids of {run_id} are green"}
     batch_id = service.post(f"/runs/{run_id}/memory/propose", {"mcrs": [fact]}).json()["batch_id"]
     packed = service.post(f"/runs/{run_id}/resume/snapshot", {}).json()["pack_path"]
