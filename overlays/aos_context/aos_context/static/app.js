@@ -387,8 +387,8 @@ onSubmit("propose", async (given, form) => {
   if (isShown(run)) form.reset();
   await Promise.all([showLedger(run), showWaiting(run)]);
   if (!isShown(run)) return sayOf(run, "A change of memory was proposed.");
-  const canBe = waits(proposed.batch_id), before = proposed.duplicates.find((one) => one.batch_id)?.batch_id;
-  const isKnown = proposed.staged === 0 && (!canBe || waits(before)); // else another run has it, and may commit it or not
+  const canBe = proposed.staged > 0, before = proposed.duplicates.find((one) => one.batch_id)?.batch_id;
+  const isKnown = !canBe || waits(before); // if another run has it, that run may commit it or not
   const made = entry([canBe ? `batch ${proposed.batch_id}` : "not new"], mcr.content ?? `${mcr.op} ${mcr.target_id}`);
   for (const one of proposed.duplicates) {
     const where = one.memory_id === null ? `it waits in ${one.batch_id}, too` : `as ${one.memory_id}`;
@@ -399,7 +399,7 @@ onSubmit("propose", async (given, form) => {
   }
   byId("proposed").append(made);
   if (canBe && !byId("milestone-batch").value) byId("milestone-batch").value = isKnown ? before : proposed.batch_id;
-  const others = proposed.staged === 0 ? " Another run has proposed it, too." : "";
+  const others = before ? " Another run has proposed it, too." : "";
   say(isKnown ? `Nothing new was proposed: it ${canBe ? "waits" : "is there"} already.`
     : `It was proposed. A milestone that names its batch commits it.${others}`);
 });
