@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 
 LOCK_WAIT_S = 10.0
 """How long a call waits for a lock that others hold: a change takes milliseconds, a large pack seconds."""
-LOCK_PAUSE_LEAST_S, LOCK_PAUSE_MOST_S = 0.0002, 0.001
-"""Between two looks whether it is free. It never grows: the longer one has waited, the less it may miss its turn."""
+TURN_PAUSE_LEAST_S, TURN_PAUSE_MOST_S = 0.0001, 0.0005
+"""Between two looks whether the turnstile is free. It never grows: who has waited longer is not to look less often."""
+LOCK_PAUSE_LEAST_S, LOCK_PAUSE_MOST_S, LOCK_PAUSE_SHARE = 0.00005, 0.001, 0.1
+"""Between two looks of the one at the turnstile, whose turn nobody can take: a share of what it has waited."""
 TURNSTILE = ".turn"
 """What the turnstile's name has behind that of its lock."""
 
@@ -97,25 +99,28 @@ def _turn(file: File, path: Path, deadline: float) -> Iterator[None]:
 
 
 def _take(fd: int, path: Path, deadline: float) -> None:
+    """flock has no deadline, so it is tried."""
     turnstile = _opened(path.with_name(path.name + TURNSTILE))
     try:
-        _flock(turnstile, path, deadline)
-        _flock(fd, path, deadline)
+        while not _tried(turnstile, path, deadline):  # by random pauses, lest those who wait keep step
+            time.sleep(random.uniform(TURN_PAUSE_LEAST_S, TURN_PAUSE_MOST_S))  # noqa: S311  # nothing secret
+        began = time.monotonic()
+        while not _tried(fd, path, deadline):
+            waited = time.monotonic() - began
+            time.sleep(min(max(waited * LOCK_PAUSE_SHARE, LOCK_PAUSE_LEAST_S), LOCK_PAUSE_MOST_S))
     finally:
         os.close(turnstile)
 
 
-def _flock(fd: int, path: Path, deadline: float) -> None:
-    """It has no deadline, so it is tried; the pauses are random, lest those who wait keep step."""
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                raise _busy(path) from None
-            time.sleep(random.uniform(LOCK_PAUSE_LEAST_S, LOCK_PAUSE_MOST_S))  # noqa: S311  # nothing secret
-        else:
-            return
+def _tried(fd: int, path: Path, deadline: float) -> bool:
+    """Whether it is locked now. Raises `BusyError` where it is not at the deadline."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if time.monotonic() >= deadline:
+            raise _busy(path) from None
+        return False
+    return True
 
 
 def _busy(path: Path) -> BusyError:
