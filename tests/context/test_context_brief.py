@@ -58,6 +58,7 @@ def superadditive(text: str) -> int:
 COUNTS: list[Callable[[str], int]] = [quarter, len, erratic, superadditive]
 
 texts = st.sampled_from(NASTY) | st.text(st.characters(codec="utf-8"), min_size=1, max_size=80)
+more_than_blanks = texts.filter(str.strip)
 
 
 @st.composite
@@ -67,16 +68,16 @@ def inputs(draw: st.DrawFn) -> tuple[Document, list[Hit], Document | None]:
     items = st.lists(one, max_size=8)
     state = working_set(
         1,
-        objective=draw(texts),
+        objective=draw(more_than_blanks),
         next_action=draw(texts | st.just("")),
-        acceptance_criteria=draw(st.lists(texts, max_size=4)),
-        constraints=draw(st.lists(texts, max_size=4)),
+        acceptance_criteria=draw(st.lists(more_than_blanks, max_size=4)),
+        constraints=draw(st.lists(more_than_blanks, max_size=4)),
         pinned_context=draw(items),
         sliding_context=draw(items),
     )
-    memories = draw(st.lists(texts.filter(str.strip), max_size=6))
+    memories = draw(st.lists(more_than_blanks, max_size=6))
     hits = [hit(memory_item(f"mem_{n}", content=text)) for n, text in enumerate(memories)]
-    episode = {"number": 1, "reason": draw(texts), "next_entry_point": draw(texts | st.none())}
+    episode = {"number": 1, "reason": draw(more_than_blanks), "next_entry_point": draw(texts | st.none())}
     return state, hits, draw(st.sampled_from([None, episode]))
 
 
