@@ -147,3 +147,25 @@ def test_a_manifest_that_names_another_call_is_a_fault_and_one_that_names_none_i
         assert not found.is_vouched
     else:
         assert reason in str(found.file_faults()[0].reason)
+
+
+@pytest.mark.parametrize("is_changed", [False, True])
+def test_a_milestone_that_was_asked_for_with_a_batch_of_an_episode_before_is_no_fault(
+    bus: Server, tmp_path: Path, is_changed: bool
+) -> None:
+    """Its answer has the batch, and its episode has not; once a later batch has changed it, nobody can tell."""
+    run_id = result(bus, "boot", "OPEN", objective="Be asked twice.")["run_id"]
+    told = FACT | {"content": f"Coal is in sacks, {is_changed}"}
+    batch_id = result(bus, "propose", "OPEN", run_id=run_id, mcrs=[told])["batch_id"]
+    [item] = result(bus, "commit", "SEAL", run_id=run_id, batch_id=batch_id)["items"]
+    result(bus, "milestone", "SEAL", run_id=run_id, reason="one")
+    reached = result(bus, "milestone", "SEAL", run_id=run_id, reason="two", memory_batch_id=batch_id)
+    assert (reached["episode"]["memory"]["batch_id"], reached["memory"]["already"]) == (None, True)
+    if is_changed:
+        mcr = {"_schema_version": "2.1", "op": "delete", "target_id": item["id"], "rationale": "It is gone"}
+        later = result(bus, "propose", "OPEN", run_id=run_id, mcrs=[mcr])["batch_id"]
+        result(bus, "commit", "SEAL", run_id=run_id, batch_id=later)
+    place = Path(result(bus, "snapshot", "OPEN", run_id=run_id)["pack_path"])
+    assert reported(bus, place).file_faults() == []
+    carried = reported(bus, Path(shutil.copy(place, tmp_path / "carried.zip")))
+    assert (carried.ok(), carried.files[0].is_open) == (True, is_changed)

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from aos_context.artifacts import sha256, to_json
-from aos_context.canonical import canonical_sha256
+from aos_context.canonical import canonical, canonical_sha256
 from aos_context.layout import LEDGER, PACKS
 from aos_context.ledger import FileLedger
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
     from pathlib import Path
 
     from aos_context.artifacts import Document
@@ -38,6 +38,8 @@ class Answers:
 
     milestone: Hashes
     """Of the pack's episode; empty without one."""
+    has_all_of_milestone: bool
+    """Whether there is no other: it may have been asked for with a batch that is not in the pack as it was left."""
     snapshot: Hashes
     commits: dict[str, Hashes]
     """By batch; empty where the pack does not have all of its memories as it left them."""
@@ -57,10 +59,13 @@ def answers_of(pack: CheckedPack, pack_path: Path, root: Path | None) -> Answers
     items: dict[str, dict[str, Document]] = {batch_id: {} for batch_id in commits}
     for item in pack.memory_items():
         items[item["batch_id"]][item["id"]] = item
+    kept = {batch_id: _kept(one, items[batch_id]) for batch_id, one in commits.items()}
+    before = [batch_id for batch_id in commits if pack.episode and pack.episode["memory"]["batch_id"] is None]
     return Answers(
-        milestone=_milestone(pack),
+        milestone=_milestone(pack, {batch_id: kept[batch_id] for batch_id in before}),
+        has_all_of_milestone=all(kept[batch_id] is not None for batch_id in before),
         snapshot=_snapshot(pack, _places(pack, pack_path, root)),
-        commits={batch_id: _commit(batch_id, one, items[batch_id]) for batch_id, one in commits.items()},
+        commits={batch_id: frozenset(map(sha256, _committed(batch_id, held))) for batch_id, held in kept.items()},
         seqs={batch_id: one.seq for batch_id, one in commits.items()},
     )
 
@@ -76,33 +81,36 @@ def _commits(pack: CheckedPack) -> dict[str, Commit]:
     return found
 
 
-def _milestone(pack: CheckedPack) -> Hashes:
-    """The answers to whoever asked first, and to who has asked again after a lost one, or after the commit alone."""
+def _milestone(pack: CheckedPack, before: dict[str, list[Document] | None]) -> Hashes:
+    """The answers to whoever asked first, and to who has asked again after a lost one, or after the commit alone.
+
+    An episode without a batch may have been asked for with one of those that were committed `before` its slice.
+    """
     episode = pack.episode
     if episode is None:
         return frozenset()
     made = episode["memory"]
-    memories: list[Document | None] = [None]
-    if made["batch_id"] is not None:
-        memories = list(_committed(made["batch_id"], made["items"]))
-    file_sha256 = sha256(pack.episode_file())
+    memories = [b"null"] if made["batch_id"] is None else list(_committed(made["batch_id"], made["items"]))
+    memories += [one for batch_id, held in before.items() for one in _committed(batch_id, held)]
+    text, sum_ = canonical(episode), canonical(sha256(pack.episode_file()))
     return frozenset(
-        canonical_sha256({"episode": episode, "sha256": file_sha256, "memory": memory, "already": already})
+        sha256(b'{"already":%b,"episode":%b,"memory":%b,"sha256":%b}' % (already, text, memory, sum_))
         for memory in memories
-        for already in (False, True)
+        for already in (b"false", b"true")
     )
 
 
-def _commit(batch_id: str, commit: Commit, items: dict[str, Document]) -> Hashes:
+def _kept(commit: Commit, items: dict[str, Document]) -> list[Document] | None:
+    """The memories of a batch as it left them; None where a later one of the run has changed any of them."""
     held = [items[id_] for id_, sum_ in commit.items if id_ in items and sha256(to_json(items[id_])) == sum_]
-    if len(held) < len(commit.items):
-        return frozenset()
-    return frozenset(map(canonical_sha256, _committed(batch_id, held)))
+    return held if len(held) == len(commit.items) else None
 
 
-def _committed(batch_id: str, items: Sequence[Document]) -> Iterator[Document]:
-    for already in (False, True):
-        yield {"batch_id": batch_id, "items": items, "already": already}
+def _committed(batch_id: str, items: list[Document] | None) -> Iterator[bytes]:
+    """What is said of a commit, the first time and later, in canonical form; nothing where the items are None."""
+    if items is not None:
+        for already in (False, True):
+            yield canonical({"batch_id": batch_id, "items": items, "already": already})
 
 
 def _snapshot(pack: CheckedPack, places: Iterator[str]) -> Hashes:

@@ -167,7 +167,7 @@ class _Bound:
         if other is None:
             return None
         why = f"line {other} has the hash of another answer: the milestone did not make this episode of these events"
-        return FileVerdict(name, other, why)
+        return FileVerdict(name, other, why, is_open=not self._answers.has_all_of_milestone)
 
     def _other_milestone(self) -> int | None:
         """The line of a milestone that the episode names, and that has answered with another one."""
@@ -229,7 +229,8 @@ class _Bound:
         if self._found.witness(wanted) is not None:
             return None, False
         if is_before and (other := self._other_milestone()) is not None:
-            return f"line {other} has the hash of another answer than the episode that stands for its commit", False
+            why = f"line {other} has the hash of another answer than the episode that stands for its commit"
+            return why, not self._answers.has_all_of_milestone
         if call.answered is None:
             return None, False  # the ledger holds no hash to compare with
         if call.capability == "commit" and wanted:
