@@ -340,12 +340,12 @@ def test_every_batch_that_waits_can_be_chosen_and_each_has_a_milestone_of_its_ow
     api.expect(page.get_by_label("Batch of memory")).to_have_value("")
 
 
-def test_it_is_said_when_nothing_new_was_proposed(page: Any) -> None:
+def test_it_is_said_when_nothing_new_was_proposed_and_what_waits_twice_can_be_committed_by_either(page: Any) -> None:
     boot(page, "Propose twice.")
     propose(page, "Ropes are long")
     status(page, "It was proposed.")
     propose(page, "Ropes are long")
-    status(page, "Nothing new was proposed")
+    status(page, "It was proposed.")
     api.expect(page.locator("#proposed")).to_contain_text("It is there already: it waits in batch_")
     api.expect(page.locator("#milestone-batch option")).to_have_count(3)
     reach(page, "known")
