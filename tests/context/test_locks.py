@@ -1,14 +1,15 @@
-"""Locks of all processes: they end with their holder, and those who wait take turns."""
+"""Locks of all processes: they end with their holder, and nobody waits for one without end."""
 
 from __future__ import annotations
 
 import fcntl
 import itertools
-import queue
+import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
@@ -101,7 +102,9 @@ def test_a_lock_that_a_stopped_process_holds_is_busy_after_its_time_and_free_onc
 TAKER = """
 import os, sys
 from pathlib import Path
+from aos_context import locks
 from aos_context.locks import locked
+locks.PATIENT_S = 0.0
 lock, turns, name, most = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
 taken = os.open(turns, os.O_RDWR | os.O_APPEND | os.O_CREAT)
 print("ready", flush=True)
@@ -139,7 +142,7 @@ def taken_by(tmp_path: Path) -> str:
     return turns.read_text()
 
 
-def test_processes_that_want_a_lock_all_the_time_have_it_in_turns(tmp_path: Path) -> None:
+def test_processes_that_have_no_patience_have_a_lock_in_turns(tmp_path: Path) -> None:
     turns = taken_by(tmp_path)
     assert len(turns) == TURNS
     assert min(Counter(turns)[name] for name in TAKERS) >= TURNS / len(TAKERS) / 2
@@ -147,72 +150,42 @@ def test_processes_that_want_a_lock_all_the_time_have_it_in_turns(tmp_path: Path
     assert sum(runs) / len(runs) <= 3, "who has released it does not take it again and again"
 
 
-@pytest.fixture
-def waiting(monkeypatch: pytest.MonkeyPatch) -> queue.Queue[str]:
-    """The names of threads, each once it stands in line."""
-    names: queue.Queue[str] = queue.Queue()
-
-    class Told(threading.Event):
-        def wait(self, timeout: float | None = None) -> bool:
-            names.put(threading.current_thread().name)
-            return super().wait(timeout)
-
-    monkeypatch.setattr(threading, "Event", Told)
-    return names
-
-
-def test_threads_of_one_process_have_a_lock_in_the_order_in_which_they_came(
-    tmp_path: Path, waiting: queue.Queue[str]
-) -> None:
-    order = []
+def test_who_has_waited_for_long_is_passed_by_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, order = tmp_path / ".lock", []
 
     def take() -> None:
-        with locked(tmp_path / ".lock"):
-            order.append(threading.current_thread().name)
+        with locked(path):
+            order.append("waited")
 
-    names = [f"t{number}" for number in range(8)]
-    threads = [threading.Thread(target=take, name=name) for name in names]
-    with locked(tmp_path / ".lock"):
-        waiting.get(timeout=PATIENCE_S)
-        for thread in threads:
-            thread.start()
-            while waiting.get(timeout=PATIENCE_S) != thread.name:  # a thread's own start is an event, too
-                pass
-    for thread in threads:
-        thread.join(PATIENCE_S)
-    assert order == names
-    assert locks._lines == {}
-
-
-def test_a_thread_that_gave_up_is_in_nobodys_way(
-    tmp_path: Path, waiting: queue.Queue[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, ends = tmp_path / ".lock", []
-
-    def take() -> None:
-        try:
-            with locked(path):
-                ends.append("held")
-        except BusyError as error:
-            ends.append(error.code)
-
+    monkeypatch.setattr(locks, "PATIENT_S", 0.0)
+    waiter = threading.Thread(target=take)
     with locked(path):
+        waiter.start()
+        with path.with_name(path.name + TURNSTILE).open() as turnstile:
+            deadline = time.monotonic() + PATIENCE_S
+            while is_free(turnstile.fileno()):
+                assert time.monotonic() < deadline
         monkeypatch.setattr(locks, "LOCK_WAIT_S", 0.0)
-        impatient = threading.Thread(target=take)
-        impatient.start()
-        impatient.join(PATIENCE_S)
-        monkeypatch.setattr(locks, "LOCK_WAIT_S", PATIENCE_S)
-        patient = threading.Thread(target=take, name="patient")
-        patient.start()
-        while waiting.get(timeout=PATIENCE_S) != "patient":
-            pass
-    patient.join(PATIENCE_S)
-    assert ends == ["BUSY", "held"]
+        fd = os.open(path, os.O_RDWR)
+        try:
+            with pytest.raises(BusyError):
+                locks._take(fd, path)
+        finally:
+            os.close(fd)
+    waiter.join(PATIENCE_S)
+    assert order == ["waited"]
 
 
-def test_who_wants_the_lock_again_stands_behind_the_one_that_waits_at_the_turnstile(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def is_free(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    fcntl.flock(fd, fcntl.LOCK_UN)
+    return True
+
+
+def test_who_comes_stands_behind_the_one_at_the_turnstile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / ".lock"
     monkeypatch.setattr(locks, "LOCK_WAIT_S", 0.0)
     with locked(path):
@@ -222,26 +195,3 @@ def test_who_wants_the_lock_again_stands_behind_the_one_that_waits_at_the_turnst
         pass
     with locked(path):
         pass
-
-
-def test_a_process_that_was_forked_does_not_wait_for_threads_that_it_does_not_have(tmp_path: Path) -> None:
-    code = """
-import os, sys, threading
-from pathlib import Path
-from aos_context import locks
-held, go = threading.Event(), threading.Event()
-def hold():
-    with locks._mutex:
-        held.set()
-        go.wait()
-threading.Thread(target=hold, daemon=True).start()
-held.wait()
-child = os.fork()
-if not child:
-    with locks.locked(Path(sys.argv[1])):
-        os._exit(7)
-go.set()
-sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-    command = [sys.executable, "-c", code, str(tmp_path / ".lock")]
-    assert subprocess.run(command, cwd=OVERLAY, timeout=PATIENCE_S, check=False).returncode == 7

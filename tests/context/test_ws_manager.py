@@ -25,7 +25,6 @@ from hypothesis import strategies as st
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from contextlib import AbstractContextManager
     from random import Random
 
 NAMES = {"task_id": "task_1", "thread_id": "thread_1", "run_id": "run_1", "objective": "Find out."}
@@ -528,7 +527,7 @@ def test_an_event_that_may_yet_be_taken_back_is_not_taken_for_the_last_one(
 ) -> None:
     """A reader looks while an event is written that cannot be synced; then a patch gets its number, and crashes."""
     ledger = FileLedger(root / "ledger" / "run.v2.1.jsonl")
-    turn = locks._turn
+    take = locks._take
     looked = threading.Event()
     wsm = manager(root)
 
@@ -536,10 +535,10 @@ def test_an_event_that_may_yet_be_taken_back_is_not_taken_for_the_last_one(
         wsm.load()
         looked.set()
 
-    def taken(file: tuple[int, int], path: Path, deadline: float) -> AbstractContextManager[None]:
+    def taken(fd: int, path: Path) -> None:
         if threading.current_thread() is reader and path.parent.name == "ledger":
             looked.set()  # the reader waits
-        return turn(file, path, deadline)
+        take(fd, path)
 
     def unsynced(_fd: int) -> None:
         reader.start()
@@ -549,7 +548,7 @@ def test_an_event_that_may_yet_be_taken_back_is_not_taken_for_the_last_one(
     reader = threading.Thread(target=look)
     with monkeypatch.context() as patches:
         patches.setattr(os, "fdatasync", unsynced)
-        patches.setattr(locks, "_turn", taken)
+        patches.setattr(locks, "_take", taken)
         with pytest.raises(OSError, match="Input/output"):
             ledger.append({"event_type": "NOTE"})
         reader.join(10)

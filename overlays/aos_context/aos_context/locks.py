@@ -1,9 +1,9 @@
-"""Locks of all processes and threads, which are taken in turns.
+"""Locks of all processes and threads, which nobody waits for without end.
 
-`flock` has no deadline and no order: who has just released a lock is faster than all who wait for it. So there is a
-second lock beside each, its turnstile: who wants the lock holds the turnstile until it has the lock. Who has just
-released it has to pass there, too, behind the one that waits already. Within a process threads stand in line, so that
-one of them competes with other processes, and each process has its share, however many its threads are.
+`flock` has no deadline and no order. That who has just released a lock is the first to have it again is as it should
+be: it knows what is there now, and the others wait anyhow; a lock that went from one to the next each time would make
+most patches stale. But nobody is to starve. So there is a second lock beside each, its turnstile: who has waited for
+`PATIENT_S` holds it until it has the lock, and whoever comes then stands behind it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import os
 import random
 import threading
 import time
-from collections import deque
 from typing import TYPE_CHECKING
 
 from aos_context.errors import BusyError
@@ -24,14 +23,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    File = tuple[int, int]
-
 LOCK_WAIT_S = 10.0
 """How long a call waits for a lock that others hold: a change takes milliseconds, a large pack seconds."""
-TURN_PAUSE_LEAST_S, TURN_PAUSE_MOST_S = 0.0001, 0.0005
-"""Between two looks whether the turnstile is free. It never grows: who has waited longer is not to look less often."""
-LOCK_PAUSE_LEAST_S, LOCK_PAUSE_MOST_S, LOCK_PAUSE_SHARE = 0.00005, 0.001, 0.1
-"""Between two looks of the one at the turnstile, whose turn nobody can take: a share of what it has waited."""
+PATIENT_S = 0.5
+"""How long it waits before the others have to let it pass."""
+PAUSE_LEAST_S, PAUSE_MOST_S = 0.0002, 0.02
+"""Between two looks whether the lock is free; they grow by random parts, lest those who wait keep step."""
+TURN_PAUSE_S = 0.001
+"""The longest of these of the one at the turnstile, and of those behind it."""
 TURNSTILE = ".turn"
 """What the turnstile's name has behind that of its lock."""
 
@@ -40,13 +39,10 @@ class _Held(threading.local):
     """The lock files that this thread has locked, by device and inode."""
 
     def __init__(self) -> None:
-        self.files: set[File] = set()
+        self.files: set[tuple[int, int]] = set()
 
 
 _held = _Held()
-_lines: dict[File, deque[threading.Event]] = {}
-"""The threads that have a lock or want it, in the order in which they came; the first has its turn."""
-_mutex = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -64,79 +60,49 @@ def locked(path: Path) -> Iterator[None]:
         if file in _held.files:
             yield
             return
-        deadline = time.monotonic() + LOCK_WAIT_S
-        with _turn(file, path, deadline):
-            _take(fd, path, deadline)
-            _held.files.add(file)
-            try:
-                yield
-            finally:
-                _held.files.discard(file)
-                fcntl.flock(fd, fcntl.LOCK_UN)  # before the next thread has its turn
+        _take(fd, path)
+        _held.files.add(file)
+        try:
+            yield
+        finally:
+            _held.files.discard(file)
     finally:
         os.close(fd)
 
 
-@contextlib.contextmanager
-def _turn(file: File, path: Path, deadline: float) -> Iterator[None]:
-    """Be the first of this process's threads that want the file."""
-    mine = threading.Event()
-    with _mutex:
-        line = _lines.setdefault(file, deque())
-        line.append(mine)
-        line[0].set()
-    try:
-        if not mine.wait(max(0.0, deadline - time.monotonic())):
-            raise _busy(path)
-        yield
-    finally:
-        with _mutex:
-            line.remove(mine)
-            if line:
-                line[0].set()
-            elif _lines.get(file) is line:
-                del _lines[file]
-
-
-def _take(fd: int, path: Path, deadline: float) -> None:
-    """flock has no deadline, so it is tried."""
+def _take(fd: int, path: Path) -> None:
+    began = time.monotonic()
+    deadline = began + LOCK_WAIT_S
     turnstile = _opened(path.with_name(path.name + TURNSTILE))
     try:
-        while not _tried(turnstile, path, deadline):  # by random pauses, lest those who wait keep step
-            time.sleep(random.uniform(TURN_PAUSE_LEAST_S, TURN_PAUSE_MOST_S))  # noqa: S311  # nothing secret
-        began = time.monotonic()
-        while not _tried(fd, path, deadline):
-            waited = time.monotonic() - began
-            time.sleep(min(max(waited * LOCK_PAUSE_SHARE, LOCK_PAUSE_LEAST_S), LOCK_PAUSE_MOST_S))
+        if _got(turnstile, fcntl.LOCK_SH, deadline, TURN_PAUSE_S):
+            fcntl.flock(turnstile, fcntl.LOCK_UN)
+            if _got(fd, fcntl.LOCK_EX, min(began + PATIENT_S, deadline), PAUSE_MOST_S):
+                return
+            if _got(turnstile, fcntl.LOCK_EX, deadline, TURN_PAUSE_S) and _got(
+                fd, fcntl.LOCK_EX, deadline, TURN_PAUSE_S
+            ):
+                return
     finally:
         os.close(turnstile)
-
-
-def _tried(fd: int, path: Path, deadline: float) -> bool:
-    """Whether it is locked now. Raises `BusyError` where it is not at the deadline."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        if time.monotonic() >= deadline:
-            raise _busy(path) from None
-        return False
-    return True
-
-
-def _busy(path: Path) -> BusyError:
     hint = "Try again: many may wait for it. If it stays so, see who holds it (lslocks): a stopped process keeps it."
-    return BusyError(f"{path} has been held by others for {LOCK_WAIT_S:g} s", hint=hint, file=str(path))
+    raise BusyError(f"{path} has been held by others for {LOCK_WAIT_S:g} s", hint=hint, file=str(path))
+
+
+def _got(fd: int, kind: int, deadline: float, most_s: float) -> bool:
+    """Lock it, shared or not; False where others have it until the deadline. flock has none, so it is tried."""
+    pause_s = PAUSE_LEAST_S
+    while True:
+        try:
+            fcntl.flock(fd, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+        else:
+            return True
+        time.sleep(pause_s)
+        pause_s = min(pause_s * random.uniform(1, 2), most_s)  # noqa: S311  # nothing secret
 
 
 def _opened(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
-
-
-def _forget_lines() -> None:
-    """In a process that was forked: none of those who stood in line is there."""
-    global _mutex  # noqa: PLW0603  # the old one may be held by a thread that is not there
-    _mutex = threading.Lock()
-    _lines.clear()
-
-
-os.register_at_fork(after_in_child=_forget_lines)
