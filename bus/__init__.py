@@ -31,10 +31,10 @@ written to a hash-chained ledger. Read `dispatch` first: `Bus.invoke` is the sto
                         gate tries another version of an overlay with many lines, apart from the live bus
 
 Around it: plugins and hookspecs (the plugin API), metrics (a plugin); events (what is told to who listens); settings,
-errors, schemas, model, resources, private_file (what only the operator may read); and the command line: cli,
-cli_overlays, cli_profile, cli_runes, cli_ledger, cli_proofs, cli_replay, cli_callers, cli_stress (with stress_watch
-and plot), console, serve (serving says where it is, server_lock that it is the only one), remote (what a server is
-asked), doctor, templates.
+errors, schemas, model, resources, private_file (what only the operator may read), own_files (what lies where others
+may write); and the command line: cli, cli_overlays, cli_profile, cli_runes, cli_ledger, cli_proofs, cli_replay,
+cli_callers, cli_stress (with stress_watch and plot), console, serve (serving says where it is, server_lock that it is
+the only one), remote (what a server is asked), doctor, templates.
 """
 
 from bus.hookspecs import hookimpl

@@ -19,6 +19,7 @@ from bus.checkpoints import TYPE, Checkpoints, chained, root_at, tree_of
 from bus.losses import Last, Losses
 from bus.merkle import Frontier
 from bus.model import now_ms
+from bus.own_files import open_own
 from bus.records import (
     GENESIS,
     BrokenLineError,
@@ -379,8 +380,8 @@ class Chain:
         while True:
             if self._lock_fd < 0:
                 make_folder(self._lock_path.parent, sync=self._is_to_last)
-                flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-                self._lock_fd, self._settled = os.open(self._lock_path, flags, FILE_MODE), 0
+                flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
+                self._lock_fd, self._settled = open_own(self._lock_path, flags, FILE_MODE), 0
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX)
             status = os.fstat(self._lock_fd)
             self._lock_size = status.st_size
@@ -452,7 +453,7 @@ class Chain:
         self._closed = closed
         if is_foreign(_first_line(self._path)):
             self._move_aside()
-        self._fd = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
+        self._fd = open_own(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, FILE_MODE)
         status = os.fstat(self._fd)
         if status.st_size == 0 and self._is_to_last:  # now: others may soon be answered for lines in it
             self._sync_names()
@@ -599,6 +600,6 @@ def write_all(fd: int, data: bytes | bytearray) -> None:
 
 def _first_line(path: Path) -> bytes:
     """Of one file."""
-    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+    with contextlib.suppress(FileNotFoundError), open(open_own(path, os.O_RDONLY), "rb") as file:  # noqa: PTH123
         return file.readline()
     return b""

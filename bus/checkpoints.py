@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from bus.merkle import Frontier
 from bus.model import now_ms
 from bus.notary import Signed
+from bus.own_files import make_own, open_folder, open_own
 from bus.records import BrokenLineError, check, draft, hash_in, parse
-from bus.segments import make_folder, sync_folder
+from bus.segments import make_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -42,6 +43,7 @@ KEPT = 1000
 
 _DIGITS = 12
 _LEAF_BYTES = 32
+_NOTE_MODE = 0o644
 _log = logging.getLogger(__name__)
 
 
@@ -124,35 +126,53 @@ class Checkpoints:
 
     def _put(self, size: int, note: str) -> None:
         try:
-            self._write(size, note)
-            self._prune()
+            make_folder(self._folder, sync=True)
+            with _opened(self._folder) as folder:
+                _write(folder, f"{size:0{_DIGITS}}", note)
+                _prune(folder)
         except OSError as error:
             _log.warning("the note of %d lines is not in %s: %s", size, self._folder, error)
 
     def is_kept(self, record: Record) -> bool:
         """Whether the signed note of a checkpoint's line lies in the folder, as it does once the line is synced."""
         try:
-            note = (self._folder / f"{_whole(record['size']):0{_DIGITS}}").read_text("utf-8")
-            return bool(note == record["note"])
+            with _opened(self._folder) as folder:
+                fd = open_own(f"{_whole(record['size']):0{_DIGITS}}", os.O_RDONLY, folder=folder)
+            with open(fd, encoding="utf-8") as file:  # noqa: PTH123  # a descriptor, not a path
+                return bool(file.read() == record["note"])
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
-    def _write(self, size: int, note: str) -> None:
-        """It lasts: whoever heals the log after a power loss takes it for a sign that its line was synced."""
-        make_folder(self._folder, sync=True)
-        path = self._folder / f"{size:0{_DIGITS}}"
-        temporary = path.with_name(f".{path.name}-{os.getpid()}")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(note)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(self._folder)
 
-    def _prune(self) -> None:
-        notes = sorted(name for name in os.listdir(self._folder) if name.isdecimal())  # noqa: PTH208  # names alone
-        for name in notes[:-KEPT]:
-            (self._folder / name).unlink(missing_ok=True)
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    """A descriptor to look names up in."""
+    fd = open_folder(folder)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _write(folder: int, name: str, note: str) -> None:
+    """Put a note into the open folder, whole, and to last.
+
+    Whoever heals the log after a power loss takes it for a sign that its line was synced.
+    """
+    temporary = f".{name}-{os.getpid()}"
+    with open(make_own(temporary, _NOTE_MODE, folder=folder), "w", encoding="utf-8") as file:  # noqa: PTH123
+        file.write(note)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+    os.fsync(folder)
+
+
+def _prune(folder: int) -> None:
+    notes = sorted(name for name in os.listdir(folder) if name.isdecimal())
+    for name in notes[:-KEPT]:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=folder)
 
 
 def tree_of(lines_backwards: Iterable[Record]) -> tuple[Frontier, int]:

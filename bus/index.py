@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from bus import index_file, index_view, segments
 from bus.index_view import State, UnfitError, View, blob_in, is_of, lines_behind, numbers_in, plain, root_over, state_of
 from bus.merkle import HASH_BYTES, root_of
+from bus.own_files import open_own
 from bus.records import GENESIS, BrokenLineError, check, hash_in
 from bus.segments import FILE_MODE, Segments, taken
 
@@ -124,7 +125,7 @@ class Index:
     def _locked(self, *, exclusive: bool) -> Iterator[bool]:
         """Who reads waits for a batch to end; who writes for nobody. False where the lock was not taken."""
         try:
-            lock = os.open(self._lock_path, os.O_RDONLY | (os.O_CREAT if exclusive else 0) | os.O_CLOEXEC, FILE_MODE)
+            lock = open_own(self._lock_path, os.O_RDONLY | (os.O_CREAT if exclusive else 0), FILE_MODE)
         except OSError:
             yield False
             return
@@ -148,7 +149,7 @@ class Index:
     def _try_take_in(self, log: Segments, most_lines: int) -> tuple[int, int]:
         if index_file.was_left(self._file):
             index_file.unlink(self._file)
-        os.close(os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE))
+        os.close(open_own(self._file, os.O_RDWR | os.O_CREAT, FILE_MODE))
         with contextlib.closing(index_file.opened(self._file, to_write=True)) as base:
             base.execute("PRAGMA synchronous = NORMAL")
             base.execute("BEGIN IMMEDIATE")

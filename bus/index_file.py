@@ -8,6 +8,8 @@ Who reads holds a lock that no writer has meanwhile, and so needs neither journa
 
 from __future__ import annotations
 
+import errno
+import os
 import sqlite3
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -69,7 +71,9 @@ class Base(sqlite3.Connection):
 
 
 def opened(file: Path, *, to_write: bool = False) -> Base:
-    """The database, which is there. Raises `sqlite3.Error`."""
+    """The database, which is there. Raises `sqlite3.Error`; OSError for a link, which SQLite would follow."""
+    if file.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(file))
     mode = "mode=rw" if to_write else "mode=ro&immutable=1"
     return sqlite3.connect(
         f"{file.absolute().as_uri()}?{mode}",
@@ -83,7 +87,7 @@ def opened(file: Path, *, to_write: bool = False) -> Base:
 
 def was_left(file: Path) -> bool:
     """Whether a writer was killed before it had written all of a batch."""
-    return _journal(file).exists()
+    return os.path.lexists(_journal(file))  # SQLite would follow a link
 
 
 def unlink(file: Path) -> None:

@@ -24,6 +24,7 @@ from bus.chain import PROBE_BYTES, Chain, Fsync, Group, Receipt, write_all
 from bus.checkpoints import Checkpoints
 from bus.errors import OverloadError
 from bus.filesync import FileSync
+from bus.own_files import make_own
 from bus.records import BrokenLineError, draft_record
 from bus.segments import FILE_MODE, make_folder
 from bus.upkeep import Upkeep
@@ -266,7 +267,7 @@ class Ledger:
     def _try_beside(self) -> None:
         path = self.path.with_name(f"{self.path.name}.probe-{os.getpid()}")
         make_folder(path.parent, sync=True)
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
+        fd = make_own(path, FILE_MODE)
         try:
             write_all(fd, b" " * PROBE_BYTES)
             os.fsync(fd)

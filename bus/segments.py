@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 from bus import unsynced
 from bus.errors import OperatorError
 from bus.members import MEMBER_BYTES, members, pack, unpack
+from bus.own_files import make_own, open_own
 from bus.records import BrokenLineError, check
 from bus.unsynced import UNSYNCED_BYTES, Stretch
 
@@ -238,11 +239,15 @@ def _open_closed(path: Path, first: int) -> Content:
     """Raises `BrokenLineError` where it is not there in any form."""
     plain, packed = closed_path(path, first), packed_path(path, first)
     with contextlib.suppress(FileNotFoundError):
-        fd = os.open(plain, os.O_RDONLY | os.O_CLOEXEC)
-        return Plain(fd, os.fstat(fd).st_size)
+        return _open_plain(plain)
     with contextlib.suppress(FileNotFoundError):
-        return Packed(os.open(packed, os.O_RDONLY | os.O_CLOEXEC), packed.name)
+        return Packed(open_own(packed, os.O_RDONLY), packed.name)
     raise BrokenLineError("seq", f"its segment {plain.name} was removed while it was read")
+
+
+def _open_plain(path: Path) -> Plain:
+    fd = open_own(path, os.O_RDONLY)
+    return Plain(fd, os.fstat(fd).st_size)
 
 
 # --- Reading all ---
@@ -379,7 +384,7 @@ def _listed(path: Path) -> tuple[list[int], Plain | None]:
     """The closed segments, and the open one: neither twice nor left out, while others rotate."""
     while True:
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = open_own(path, os.O_RDONLY)
         except FileNotFoundError:
             fd = -1
         try:
@@ -401,7 +406,7 @@ def _nobody_writing(path: Path) -> Iterator[int | None]:
     What they have written may be without its sync yet, which they do without the lock.
     """
     try:
-        lock = os.open(lock_path(path), os.O_RDONLY | os.O_CLOEXEC)
+        lock = open_own(lock_path(path), os.O_RDONLY)
     except OSError:
         yield None
         return
@@ -415,7 +420,7 @@ def _nobody_writing(path: Path) -> Iterator[int | None]:
 @contextlib.contextmanager
 def _lock_to_tell(path: Path) -> Iterator[int]:
     """The locks' file, to append to. Raises `OSError`."""
-    lock = os.open(lock_path(path), os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+    lock = open_own(lock_path(path), os.O_RDWR | os.O_APPEND)
     try:
         yield lock
     finally:
@@ -542,7 +547,7 @@ def rotate(path: Path, fd: int, seq: int) -> None:
         if os.path.lexists(taken):
             raise FileExistsError(errno.EEXIST, "another segment has the name that this one is to be closed by", taken)
     os.fsync(fd)
-    os.close(os.open(following, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, FILE_MODE))
+    os.close(make_own(following, FILE_MODE))
     os.rename(path, closed)  # noqa: PTH104  # as the lines around it
     os.rename(following, path)  # noqa: PTH104
     sync_folder(path.parent)
@@ -572,7 +577,7 @@ def compress(path: Path, is_over: Callable[[], bool] = lambda: False) -> int:
     """
     if all("" not in forms for forms in _closed(path).values()):
         return 0
-    lock = os.open(path.with_suffix(".compressing"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
+    lock = open_own(path.with_suffix(".compressing"), os.O_RDWR | os.O_CREAT, FILE_MODE)
     try:
         if not taken(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
             return 0
@@ -600,8 +605,10 @@ def _compress_one(path: Path, first: int, is_over: Callable[[], bool]) -> bool:
 
 def _pack_file(plain: Path, packed: Path, is_over: Callable[[], bool]) -> bool:
     """Says whether all of it was packed before it `is_over`; what is packed is on the disk."""
-    with plain.open("rb") as file, open(packed, "wb", opener=_private) as out:
-        content = Plain(file.fileno(), os.fstat(file.fileno()).st_size)
+    with (
+        contextlib.closing(_open_plain(plain)) as content,
+        open(make_own(packed, FILE_MODE), "wb") as out,  # noqa: PTH123  # a descriptor, not a path
+    ):
         for chunk in content.chunks_from(0, MEMBER_BYTES):
             if is_over():
                 return False
@@ -609,7 +616,3 @@ def _pack_file(plain: Path, packed: Path, is_over: Callable[[], bool]) -> bool:
         out.flush()
         os.fsync(out.fileno())
     return True
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_CLOEXEC, FILE_MODE)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from bus import serving
 from bus.errors import OperatorError
+from bus.own_files import open_own
 from bus.segments import identity, identity_at
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class ServerLock:
     def _locked(self) -> int | None:
         """The descriptor of the file that bears the name, locked; None where that was removed between the two."""
         with contextlib.ExitStack() as undo:
-            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, self._mode)
+            fd = open_own(self.path, os.O_RDWR | os.O_CREAT, self._mode)
             undo.callback(os.close, fd)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

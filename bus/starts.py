@@ -25,8 +25,9 @@ from bus import provenance
 from bus.chain import write_all
 from bus.ledger import LedgerError
 from bus.model import Phase, now_ms
+from bus.own_files import make_own, open_folder, open_own
 from bus.records import CALL_TYPES, BrokenLineError, parse_or_none
-from bus.segments import FILE_MODE
+from bus.segments import FILE_MODE, sync_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -159,10 +160,11 @@ class Starts:
 
 
 class _Marker:
-    """A file whose lock its process holds."""
+    """A file whose lock its process holds, and its folder, both open."""
 
-    def __init__(self, path: Path, fd: int) -> None:
+    def __init__(self, path: Path, folder: int, fd: int) -> None:
         self._path = path
+        self._folder = folder
         self._fd = fd
 
     def is_free(self) -> bool:
@@ -190,41 +192,33 @@ class _Marker:
         return int(text) if len(text) == 21 and text.strip().isdigit() else None  # noqa: PLR2004
 
     def remove(self) -> None:
-        self._path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path.name, dir_fd=self._folder)
 
     def close(self) -> None:
         os.close(self._fd)
+        os.close(self._folder)
 
 
 def _make(path: Path, lines_before: int) -> _Marker:
     """A locked file on the disk, that bears its name only once it is locked and written. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
+    temporary = f".{path.name}"
     while True:
-        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, FILE_MODE)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            write_all(fd, b"%020d\n" % lines_before)
-            os.fsync(fd)
-            temporary.rename(path)
-            _sync_folders(path.parent)
-        except FileNotFoundError:  # somebody cleaned up before it was locked
-            os.close(fd)
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except BaseException:
-            os.close(fd)
-            raise
-        else:
-            return _Marker(path, fd)
-
-
-def _sync_folders(folder: Path) -> None:
-    for each in (folder, folder.parent):
-        fd = os.open(each, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            folder = open_folder(path.parent)
+            stack.callback(os.close, folder)
+            with contextlib.suppress(FileNotFoundError):  # somebody cleaned up before it was locked
+                fd = make_own(temporary, FILE_MODE, folder=folder)
+                stack.callback(os.close, fd)
+                fcntl.flock(fd, fcntl.LOCK_EX)
+                write_all(fd, b"%020d\n" % lines_before)
+                os.fsync(fd)
+                os.rename(temporary, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+                os.fsync(folder)
+                sync_folder(path.parent.parent)
+                stack.pop_all()
+                return _Marker(path, folder, fd)
 
 
 def _left(folder: Path) -> Iterator[tuple[str, _Marker, int]]:
@@ -233,30 +227,33 @@ def _left(folder: Path) -> Iterator[tuple[str, _Marker, int]]:
     What cannot be opened or read is told and passed over. Raises `OSError` where the folder cannot be listed.
     """
     try:
-        names = sorted(os.listdir(folder))  # noqa: PTH208  # names alone
+        opened = open_folder(folder)
     except FileNotFoundError:
         return
-    for name in names:
-        try:
-            found = _abandoned(folder / name)
-        except OSError as error:
-            _log.warning(
-                "%s, which tells of calls that may have been cut off, is passed over: %s", folder / name, error
-            )
-            continue
-        if found is not None:
-            yield name, *found
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, opened)
+        for name in sorted(os.listdir(opened)):  # noqa: PTH208  # of a descriptor
+            try:
+                found = _abandoned(folder / name, opened)
+            except OSError as error:
+                _log.warning(
+                    "%s, which tells of calls that may have been cut off, is passed over: %s", folder / name, error
+                )
+                continue
+            if found is not None:
+                yield name, *found
 
 
-def _abandoned(path: Path) -> tuple[_Marker, int] | None:
+def _abandoned(path: Path, folder: int) -> tuple[_Marker, int] | None:
     """The file, now locked, and the number in it; None where its process lives, or another is at it, or it is gone.
 
-    What was left without a number is removed at once. Raises `OSError`.
+    Its name is looked up in the open `folder`. What was left without a number is removed at once. Raises `OSError`.
     """
     try:
-        marker = _Marker(path, os.open(path, os.O_RDWR | os.O_CLOEXEC))
+        fd = open_own(path.name, os.O_RDWR, folder=folder)
     except FileNotFoundError:
         return None
+    marker = _Marker(path, os.dup(folder), fd)
     with contextlib.ExitStack() as stack:
         stack.callback(marker.close)
         if not marker.is_free():

@@ -34,6 +34,7 @@ from json import JSONDecoder
 from typing import TYPE_CHECKING
 
 from bus.checkpoints import TYPE
+from bus.own_files import make_own
 from bus.records import BrokenLineError, check
 from bus.segments import FILE_MODE, end_of_lines, lines_backwards, names_in, sync_folder
 from bus.unsynced import UNSYNCED_BYTES
@@ -189,7 +190,7 @@ def _write_kept(path: Path, tail: bytes, seq: int, *, sync: bool) -> str:
         name = f"{path.name}.torn-{seq}-{number}"
     part = path.with_name(f"{path.name}.torn.part")
     try:
-        with open(part, "wb", opener=_private) as file:
+        with open(make_own(part, FILE_MODE), "wb") as file:  # noqa: PTH123  # a descriptor, not a path
             file.write(tail)
             file.flush()
             if sync:
@@ -199,7 +200,3 @@ def _write_kept(path: Path, tail: bytes, seq: int, *, sync: bool) -> str:
         part.unlink(missing_ok=True)
         raise
     return name
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_CLOEXEC, FILE_MODE)

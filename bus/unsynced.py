@@ -18,6 +18,8 @@ import os
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
+from bus.own_files import open_own
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
@@ -68,7 +70,7 @@ def write_again(paths: Iterable[Path], stretches: Sequence[Stretch]) -> None:
         starts[one.identity] = min(one.start, starts.get(one.identity, one.start))
     for path in paths if starts else ():
         try:
-            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)  # one that appends would not write at a place
+            fd = open_own(path, os.O_RDWR)  # one that appends would not write at a place
         except FileNotFoundError:
             continue
         try:

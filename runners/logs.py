@@ -200,7 +200,7 @@ class OverlayLogs:
                 os.close(fd)
 
     def _open(self, path: Path) -> int:
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC  # others may write the folder
         try:
             return os.open(path, flags, _FILE_MODE)
         except FileNotFoundError:
@@ -351,7 +351,7 @@ class LogReader:
 
 def _open_or_none(path: Path) -> BinaryIO | None:
     try:
-        return path.open("rb")
+        return open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb")  # noqa: PTH123
     except FileNotFoundError:
         return None
 

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 # From low to high. A module imports only what stands on a lower floor; runners.base stands below all.
 FLOORS = [
-    ["resources", "merkle", "unsynced"],
+    ["resources", "merkle", "own_files"],
+    ["unsynced"],
     ["errors", "memory", "stress_sources"],
     ["stress", "runes", "canonical", "redaction", "events", "notes"],
     ["model"],
