@@ -20,6 +20,7 @@ from bus.losses import Last, Losses
 from bus.merkle import Frontier
 from bus.model import now_ms
 from bus.own_files import open_own
+from bus.recent import RecentRoots
 from bus.records import (
     GENESIS,
     BrokenLineError,
@@ -45,6 +46,7 @@ from bus.segments import (
     settle,
     sync_folder,
 )
+from bus.signed import Signed
 from bus.unsynced import UNSYNCED_BYTES, Stretch
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from bus.checkpoints import Note
+    from bus.notary import Notary
     from bus.records import Draft
 
 PROBE_BYTES = 4096
@@ -93,6 +96,9 @@ class Group:
         self.environment_stands = environment_stands
         self.places: list[tuple[int, str]] = []
         self.text = bytearray()
+        self.leaves: list[bytes] = []
+        self.is_told = False
+        """Whether its note may be handed out, as far as could be told at once; `Chain.vouch` says it in the end."""
         self.checkpoint_seq: int | None = None
         self.note: Note | None = None
         self.checkpoint_note: Note | None = None
@@ -106,6 +112,7 @@ class Group:
         """Chain one more; gives its seq and hash."""
         line, digest = draft.line(self.tree.size + 1, self.prev)
         self.tree.append(digest)
+        self.leaves.append(digest)
         self.prev = digest.hex()
         self.text += line
         return self.tree.size, self.prev
@@ -132,6 +139,7 @@ class Chain:
     ) -> None:
         """A segment of `segment_bytes` or more is closed before the next group; 0 is never."""
         self._tree = Frontier()
+        self._recent = RecentRoots()
         self._checkpoints = checkpoints or Checkpoints(path)
         self._path = path
         self._lock_path = lock_path(path)
@@ -185,7 +193,7 @@ class Chain:
         except OSError:  # somebody has it; or it cannot be taken, which who waits for it will say
             return False
         try:
-            if self._may_answer() and (self._is_as_left() or self._has_only_grown()) and not self._is_full():
+            if self._may_answer() and (self._is_as_left() or self._has_only_grown()) and not self._must_wait():
                 return True
         except (OSError, BrokenLineError):  # which who waits for it will say
             pass
@@ -199,6 +207,10 @@ class Chain:
         except OSError:
             os.close(self._lock_fd)
             self._lock_fd = -1
+
+    def _must_wait(self) -> bool:
+        """Whether what is to be written first takes a while: a new segment, or a checkpoint that is signed."""
+        return self._is_full() or (self._is_checkpoint_due() and not self._is_covered())
 
     def _may_answer(self) -> bool:
         """Whether a group need not be kept back for the sake of what is signed with it."""
@@ -214,25 +226,43 @@ class Chain:
         except OSError:
             self.abandon()
             raise
-        may_answer = self._may_answer()
-        receipts = self._commit_and_keep(group)
-        if group.note is None or may_answer:
+        self._commit_and_keep(group)
+        return self.vouch(group)
+
+    def vouch(self, group: Group) -> list[Receipt]:
+        """Where the records of a group stand that counts, with its note where that may be handed out.
+
+        Without the lock; blocks for as long as it takes to tell.
+        """
+        receipts, note, notary = group.receipts(), group.note, self._checkpoints.notary
+        if group.is_told or note is None or notary is None:
             return receipts
         with contextlib.suppress(OSError, BrokenLineError):  # the lines stand; who writes next says what is wrong
-            if self.remember():
+            if notary.vouch(note.signed, self._root_near):
                 return receipts
+            with self.locked():
+                if self._vouched(note.signed, notary):
+                    return receipts
         return [receipt._replace(checkpoint=None) for receipt in receipts]
 
-    def remember(self) -> bool:
-        """Remember what was signed last; False where that cannot be. Without the lock; raises as `locked`."""
+    def _vouched(self, signed: Signed, notary: Notary) -> bool:
+        """With the lock: whether a note may be handed out; where another process has signed, the log is held anew."""
+        if not notary.vouch(signed, self._root_near) and not notary.is_held:
+            notary.hold(self.seq, self._root_at)
+            return notary.vouch(signed, self._root_at)
+        return notary.is_held and notary.refusal is None
+
+    def remember(self) -> None:
+        """Make last what is remembered of what was signed. Without the lock; raises as `locked`."""
         notary = self._checkpoints.notary
-        if notary is None or notary.remember():
-            return notary is None or notary.refusal is None
-        with self.locked():  # where another process has signed meanwhile: the log is held against that, too
-            return notary.refusal is None
+        if notary is not None and not notary.remember():
+            with self.locked():  # which holds the log anew, and remembers
+                return
 
     def extend(self, drafts: Sequence[Draft], *, with_checkpoint: bool = False) -> list[Receipt]:
         """With the lock, write a group and make it last. All of it is in the file then, or nothing."""
+        if with_checkpoint and self._losses:  # these come first: each names the line that it is
+            self.extend(())
         group = self.write(drafts, with_checkpoint=with_checkpoint)
         with self.or_cut_back():
             self.sync(group)
@@ -245,13 +275,13 @@ class Chain:
     def write(self, drafts: Sequence[Draft], *, with_checkpoint: bool = False) -> Group:
         """With the lock, write a group; it counts only once it is committed.
 
-        Where the segment is full, the group begins a new one.
+        Where the segment is full, the group begins a new one; where a checkpoint is due, it begins with that.
         """
         if self._is_full() and (drafts or self._losses or with_checkpoint):
             self._rotate()
             self._catch_up()
         group = Group(self._tree.copy(), self._prev, environment_stands=self._environment_stands)
-        if self._size == 0 and self.seq:  # so that who opens a new segment need not read the one before
+        if with_checkpoint or self._is_checkpoint_due():
             self._add_checkpoint(group)
         for loss in self._losses.drafts():
             group.add(loss)
@@ -259,8 +289,6 @@ class Chain:
             group.places.append(group.add(one))
             if not group.environment_stands and one.environment_hash == self._environment_hash:
                 self._add_environment(group)
-        if group.checkpoint_seq is None and (with_checkpoint or self._checkpoints.are_due(group.seq)):
-            self._add_checkpoint(group)
         if group.places and self._fsync != "never":
             group.note = self._checkpoints.note(group.tree)
         with self.or_cut_back():
@@ -274,7 +302,7 @@ class Chain:
         group.environment_stands = True
 
     def _add_checkpoint(self, group: Group) -> None:
-        note = group.checkpoint_note = self._checkpoints.note(group.tree)
+        note = group.checkpoint_note = self._note_of_all()
         group.checkpoint_seq, _ = group.add(self._checkpoints.draft(group.tree, note and note.text))
 
     def _rotate(self) -> None:
@@ -285,6 +313,31 @@ class Chain:
         except OSError:
             self._tell_unsynced()
             raise
+
+    def _is_checkpoint_due(self) -> bool:
+        """Whether the next group begins with one. What is owed comes first: each of that names the line that it is.
+
+        A new segment does, so that who opens it need not read the one before.
+        """
+        if self._size == 0 and self.seq:
+            return True
+        return not self._losses and self._checkpoints.are_due(self.seq)
+
+    def _is_covered(self) -> bool:
+        """Whether the note of all lines was handed out before, or there is none."""
+        notary = self._checkpoints.notary
+        return notary is None or notary.refusal is not None or notary.covers(Signed(self.seq, self._tree.root()))
+
+    def _note_of_all(self) -> Note | None:
+        """The note for a checkpoint's line: as everybody can read that, it is handed out by being written.
+
+        So all lines are synced before, those of others and with AAL_FSYNC=never too, and it is remembered.
+        """
+        note, notary = self._checkpoints.note(self._tree), self._checkpoints.notary
+        if note is None or notary is None or notary.covers(note.signed):
+            return note
+        self._sync_file()
+        return note if self._vouched(note.signed, notary) else None
 
     def sync(self, group: Group) -> None:
         """Make what was written last, as far as asked for."""
@@ -314,6 +367,7 @@ class Chain:
 
     def commit(self, group: Group) -> list[Receipt]:
         """A group that was written and synced counts from now on. Gives where each record stands."""
+        self._recent.add(self._tree, group.leaves)
         self._tree, self._prev, self._environment_stands = group.tree, group.prev, group.environment_stands
         self._size += len(group.text)
         if group.text and self.fd_to_sync(group) is not None:
@@ -321,9 +375,8 @@ class Chain:
         self._losses.clear()
         if group.checkpoint_seq is not None:
             self._checkpoints.stands(group.checkpoint_seq)
-        note = group.note or group.checkpoint_note
-        if note is not None and self._checkpoints.notary is not None:
-            self._checkpoints.notary.handed_out(note.signed)
+        note, notary = group.note, self._checkpoints.notary
+        group.is_told = note is None or notary is None or notary.hand_out(note.signed, self._root_near)
         return group.receipts()
 
     def abandon(self) -> None:
@@ -430,6 +483,18 @@ class Chain:
         backwards = itertools.chain(lines_backwards(self._fd, self._size), closed_backwards(self._path))
         return root_at(size, self._tree, backwards)
 
+    def _root_near(self, size: int) -> bytes | None:
+        """The same without the lock, in microseconds: of the latest groups, and of what others have written since."""
+        return self._recent.at(size, () if size <= self.seq else self._leaves_ahead())
+
+    def _leaves_ahead(self) -> Iterator[bytes]:
+        """The hashes of the lines behind those that are known, up to one that is just being written."""
+        for line in os.pread(self._fd, _FEW_BYTES, self._size).splitlines(keepends=True):
+            try:
+                yield hash_in(line)
+            except BrokenLineError:
+                return
+
     def _hold_anew(self) -> None:
         """It may be another log now than the one that was signed."""
         if self._checkpoints.notary is not None:
@@ -460,6 +525,7 @@ class Chain:
         self._identity = identity(status)
         self._size, self._tree, self._prev = _UNREAD, Frontier(), GENESIS
         self._synced = 0
+        self._recent.clear()
         self._checkpoints.stands(0)
         self._hold_anew()
         self._environment_stands = False
@@ -512,14 +578,15 @@ class Chain:
         lines = os.pread(self._fd, end - self._size, self._size).splitlines(keepends=True)
         if not lines:
             return True
-        tree, checkpoint_seq = self._tree.copy(), None
-        for line in lines:
-            tree.append(hash_in(line))
+        tree, checkpoint_seq, leaves = self._tree.copy(), None, list(map(hash_in, lines))
+        for line, leaf in zip(lines, leaves, strict=True):
+            tree.append(leaf)
             if CHECKPOINT_MARK in line and parse(line)["type"] == TYPE:
                 checkpoint_seq = tree.size
         first, last = parse(lines[0]), check(lines[-1])
         if (first.get("prev"), first["seq"], last["seq"]) != (self._prev, self.seq + 1, tree.size):
             return False
+        self._recent.add(self._tree, leaves)
         self._size, self._tree, self._prev = end, tree, last["hash"]
         if checkpoint_seq is not None:
             self._checkpoints.stands(checkpoint_seq)
@@ -537,6 +604,7 @@ class Chain:
             if tree.size != last["seq"]:
                 raise BrokenLineError("seq", f"it says seq {last['seq']}, and {tree.size} lines are there")
         self._size, self._tree, self._prev = end, tree, prev
+        self._recent.clear()
         self._checkpoints.stands(checkpoint_seq)
 
     def _stands_so_far(self) -> None:

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bus.merkle import Frontier
 from bus.model import now_ms
-from bus.notary import Signed
 from bus.own_files import make_own, open_folder, open_own
 from bus.records import BrokenLineError, check, draft, hash_in, parse
 from bus.segments import make_folder
+from bus.signed import Signed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -112,7 +112,7 @@ class Checkpoints:
         self._due_at = self._look_at = self._clock() + AFTER_S
 
     def keep(self, note: Note | None) -> None:
-        """What a checkpoint was signed of is remembered, and then its note put into the folder.
+        """What is remembered is made last, and then a checkpoint's note put into the folder.
 
         Where that cannot be, it stands in the ledger all the same. None where nothing was signed.
         """

@@ -190,6 +190,8 @@ class Ledger:
         self._upkeep.close()
         with self._writing:
             self._chain.close()
+            if self._notary is not None:
+                self._notary.close()
             self._close_ear()
             if self._kernel is not None:
                 self._kernel.close()
@@ -393,23 +395,39 @@ class Ledger:
         answers: Sequence[Receipt | LedgerError]
         if error is None:
             answers = self._chain.commit(written)
+            if not written.is_told:
+                self._aside(partial(self._vouch, group, written))
+                return
             self._keep(written)
             self.reason = self.hint = None
         else:
             answers = self._failures(error, len(group))
+        self._conclude(group, answers)
+
+    def _vouch(self, group: list[_Waiting], written: Group) -> None:
+        """Answer a group that counts, once it is known whether its note may be handed out."""
+        answers = self._chain.vouch(written)
+        self._keep(written)
+        self.reason = self.hint = None
+        self._conclude(group, answers)
+
+    def _conclude(self, group: list[_Waiting], answers: Sequence[Receipt | LedgerError]) -> None:
         self._writing.release()
         if not self._answer(group, answers):
             self._flush()
 
     def _keep(self, written: Group) -> None:
         """Have the note of a group's checkpoint kept: not in the loop, which would wait for the disk."""
-        if written.checkpoint_seq is None:
-            return
-        keep = partial(self._checkpoints.keep, written.checkpoint_note)
-        if running_loop() is None:
-            keep()
-        else:
-            self._steps.put(keep)
+        if written.checkpoint_seq is not None:
+            self._aside(partial(self._checkpoints.keep, written.checkpoint_note))
+
+    def _aside(self, step: Callable[[], None]) -> None:
+        """Do it in the thread where it would hold up a loop; now where there is none, or no thread any more."""
+        with self._gate:  # so that no step comes behind the last one
+            if self._thread is not None and running_loop() is not None:
+                self._steps.put(step)
+                return
+        step()
 
     def _write(self, group: list[_Waiting]) -> None:
         """Write, sync and answer a group; waits for whoever has the lock, and heals what is to be healed."""

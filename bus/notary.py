@@ -1,46 +1,50 @@
-"""Signs notes of one log, and remembers beside the key what it has signed: a key never signs two histories.
+"""Signs notes of one log, and sees to it that a key never signs two histories, in however many processes.
+
+A note is handed out only once its tree stands in the one memory of the key (`signed`), which is looked at and written
+under its lock: what stands there, by whatever process, is in the history of the log that this note is of, or the note
+is not handed out. So all notes of a key are one row, each of a log that has grown out of the one before.
 
 The order, which neither kill -9 nor a power loss can turn into two notes that contradict each other:
 
-1. Lines are on the disk before a note of them is handed out. With AAL_FSYNC=never answers have no note, and only the
-   lines up to a signed checkpoint are synced.
-2. Then what is signed is remembered, and that is synced: the first note of each process, and each that is asked for
-   (`prove`, `checkpoint`), before it is handed out; of the notes of answers after that, which are some thousands a
-   second, one with each checkpoint line, and the last when the process ends. It never comes first: a power loss would
-   leave the memory of lines that are lost though nobody was answered for them.
+1. Lines are on the disk before a note of them is remembered. It never comes first: a power loss would leave the memory
+   of lines that are lost though nobody was answered for them.
+2. It is remembered before it is handed out: in an answer, in a proof, or in a checkpoint's line, which everybody can
+   read as soon as it is written.
+3. The memory is synced with the first note of each process, each that is asked for (`prove`, `checkpoint`), each
+   checkpoint, and when the process ends; of the notes of answers in between, some thousands a second, it is not.
 
-So a log that keeps what was synced to it has grown out of all that was signed. That is looked at when the log is
-opened, whenever its name turns out to bear another file or a shorter one, and before a note that is asked for: the tree
-of the remembered size must have the remembered root, and the tree of all lines must have grown out of that. Where it
-has not, nothing is signed until the right log is back. A new key begins with nothing remembered.
+That the log is what was signed is looked at when it is opened, whenever its name turns out to bear another file or a
+shorter one, whenever another process has signed, and before a note that is asked for: the tree of the remembered size
+must have the remembered root, and the tree of all lines must have grown out of that. Where it has not, nothing is
+signed, by no process and also after a restart, until the log is back that was signed first: the memory stays as it is.
+Where it was replaced under a process that knows of another history, both stay in it; then no log is right, and only a
+new key helps, which begins with nothing remembered.
 
-Promised: a log that lost or changed a line up to the remembered size is not signed by this key again. Not promised:
-that it shows if the process is killed and somebody then takes later lines away which were synced (at most
-`checkpoints.LINES`, of a server those of `checkpoints.AFTER_S` seconds); nor anything against whoever can change the
-state folder, who has the key as well.
+Promised: a log that lost or changed a line that the key has signed is not signed by it again, whether its processes
+live, end or are killed. Not promised: that it shows if a power loss takes the unsynced end of the memory (at most
+`checkpoints.LINES`, of a server those of `checkpoints.AFTER_S` seconds) and somebody then takes away these lines, which
+were synced; nor anything against whoever can change the state folder, who has the key as well.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 from bus.errors import BusError, OperatorError
-from bus.notes import ROOT_BYTES
-from bus.private_file import PrivateFile
+from bus.signed import Signed, SignedTrees
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from bus.notes import Signer
+    from bus.signed import Trees
 
     RootAt = Callable[[int], bytes | None]
     """The root of the tree of so many first lines of the log as it stands; None where that has no such tree."""
 
-FILE = "ledger_signed.json"
-LOCK = "ledger_signed.lock"
 CODE = "ERR_CONTRADICTED"
 HINT = (
     "Put the log back that was signed. To begin another on purpose, move ledger_key.json away, make a new key with "
@@ -48,39 +52,6 @@ HINT = (
 )
 
 _log = logging.getLogger(__name__)
-
-
-class Signed(NamedTuple):
-    """A tree that a note was signed of: its leaves, and its root (32 bytes)."""
-
-    size: int
-    root: bytes
-
-
-class _Form:
-    name = FILE
-    allowed = '{"signed": {"<verifier key>": {"size": N, "root": "64 hex digits"}}}'
-    hint = "Put the file back that was there. Without it the key does not know what it has signed: make a new key then."
-
-    def empty(self) -> Mapping[str, Signed]:
-        return {}
-
-    def read(self, document: Any) -> Mapping[str, Signed]:  # noqa: ANN401
-        if not isinstance(document, dict) or document.keys() != {"signed"} or not isinstance(document["signed"], dict):
-            raise ValueError("something else")
-        return {vkey: _read(one) for vkey, one in document["signed"].items()}
-
-    def document(self, held: Mapping[str, Signed]) -> object:
-        return {"signed": {vkey: {"size": one.size, "root": one.root.hex()} for vkey, one in held.items()}}
-
-
-def _read(one: Any) -> Signed:  # noqa: ANN401
-    if not isinstance(one, dict) or one.keys() != {"size", "root"} or type(one["size"]) is not int:
-        raise ValueError("something else")
-    root = bytes.fromhex(one["root"]) if isinstance(one["root"], str) else b""
-    if one["size"] < 1 or len(root) != ROOT_BYTES:
-        raise ValueError("something else")
-    return Signed(one["size"], root)
 
 
 class Notary:
@@ -95,66 +66,112 @@ class Notary:
         self.is_held = False
         """Whether the log was held against what is remembered."""
         self._signer = signer
-        self._file = PrivateFile(state, _Form(), lock=LOCK)
+        self._memory = SignedTrees(state, signer.vkey)
         self._mutex = threading.Lock()
-        self._last: Signed | None = None
-        self._seen: Signed | None = None
-        self._is_known = False
+        self._own: Signed | None = None
+        """What this process has handed out last."""
+        self._known: Trees = ()
+        """What was remembered when it was last looked at: the log that is held has all of it."""
+        self._has_synced = False
+        """Whether the memory was synced with a note of this process."""
 
     @property
     def may_answer(self) -> bool:
-        """Whether notes can be handed out at once: the log was held, and a first note of this process remembered."""
-        return self.is_held and (self._is_known or self.refusal is not None)
+        """Whether notes can be handed out at once: a first one of this process was synced."""
+        return self._has_synced or self.refusal is not None
 
     def note(self, signed: Signed) -> str | None:
-        """The note of a tree, which nobody gets before it is `handed_out`; None where nothing is signed."""
+        """The note of a tree, which nobody gets before it is handed out; None where nothing is signed."""
         return None if self.refusal is not None else self._signer.checkpoint(*signed)
 
-    def handed_out(self, signed: Signed) -> None:
-        """The lines of this tree are on the disk, and its note goes out: before that call `remember` the first time."""
-        if self._last is None or signed.size > self._last.size:
-            self._last = signed
+    def covers(self, signed: Signed) -> bool:
+        """Whether this note was handed out here, as the last of all."""
+        return self.is_held and self._has_synced and self._own == signed
+
+    def hand_out(self, signed: Signed, root_at: RootAt) -> bool:
+        """Whether the note may be handed out now: its lines are synced, and it is remembered. Does not wait.
+
+        `root_at` is of the log that is held and written, as far as can be told in some microseconds. Where it is False,
+        `vouch` says whether it may.
+        """
+        if not self.is_held or not self._has_synced or not self._mutex.acquire(blocking=False):
+            return False
+        try:
+            return self.refusal is None and self._remember(signed, root_at, wait=False)
+        except BusError:  # which who waits for it will say
+            return False
+        finally:
+            self._mutex.release()
+
+    def vouch(self, signed: Signed, root_at: RootAt) -> bool:
+        """As `hand_out`, and waits for the disk. Where it is False and there is no `refusal`, hold the log again."""
+        with self._mutex:
+            if not self.is_held or self.refusal is not None:
+                return False
+            try:
+                if not self._has_synced:
+                    self._memory.change(lambda held: held)  # which opens it
+                self.is_held = self._remember(signed, root_at, wait=True)
+                if self.is_held and not self._has_synced:
+                    self._has_synced = self.is_held = self._memory.sync()
+            except BusError as error:
+                self._refuse(error)
+                return False
+            return self.is_held
+
+    def _remember(self, signed: Signed, root_at: RootAt, *, wait: bool) -> bool:
+        """Have it remembered; False where what others have remembered is not in its history, by what can be told."""
+        while all(one.size < signed.size for one in self._known):
+            held = self._memory.swap(self._known, (signed,), wait=wait)
+            if held != (signed,) and not all(root_at(one.size) == one.root for one in (*held, signed)):
+                return False
+            self._known = held
+        if self._own is None or signed.size > self._own.size:
+            self._own = signed
+        return True
 
     def hold(self, size: int, root_at: RootAt) -> None:
-        """Hold the log, which has `size` lines, against all that was signed, and remember the last of that.
+        """Hold the log, which has `size` lines, against all that was signed.
 
         For who keeps the log from changing meanwhile. What `root_at` raises is passed on, and nothing is held then.
         """
         with self._mutex:
-            refusal: BusError | None = None
-
-            def compared(known: Signed | None) -> Signed | None:
-                nonlocal refusal
-                told = _all(known, self._last)
-                refusal = self._contradiction(told, size, root_at)
-                return max(told, default=None)
-
+            refusal: BusError | None
             try:
-                self._seen = self._change(compared)
+                held = self._memory.get()
+                refusal = self._contradiction(_all(*held, self._own), size, root_at)
+                if self._own is not None and self._is_missing(self._own, held, is_refused=refusal is not None):
+                    held = self._memory.change(self._with_own)
+                self._known = held
             except BusError as error:
-                refusal = refusal or error
+                refusal = error
             self._refuse(refusal)
-            self.is_held, self._is_known = True, self._last is not None
+            self.is_held = True
+
+    @staticmethod
+    def _is_missing(own: Signed, held: Trees, *, is_refused: bool) -> bool:
+        """Whether the memory is not the one that was written here."""
+        return own not in held and (is_refused or all(one.size < own.size for one in held))
+
+    def _with_own(self, held: Trees) -> Trees:
+        return tuple(sorted(_all(*held, self._own)))
 
     def remember(self) -> bool:
-        """Remember the last note that was handed out; blocks for as long as the disk takes.
-
-        False where another process has remembered one since the log was held: then it is to be held again, which
-        remembers as well.
-        """
+        """Sync what was handed out; False where the memory was taken away, and the log is to be held again."""
         with self._mutex:
-            last = self._last
-            if last is None or self.refusal is not None:
+            if self._own is None or self.refusal is not None:
                 return True
             try:
-                now = self._change(lambda known: max(_all(known, last)) if known == self._seen else known)
+                self.is_held = self._memory.sync()
             except BusError as error:
                 self._refuse(error)
-                return True
-            self.is_held = now in {self._seen, last}
-            if self.is_held:
-                self._seen, self._is_known = now, True
             return self.is_held
+
+    def close(self) -> None:
+        """Let go of the memory's file; what comes then opens it again."""
+        with self._mutex:
+            self._memory.close()
+            self._has_synced = False
 
     def try_again(self) -> None:
         """Where the memory could not be read or written, have the log held anew by the next who writes."""
@@ -163,10 +180,9 @@ class Notary:
 
     def known(self) -> list[Signed]:
         """All that is known to be signed, the newest last. Raises `SettingError` where that cannot be read."""
-        with self._mutex:
-            return sorted(_all(self._file.get().get(self.vkey), self._last))
+        return sorted(_all(*self._memory.get(), self._own))
 
-    def require(self, known: list[Signed], size: int, root_at: RootAt) -> None:
+    def require(self, known: Iterable[Signed], size: int, root_at: RootAt) -> None:
         """Raises `OperatorError` unless a log of `size` lines has grown out of what was `known` before it was read."""
         if (found := self._contradiction(known, size, root_at)) is not None:
             raise found
@@ -174,36 +190,28 @@ class Notary:
     def sign(self, signed: Signed, size: int, root_at: RootAt) -> str:
         """The note of a tree of the first lines of a log, of which `size` were read and synced; it is remembered.
 
-        Raises `OperatorError` where another process has signed something else meanwhile, or where it cannot be
-        remembered; `SettingError` where that cannot be read.
+        `root_at` is of all lines that the log has by now, where those that were read are among them. Raises
+        `OperatorError` where something else was signed meanwhile, or where it cannot be remembered; `SettingError`
+        where that cannot be read.
         """
+        while True:
+            held = self._memory.get()
+            self.require(_all(*held, self._own), size, root_at)
+            is_there = any(one.size >= signed.size for one in held)  # then it is in the history of that
+            with self._mutex:
+                if self._exchange(held, held if is_there else (max(_all(signed, self._own)),)) or is_there:
+                    self._own = max(_all(signed, self._own))
+                    return self._signer.checkpoint(*signed)
 
-        def forward(known: Signed | None) -> Signed:
-            if known is not None and known.size <= size:  # what came behind the lines that were read is not known here
-                self.require([known], size, root_at)
-            return max(_all(known, signed))
+    def _exchange(self, known: Trees, new: Trees) -> bool:
+        """Have the memory hold something else, on the disk; False where it does not hold what is known."""
+        return self._memory.change(lambda held: new if held == known else held) == new
 
-        with self._mutex:
-            before = self._file.get().get(self.vkey)
-            now = self._change(forward)
-            if before == self._seen:
-                self._seen = now
-        return self._signer.checkpoint(*signed)
-
-    def _contradiction(self, known: list[Signed], size: int, root_at: RootAt) -> OperatorError | None:
+    def _contradiction(self, known: Iterable[Signed], size: int, root_at: RootAt) -> OperatorError | None:
         for one in sorted(known, reverse=True):
             if (found := root_at(one.size)) != one.root:
                 return _contradiction(self._signer.name, one, size, found)
         return None
-
-    def _change(self, change: Callable[[Signed | None], Signed | None]) -> Signed | None:
-        """Replace what is remembered of this key; gives what is then. Raises as `PrivateFile.change`, and `change`."""
-
-        def changed(held: Mapping[str, Signed]) -> Mapping[str, Signed]:
-            now = change(held.get(self.vkey))
-            return held if now is None else {**held, self.vkey: now}
-
-        return self._file.change(changed).get(self.vkey)
 
     def _refuse(self, refusal: BusError | None) -> None:
         if refusal is not None and (self.refusal is None or refusal.code != self.refusal.code):

@@ -18,7 +18,7 @@ import orjson
 from bus.canonical import shown
 from bus.codehash import Stamp
 from bus.errors import Fault, SettingError
-from bus.overlay_files import LOCK_FILE, failing_as_operator_error, locked
+from bus.overlay_files import failing_as_operator_error, locked
 from runners.base import parse_json
 
 if TYPE_CHECKING:
@@ -53,10 +53,8 @@ class Form(Protocol[Held]):
 class PrivateFile(Generic[Held]):
     """The file `<state>/<form.name>`, as the values of `form`."""
 
-    def __init__(self, state: Path, form: Form[Held], *, lock: str = LOCK_FILE) -> None:
-        """Who changes it holds the lock of the name `lock` in `state`; some hold the usual one for seconds."""
+    def __init__(self, state: Path, form: Form[Held]) -> None:
         self._state = state
-        self._lock = lock
         self._form = form
         self._file = state / form.name
         self._path = str(self._file)
@@ -88,20 +86,18 @@ class PrivateFile(Generic[Held]):
 
         Raises `OperatorError` where it cannot be written, and `SettingError` as `get`.
         """
-        with locked(self._state, self._lock):
+        with locked(self._state):
             held = self.get()
             if (changed := change(held)) != held:
                 text = orjson.dumps(self._form.document(changed), option=orjson.OPT_INDENT_2)
                 with failing_as_operator_error(f"write {self._file}"):
-                    _replace(self._file, text + b"\n")
+                    replace_private(self._file, text + b"\n")
             return changed
 
     def _read(self) -> Held:
         try:
             with self._file.open("rb") as file:
-                mode = os.fstat(file.fileno()).st_mode & 0o777
-                if mode & _OTHERS:
-                    raise self._open_to_others(mode)
+                require_private(self._file, os.fstat(file.fileno()))
                 return self._form.read(parse_json(file.read()))
         except OSError as error:
             raise self._unusable(str(error.strerror)) from error
@@ -109,16 +105,26 @@ class PrivateFile(Generic[Held]):
             raise self._unusable(str(error)) from None  # its traceback would hold what was read
 
     def _unusable(self, found: str) -> SettingError:
-        fault = Fault(shown(self._path), shown(found), self._form.allowed)
-        return SettingError("ERR_SETTING", str(fault), faults=[fault], hint=self._form.hint)
-
-    def _open_to_others(self, mode: int) -> SettingError:
-        fault = Fault(shown(self._path), f"mode {mode:o}", f"mode {MODE:o}: nobody but its owner may open it")
-        hint = f"chmod {MODE:o} {shlex.quote(shown(self._path))}, once it is known that nobody has changed it."
-        return SettingError("ERR_SETTING", str(fault), faults=[fault], hint=hint)
+        return unusable(self._path, found, self._form.allowed, self._form.hint)
 
 
-def _replace(path: Path, text: bytes) -> None:
+def unusable(path: str, found: str, allowed: str, hint: str) -> SettingError:
+    """That a private file holds what it may not hold."""
+    fault = Fault(shown(path), shown(found), allowed)
+    return SettingError("ERR_SETTING", str(fault), faults=[fault], hint=hint)
+
+
+def require_private(path: Path, status: os.stat_result) -> None:
+    """Raises `SettingError` where others than its owner may open the file, which has this status."""
+    mode = status.st_mode & 0o777
+    if mode & _OTHERS:
+        name = shown(str(path))
+        fault = Fault(name, f"mode {mode:o}", f"mode {MODE:o}: nobody but its owner may open it")
+        hint = f"chmod {MODE:o} {shlex.quote(name)}, once it is known that nobody has changed it."
+        raise SettingError("ERR_SETTING", str(fault), faults=[fault], hint=hint)
+
+
+def replace_private(path: Path, text: bytes) -> None:
     """Replace a file so that a reader, or a power loss, finds the old one or the new one, and nobody else reads it.
 
     It belongs to whom its folder belongs to: else a server that is not root could not read what root has set for it.

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from bus.checkpoints import told, tree_of
+from bus.checkpoints import root_at, told, tree_of
 from bus.errors import NotFoundError
 from bus.index import index_of
 from bus.index_view import UnfitError
@@ -28,9 +28,9 @@ from bus.merkle import (
     node_hash,
     root_of,
 )
-from bus.notary import Signed
 from bus.records import BrokenLineError
 from bus.segments import Segments
+from bus.signed import Signed
 from bus.verification import Walk
 
 if TYPE_CHECKING:
@@ -254,7 +254,14 @@ class Prover:
         return self._notary.sign(Signed(size, root), self.size, self._root_at)
 
     def _root_at(self, size: int) -> bytes | None:
-        return self._root(size) if size <= self.size else None
+        return self._root(size) if size <= self.size else self._root_since(size)
+
+    def _root_since(self, size: int) -> bytes | None:
+        """The same of what the log has grown to since it was read; None where it has not grown out of that."""
+        with Segments(self._path, at_rest=True) as now:
+            whole, _ = tree_of(map(told, now.backwards()))
+            is_grown = root_at(self.size, whole, now.backwards()) == self._whole
+            return root_at(size, whole, now.backwards()) if is_grown else None
 
 
 class _UntoldError(Exception):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 FLOORS = [
     ["resources", "merkle", "own_files"],
     ["unsynced"],
-    ["errors", "memory", "stress_sources"],
+    ["errors", "memory", "stress_sources", "recent"],
     ["stress", "runes", "canonical", "redaction", "events", "notes"],
     ["model"],
     ["settings", "hookspecs", "schemas", "purges"],
@@ -33,6 +33,7 @@ FLOORS = [
     ["index"],
     ["manifests", "overlay_files", "overlay_packages", "overlay_programs", "profiles", "provenance"],
     ["overlays", "policy", "claims", "degradation", "private_file", "upkeep"],
+    ["signed"],
     ["notary"],
     ["checkpoints", "ledger_key"],
     ["admission", "needs", "tails", "verification", "serving", "envelopes", "tokens", "secrets"],

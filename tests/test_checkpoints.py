@@ -19,10 +19,11 @@ from bus.errors import OperatorError, SettingError
 from bus.index import Index
 from bus.ledger import Ledger
 from bus.ledger_key import LedgerKey
-from bus.notary import Notary, Signed
+from bus.notary import Notary
 from bus.notes import Signer, Verifier, new_key
 from bus.proofs import Prover
 from bus.segments import lock_path, taken
+from bus.signed import Signed
 from bus.verification import verify
 from tests.ledgers import ENVIRONMENT, append, call, opened, write
 from tests.support import a_call, add_overlay, eventually, misfits, settings_in
@@ -64,7 +65,7 @@ def test_after_so_many_lines_one_says_what_came_before_it(path: Path, monkeypatc
             assert record["root"] == merkle.root_of(leaves[: record["size"]]).hex()
             assert record["note"] is None
     assert [receipt.seq for receipt in receipts] == [1, 2, 3, 5, 6, 7, 9]
-    assert receipts[2].tree_size == 4
+    assert [receipt.tree_size for receipt in receipts] == [1, 2, 3, 5, 6, 7, 9]
 
 
 def test_a_server_leaves_one_when_it_ends_and_not_two_in_a_row(path: Path) -> None:
@@ -87,7 +88,7 @@ def test_a_server_writes_one_once_time_has_passed(path: Path, monkeypatch: pytes
     try:
         append(ledger, call())
         append(ledger, call())
-        assert types(path) == ["invoke", "checkpoint"] * 2
+        assert types(path)[:3] == ["invoke", "checkpoint", "invoke"]
     finally:
         ledger.close()
     assert types(path) == ["invoke", "checkpoint"] * 2
@@ -301,9 +302,10 @@ def test_no_writer_can_take_lines_back_while_they_are_synced_to_be_signed(
         Index(path).refresh()
     held_off: list[bool] = []
 
-    def sync(_: int) -> None:
-        with lock_path(path).open("rb") as lock:
-            held_off.append(not taken(lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB))
+    def sync(fd: int) -> None:
+        if os.path.samestat(os.fstat(fd), path.stat()):
+            with lock_path(path).open("rb") as lock:
+                held_off.append(not taken(lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB))
 
     monkeypatch.setattr(os, "fdatasync", sync)
     with Prover(path) as prover:

@@ -218,12 +218,11 @@ def test_a_writer_that_signs_what_it_has_not_written_is_found(monkeypatch: pytes
     def noted(self: Checkpoints, tree: Frontier) -> Note | None:
         made = note(self, tree)
         if made is not None and self.notary is not None:
-            self.notary.handed_out(made.signed)
-            self.notary.remember()
+            self.notary.vouch(made.signed, lambda _: None)
         return made
 
     monkeypatch.setattr(Checkpoints, "note", noted)
-    runs = [syscalls.run(Fault(Setting("new", "always"), "fsync", number, "KILL")) for number in (2, 4, 6)]
+    runs = [syscalls.run(Fault(Setting("new", "always"), "write", number, "KILL")) for number in (2, 4, 6)]
     assert any("the ledger is not signed any more" in wrong for run in runs for wrong in run)
 
 
