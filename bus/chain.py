@@ -260,9 +260,14 @@ class Chain:
                 return
 
     def extend(self, drafts: Sequence[Draft], *, with_checkpoint: bool = False) -> list[Receipt]:
-        """With the lock, write a group and make it last. All of it is in the file then, or nothing."""
-        if with_checkpoint and self._losses:  # these come first: each names the line that it is
-            self.extend(())
+        """With the lock, write a group and make it last. All of it is in the file then, or nothing.
+
+        A checkpoint comes behind it, in a group of its own.
+        """
+        if with_checkpoint and (drafts or self._losses):
+            receipts = self.extend(drafts)
+            self.extend((), with_checkpoint=True)
+            return receipts
         group = self.write(drafts, with_checkpoint=with_checkpoint)
         with self.or_cut_back():
             self.sync(group)
