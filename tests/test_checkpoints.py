@@ -219,26 +219,26 @@ def test_a_note_that_lies_beside_the_ledger_is_on_the_disk_as_is_its_name(
     path: Path, signer: Signer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is a sign that its line was synced: a power loss must not take it."""
-    steps: list[tuple[str, str]] = []
-    sync, replace = os.fsync, Path.replace
+    steps: list[str] = []
+    sync, rename = os.fsync, os.rename
 
     def synced(fd: int) -> None:
         sync(fd)
-        steps.append(("sync", str(Path(f"/proc/self/fd/{fd}").readlink())))
+        steps.append(Path(f"/proc/self/fd/{fd}").readlink().name)
 
-    def replaced(old: Path, new: Path) -> Path:
-        steps.append(("sync", str(new)) if ("sync", str(old)) in steps else ("unsynced", str(new)))
-        return replace(old, new)
+    def renamed(old: str, new: str, **folders: int) -> None:
+        rename(old, new, **folders)
+        steps.append(f"{old} is {new}")
 
     notary = notary_of(path, signer)
     path.parent.mkdir(parents=True)
     monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(Path, "replace", replaced)
+    monkeypatch.setattr(os, "rename", renamed)
     Checkpoints(path, notary).keep(Note(Signed(3, b"r" * 32), "the note"))
     folder = path.parent / "checkpoints"
     assert (folder / f"{3:012}").read_text() == "the note"
-    kept = [name for step, name in steps if step == "sync" and not Path(name).name.startswith(".")]
-    assert kept == [str(path.parent), str(folder / f"{3:012}"), str(folder)]
+    temporary = f".{3:012}-{os.getpid()}"
+    assert steps[-4:] == [path.parent.name, temporary, f"{temporary} is {3:012}", folder.name]
 
 
 def test_notes_that_an_earlier_key_signed_are_no_fault_and_not_counted(path: Path, signer: Signer) -> None:

@@ -596,7 +596,8 @@ def test_a_line_that_is_damaged_on_the_disk_is_not_signed_by_a_command_beside_th
 ) -> None:
     ledger = begun(path, state)
     try:
-        receipts = [append(ledger, call()) for _ in range(5)]
+        for _ in range(5):
+            append(ledger, call())
         good = path.read_bytes()
         lines = good.splitlines(keepends=True)
         digest = next(iter(iter_hashes(path))).hex().encode()
@@ -604,7 +605,7 @@ def test_a_line_that_is_damaged_on_the_disk_is_not_signed_by_a_command_beside_th
         lines[0] = lines[0].replace(digest, digest[::-1])
         with path.open("r+b") as file:
             file.write(b"".join(lines))
-        with pytest.raises(OperatorError, match=f"has signed {receipts[-1].tree_size} lines"):
+        with pytest.raises(OperatorError, match="line 1: its bytes do not have the hash"):
             Prover(path, Notary(SIGNER, state))
         with path.open("r+b") as file:
             file.write(good)
