@@ -8,6 +8,7 @@ an older one where it was not synced.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from hashlib import sha256
@@ -88,27 +89,30 @@ class SignedTrees:
     def swap(self, known: Trees, new: Trees, *, wait: bool) -> Trees:
         """Replace `known` by `new`; gives what it holds then, which is something else where it did not hold `known`.
 
-        For after a first `change`. Not synced. Without `wait`, it raises as well where another has the lock.
+        Not synced. Without `wait`, it raises as well where another has the lock.
         """
         how = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
         return self._with_lock(lambda held: new if held == known else held, how)
 
     def sync(self) -> bool:
         """Make last what was written; False where the name bears another file by now, or none."""
+        if self._fd < 0:
+            self._find()
         with failing_as_operator_error(f"write {self.path}"):
             os.fdatasync(self._fd)
             return self._is_in_place()
 
     def close(self) -> None:
-        """Let go of the file; the next `change` opens it again."""
+        """Let go of the file; what comes then opens it again."""
         if self._fd >= 0:
             os.close(self._fd)
         self._fd = -1
 
     def _find(self) -> None:
         """Have the file open that bears the name, and make it where none does."""
-        if self._fd >= 0 and self._is_in_place():
-            return
+        with failing_as_operator_error(f"write {self.path}"):
+            if self._fd >= 0 and self._is_in_place():
+                return
         self.close()
         try:
             self._fd = self._open()
@@ -123,18 +127,18 @@ class SignedTrees:
 
     def _open(self) -> int:
         """Raises `FileNotFoundError` where it is not there."""
-        try:
-            fd = open_own(self.path, os.O_RDWR)
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            raise self._unusable(str(error.strerror)) from error
-        try:
-            require_private(self.path, os.fstat(fd))
-        except BaseException:
-            os.close(fd)
-            raise
-        return fd
+        with contextlib.ExitStack() as stack:
+            try:
+                fd = open_own(self.path, os.O_RDWR)
+                stack.callback(os.close, fd)
+                status = os.fstat(fd)
+            except FileNotFoundError:
+                raise
+            except OSError as error:
+                raise self._unusable(str(error.strerror)) from error
+            require_private(self.path, status)
+            stack.pop_all()
+            return fd
 
     def _is_in_place(self) -> bool:
         try:
@@ -144,6 +148,8 @@ class SignedTrees:
 
     def _with_lock(self, change: Callable[[Trees], Trees], how: int) -> Trees:
         """Replace what it holds, with the lock taken as flock(2) is told to; gives that. For each group of calls."""
+        if self._fd < 0:
+            self._find()
         try:
             fcntl.flock(self._fd, how)
             try:
@@ -152,9 +158,16 @@ class SignedTrees:
                     self._write(changed)
                 return changed
             finally:
-                fcntl.flock(self._fd, fcntl.LOCK_UN)
+                self._unlock()
         except OSError as error:
             raise OperatorError("ERR_FILES", shown(f"cannot write {self.path}: {error.strerror}")) from error
+
+    def _unlock(self) -> None:
+        """Let go of the lock, whatever the file system says: its descriptor's end takes the lock with it."""
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
+        except OSError:
+            self.close()
 
     def _read(self, fd: int) -> Trees:
         """With the lock."""

@@ -18,6 +18,7 @@ from bus import chain, unsynced
 from bus.checkpoints import Checkpoints
 from tests.faults import disks, facts, kills, pairs, scenario, syscalls
 from tests.faults.children import DIED, HUNG, Child
+from tests.faults.pairs import Beside
 from tests.faults.syscalls import Fault, Setting
 from tests.ledgers import append, call, opened
 from tests.support import REPO
@@ -170,6 +171,23 @@ def test_a_note_that_the_log_contradicts_is_a_fault(path: Path) -> None:
 
 
 @needs_a_key
+def test_a_note_that_was_asked_for_and_that_the_log_contradicts_is_a_fault(path: Path) -> None:
+    with opened(path) as ledger:
+        append(ledger, call("a"))
+    said: list[str] = []
+    scenario.sign(path, said.append, times=2)
+    assert [line.split(" ")[:2] for line in facts.noted(said)] == [["noted", "1"]] * 2
+    assert list(facts.of_file(path, said)) == []
+    path.unlink()
+    with opened(path) as ledger:
+        append(ledger, call("other"))
+    [fault] = facts.of_file(path, said)
+    assert fault.startswith(f"a note of 1 lines with the root {said[-1].split(' ')[2]} was answered with")
+    scenario.sign(path, said.append, times=1)
+    assert said[-1].startswith("refused to sign: ")
+
+
+@needs_a_key
 def test_a_key_that_takes_the_log_for_another_is_a_fault(path: Path) -> None:
     with opened(path, "batch", notary=scenario.notary(path)) as ledger:
         append(ledger, call("a"))
@@ -227,9 +245,9 @@ def test_a_writer_that_signs_what_it_has_not_written_is_found(monkeypatch: pytes
 
 
 @pytest.mark.usefixtures("strace")
-@pytest.mark.parametrize("takes_turns", [True, False])
-def test_two_writers_to_which_nothing_is_done_are_answered(takes_turns: bool) -> None:
-    assert list(pairs.run(Fault(Setting("rotating", "batch"), "write", 10**4, "EIO"), takes_turns=takes_turns)) == []
+@pytest.mark.parametrize("beside", Beside)
+def test_two_processes_to_which_nothing_is_done_are_answered(beside: Beside) -> None:
+    assert list(pairs.run(Fault(Setting("rotating", "batch"), "write", 10**4, "EIO"), beside)) == []
 
 
 @pytest.mark.usefixtures("strace")
@@ -238,7 +256,7 @@ def test_who_takes_back_what_it_could_not_sync_though_another_has_gone_on_from_i
 ) -> None:
     monkeypatch.setattr(unsynced, "_rewrite", lambda fd, start, _: os.ftruncate(fd, start))
     fault = Fault(Setting("new", "always"), "fdatasync", 3, "EIO", lasting=True)
-    assert any(wrong.startswith("other-0 was answered with line") for wrong in pairs.run(fault, takes_turns=True))
+    assert any(wrong.startswith("other-0 was answered with line") for wrong in pairs.run(fault, Beside.TURNS))
 
 
 @pytest.mark.usefixtures("strace")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import functools
 import json
+import os
 from typing import TYPE_CHECKING
 
 import pytest
@@ -114,6 +116,29 @@ def test_it_goes_on_after_it_was_closed(trees: SignedTrees) -> None:
     trees.close()
     assert trees.change(lambda held: (*held, TWO)) == (ONE, TWO)
     trees.close()
+
+
+def test_a_lock_that_cannot_be_let_go_of_holds_nobody_up(
+    trees: SignedTrees, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trees.change(lambda _: (ONE,))
+    flock = fcntl.flock
+
+    def fail(fd: int, how: int) -> None:
+        if how == fcntl.LOCK_UN:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        flock(fd, how)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(fcntl, "flock", fail)
+        assert trees.swap((ONE,), (TWO,), wait=True) == (TWO,)
+        other = SignedTrees(state, VKEY)
+        other.change(lambda held: held)
+        assert other.swap((TWO,), (ONE,), wait=False) == (ONE,)
+    assert trees.swap((ONE,), (TWO,), wait=False) == (TWO,)
+    assert trees.sync()
+    trees.close()
+    assert trees.sync()
 
 
 def test_what_many_processes_write_is_one_row(trees: SignedTrees, state: Path) -> None:

@@ -12,8 +12,8 @@ with `LedgerError` or goes on. Reading order:
     scenario    what writers do, and say
     facts       whether what they said holds in the file
     syscalls    each system call of a writer on the ledger's files, made to fail or to be the last (strace)
-    pairs       system calls of one writer made to fail while another takes turns with it on the same ledger
-    kills       two writers under load on one ledger, killed at random moments, many times
+    pairs       system calls of one process made to fail while another writes or signs the same ledger
+    kills       two writers under load on one ledger and one that signs, killed at random moments, many times
     disks       a full file system and read-only ones, in a mount namespace of their own
     damage      a log truncated at every byte of its end, and with every bit of it flipped
 """

@@ -61,7 +61,7 @@ def of_file(path: Path, said: Iterable[str], *, closed: bool = True) -> Iterator
         yield f"the ledger cannot be read: {error}"
         return
     said = list(said)
-    yield from of_lines(lines, said)
+    yield from of_lines(lines, stands(said))
     yield from of_notes(path, said)
     if closed:
         yield from of_starts(lines)
@@ -105,7 +105,13 @@ def stands(said: Iterable[str]) -> list[str]:
     return [line for line in said if line.startswith("stands ")]
 
 
+def noted(said: Iterable[str]) -> list[str]:
+    """The lines by which a process has said that it has a note of the ledger, without a call."""
+    return [line for line in said if line.startswith("noted ")]
+
+
 def _note(line: str) -> tuple[int, str]:
-    """The size and the root of the note that was answered with; no root where none was."""
-    size, root = [*line.split(" ")[4:], "0", ""][:2]
+    """The size and the root of the note that was answered with, or that was asked for; no root where none was."""
+    words = line.split(" ")
+    size, root = [*words[1 if words[0] == "noted" else 4 :], "0", ""][:2]
     return int(size), root

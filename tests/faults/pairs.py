@@ -1,8 +1,8 @@
-"""Two writers on one ledger, while system calls of the one fail, or are its last, by strace(1).
+"""Two processes on one ledger, while system calls of the one fail, or are its last, by strace(1).
 
 They take turns, so that each fault is met by a writer that knows the ledger from before it; or the other appends all
-the while until it is killed, so that lines of it stand behind what could not be synced or has to be cut off. The other
-is never refused: nothing is wrong with its own system calls.
+the while until it is killed, so that lines of it stand behind what could not be synced or has to be cut off; or one of
+them only signs, with the same key. The other is never refused: nothing is wrong with its own system calls.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import functools
 import os
 import signal
 import tempfile
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, get_args
 
@@ -27,16 +28,20 @@ if TYPE_CHECKING:
 
     from tests.faults.children import Say
 
-TRACED = ("write", "fdatasync", "fsync", "ftruncate", "rename", "io_submit", "io_getevents")
+TRACED = ("write", "pwrite64", "fdatasync", "fsync", "ftruncate", "rename", "flock", "io_submit", "io_getevents")
 SAMPLED = 10
 """How many faults a sample takes of each setting."""
 
-SETTINGS = tuple(
-    Setting(beginning, fsync)
-    for beginning in ("new", "torn", "rotating")
-    for fsync in get_args(Fsync)
-    if fsync != "never"
-)
+SETTINGS = tuple(Setting(beginning, fsync) for beginning in ("new", "torn", "rotating") for fsync in get_args(Fsync))
+
+
+class Beside(Enum):
+    """What the two do: the faulty one, and the other."""
+
+    TURNS = "in turns with another"
+    CROWD = "beside another"
+    SIGNER = "beside one that signs"
+    SIGNING = "signing beside another"
 
 
 class _Pair(NamedTuple):
@@ -44,7 +49,7 @@ class _Pair(NamedTuple):
     before: list[str]
     faulty: Child
     other: Child
-    takes_turns: bool
+    beside: Beside
 
 
 class _Baton:
@@ -82,59 +87,72 @@ def _ignored(_: object = None) -> None:
 def play(rng: Random | None) -> Iterator[list[str]]:
     """For each fault that is drawn, what is wrong after a run with it."""
     for setting in SETTINGS:
-        faults = [(fault, takes_turns) for fault in _faults(setting) for takes_turns in (True, False)]
-        for fault, takes_turns in faults if rng is None else rng.sample(faults, min(SAMPLED, len(faults))):
-            beside = "in turns with another" if takes_turns else "beside another"
-            yield [f"{fault}, {beside}: {wrong}" for wrong in run(fault, takes_turns=takes_turns)]
+        faults = [(fault, beside) for beside in Beside for fault in _faults(setting, beside)]
+        for fault, beside in faults if rng is None else rng.sample(faults, min(SAMPLED, len(faults))):
+            yield [f"{fault}, {beside.value}: {wrong}" for wrong in run(fault, beside)]
 
 
-def _faults(setting: Setting) -> Iterator[Fault]:
-    for syscall, numbers in _occurrences(setting).items():
+def _faults(setting: Setting, beside: Beside) -> Iterator[Fault]:
+    for syscall, numbers in _occurrences(setting, signs=beside is Beside.SIGNING).items():
         for number in sorted(numbers):
             yield from syscalls.faults_at(functools.partial(Fault, setting, syscall, number), syscall)
 
 
-def _occurrences(setting: Setting) -> dict[str, set[int]]:
-    """The system calls of the one writer on the ledger's files, each with its numbers among those of its thread."""
-    with _pair(setting) as pair, tempfile.NamedTemporaryFile() as trace:
+@functools.cache
+def _occurrences(setting: Setting, *, signs: bool) -> dict[str, set[int]]:
+    """The system calls of the one process on the ledger's files, each with its numbers among those of its thread."""
+    beside = Beside.SIGNING if signs else Beside.TURNS
+    with _pair(setting, beside) as pair, tempfile.NamedTemporaryFile() as trace:
         names = ",".join(f"?{name}" for name in TRACED)
         with syscalls.strace(pair.faulty, ["-y", "-o", trace.name, "-e", f"trace={names}"]):
             said = _go(pair)
-        if (pair.faulty.status, pair.other.status) != (0, 0):
-            raise RuntimeError(f"two writers to which nothing was done said {said}")
+        if (pair.faulty.status, pair.other.status) != (0, _end_of_other(beside)):
+            raise RuntimeError(f"two processes to which nothing was done said {said}")
         return syscalls.numbers(Path(trace.name).read_text(errors="replace"), str(pair.path.parent.parent))
 
 
-def run(fault: Fault, *, takes_turns: bool) -> Iterator[str]:
+def _end_of_other(beside: Beside) -> int:
+    """Its exit status: it is killed where it would not end."""
+    return 0 if beside is Beside.TURNS else -signal.SIGKILL
+
+
+def run(fault: Fault, beside: Beside) -> Iterator[str]:
     """What is wrong after a run with it."""
-    with _pair(fault.setting, takes_turns=takes_turns) as pair:
+    with _pair(fault.setting, beside) as pair:
         trace = f"trace={fault.syscall},ftruncate"
         with syscalls.strace(pair.faulty, ["-o", "/dev/null", "-e", trace, *fault.injections]):
             said, others = _go(pair)
         if "KILL" not in {fault.what, fault.then} and pair.faulty.status != 0:
-            yield f"the writer ended with {pair.faulty.status}: {' '.join(said[-1:])}"
-        if pair.other.status != (0 if takes_turns else -signal.SIGKILL):
-            yield f"the other writer ended with {pair.other.status}: {' '.join(others[-1:])}"
+            yield f"the faulty one ended with {pair.faulty.status}: {' '.join(said[-1:])}"
+        if pair.other.status != _end_of_other(beside):
+            yield f"the other one ended with {pair.other.status}: {' '.join(others[-1:])}"
         if HUNG in {*said[-1:], *others[-1:]}:
-            yield "a writer hangs"
-        if refused := [line for line in others if line.startswith("refused ")]:
-            yield f"the other writer is told {', '.join(refused)}"
-        yield from facts.after_reopening(pair.path, [*pair.before, *facts.stands([*said, *others])])
+            yield "one of them hangs"
+        if refused := _refusals(others):
+            yield f"the other one is told {refused}"
+        if fault.what == "EINTR" and (refused := _refusals(said)):
+            yield f"a call that was interrupted is not made again: {refused}"
+        said = [*pair.before, *said, *others]
+        yield from facts.after_reopening(pair.path, facts.stands(said) + facts.noted(said), scenario.notary(pair.path))
+
+
+def _refusals(said: list[str]) -> str:
+    return ", ".join(line for line in said if line.startswith("refused "))
 
 
 def _go(pair: _Pair) -> tuple[list[str], list[str]]:
     """What both have said by their ends."""
     pair.other.go()
-    if not pair.takes_turns:
+    if pair.beside is not Beside.TURNS:
         pair.other.first_line()
     pair.faulty.go()
     said = pair.faulty.lines()
-    return said, pair.other.lines() if pair.takes_turns else pair.other.kill()
+    return said, pair.other.lines() if pair.beside is Beside.TURNS else pair.other.kill()
 
 
 @contextlib.contextmanager
-def _pair(setting: Setting, *, takes_turns: bool = True) -> Iterator[_Pair]:
-    """In a folder of its own: the ledger, what was said of its beginning, and two writers that wait to go."""
+def _pair(setting: Setting, beside: Beside) -> Iterator[_Pair]:
+    """In a folder of its own: the ledger, what was said of its beginning, and two processes that wait to go."""
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         path = Path(folder) / "logs" / "provenance.jsonl"
         before = scenario.prepare(path, setting.beginning)
@@ -142,15 +160,20 @@ def _pair(setting: Setting, *, takes_turns: bool = True) -> Iterator[_Pair]:
         baton = _Baton()
 
         def faulty(say: Say) -> None:
-            turn = baton.taken_by(0) if takes_turns else Turn(_ignored, _ignored)
+            if beside is Beside.SIGNING:
+                scenario.sign(path, say, times=scenario.SIGNATURES)
+                return
+            turn = baton.taken_by(0) if beside is Beside.TURNS else Turn(_ignored, _ignored)
             scenario.in_turns(path, setting.fsync, "faulty", turn, say, segment_bytes=size)
 
         def other(say: Say) -> None:
-            if takes_turns:
+            if beside is Beside.TURNS:
                 scenario.in_turns(path, setting.fsync, "other", baton.taken_by(1), say, segment_bytes=size)
+            elif beside is Beside.SIGNER:
+                scenario.sign(path, say)
             else:
                 scenario.crowd(path, setting.fsync, "other", say)
 
         with Child(faulty) as one, Child(other) as two:
             baton.throw()
-            yield _Pair(path, before, one, two, takes_turns)
+            yield _Pair(path, before, one, two, beside)

@@ -7,10 +7,11 @@ import functools
 import itertools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from bus.errors import OperatorError
+from bus.errors import BusError, OperatorError
 from bus.ledger import Fsync, Ledger, LedgerError
 from bus.notary import Notary
 from bus.notes import Signer, new_key, read_checkpoint
+from bus.proofs import Prover
 from bus.records import environment_hash
 from bus.starts import Starts
 from tests.ledgers import ENVIRONMENT, call, write
@@ -33,6 +34,9 @@ TURNS = 4
 """Of each of two writers."""
 
 CALLERS = 16
+SIGNATURES = 6
+"""As many notes asks a process for that does nothing else."""
+
 STARTING = 3
 """So many of the callers make calls that write a line before they start."""
 
@@ -142,6 +146,22 @@ async def _crowd(path: Path, fsync: Fsync, name: str, say: Say) -> None:
                 await _append(ledger, f"{name}-{number}-{turn}", say)
 
     await asyncio.gather(*map(caller, range(CALLERS)))
+
+
+def sign(path: Path, say: Say, *, times: int | None = None) -> None:
+    """Ask for notes of the ledger as it is, so many or until somebody kills the process; without a key for none."""
+    key = notary(path)
+    say("begins to sign")
+    for _ in itertools.count() if times is None else range(times):
+        try:
+            with Prover(path, key) as prover:
+                note = prover.checkpoint().checkpoint
+        except (BusError, OSError) as error:
+            say(f"refused to sign: {error}")
+            continue
+        if note is not None:
+            checkpoint = read_checkpoint(note)
+            say(f"noted {checkpoint.size} {checkpoint.root.hex()}")
 
 
 async def _append_started(ledger: Ledger, starts: Starts, name: str, say: Say) -> None:

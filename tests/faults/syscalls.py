@@ -88,9 +88,7 @@ def _how(what: str) -> str:
     return "signal=KILL" if what == "KILL" else f"error={what}"
 
 
-SETTINGS = tuple(
-    Setting(beginning, fsync) for beginning in scenario.BEGINNINGS for fsync in get_args(Fsync) if fsync != "never"
-)
+SETTINGS = tuple(Setting(beginning, fsync) for beginning in scenario.BEGINNINGS for fsync in get_args(Fsync))
 
 
 def lacking() -> str | None:
@@ -128,25 +126,24 @@ def draw(rng: Random | None) -> Iterator[Fault]:
 
 
 def faults_at(place: Callable[..., Fault], syscall: str) -> Iterator[Fault]:
-    """The ways to fail that every system call has; `place` is where."""
+    """The ways to fail that a system call has; `place` is where."""
     yield place("KILL")
     yield place("EIO")
     yield place("EIO", lasting=True)
     if syscall in TAKEN_BACK:
         yield place("EIO", then="EIO")
         yield place("EIO", then="KILL")
+    if syscall in _NO_SPACE:
+        yield place("ENOSPC")
+        yield place("ENOSPC", lasting=True)
+    if syscall in _INTERRUPTIBLE:
+        yield place("EINTR")
 
 
 def _faults(setting: Setting) -> Iterator[Fault]:
     for syscall, numbers in _occurrences(setting).items():
         for number in sorted(numbers):
-            place = functools.partial(Fault, setting, syscall, number)
-            yield from faults_at(place, syscall)
-            if syscall in _NO_SPACE:
-                yield place("ENOSPC")
-                yield place("ENOSPC", lasting=True)
-            if syscall in _INTERRUPTIBLE:
-                yield place("EINTR")
+            yield from faults_at(functools.partial(Fault, setting, syscall, number), syscall)
 
 
 def _occurrences(setting: Setting) -> dict[str, set[int]]:
