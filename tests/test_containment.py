@@ -292,9 +292,11 @@ async def test_no_program_ignores_a_signal_that_the_bus_was_told_to_ignore(
     runner: ProcessRunner, tmp_path: Path
 ) -> None:
     (tmp_path / "run.py").write_text(SIGNALS)
-    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
+    of_shells = (signal.SIGINT, signal.SIGQUIT)  # which a shell's background ignores
+    ours = [signal.signal(number, signal.SIG_DFL) for number in of_shells]
     plain = subprocess.run([sys.executable, "run.py"], cwd=tmp_path, capture_output=True, check=True)  # noqa: ASYNC221
-    signal.signal(signal.SIGINT, interrupt)
+    for number, handler in zip(of_shells, ours, strict=True):
+        signal.signal(number, handler)
     before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
         modes: tuple[Mode, ...] = ("spawn", "fork")
