@@ -58,8 +58,11 @@ if TYPE_CHECKING:
     from bus.records import Draft
 
 PROBE_BYTES = 4096
-CHECKPOINT_MARK = b'"type":"checkpoint"'
-"""Stands in every checkpoint's line, and may stand in others."""
+CHECKPOINT_START = b'{"hash":'
+"""Of every checkpoint's line, and of some others, but of no call's."""
+
+PREV = b'"prev":"%b"'
+"""Stands in the line behind the one that has this hash."""
 
 _RECENT_BYTES = 1 << 18
 _FEW_BYTES = 1 << 18
@@ -466,7 +469,7 @@ class Chain:
         end = self._size_under_name()
         if end is None or not self._environment_stands or not 0 < self._size < end <= self._size + _FEW_BYTES:
             return False
-        return not self._losses and self._sound_end(end) == end and self._read_on(end)
+        return not self._losses and self._read_on(end)
 
     def _catch_up(self) -> None:
         """Learn what others did since: appended, died in the middle of a write, moved the file away."""
@@ -580,16 +583,24 @@ class Chain:
             return False
 
     def _take_in(self, end: int) -> bool:
-        lines = os.pread(self._fd, end - self._size, self._size).splitlines(keepends=True)
-        if not lines:
+        text = os.pread(self._fd, end - self._size, self._size)
+        if not text:
             return True
-        tree, checkpoint_seq, leaves = self._tree.copy(), None, list(map(hash_in, lines))
-        for line, leaf in zip(lines, leaves, strict=True):
+        if b"\x00" in text or text.find(PREV % self._prev.encode(), 0, text.find(b"\n")) < 0:
+            return False
+        tree, checkpoint_seq, leaves = self._tree.copy(), None, []
+        start = behind = 0
+        while behind < len(text):
+            start, behind = behind, text.find(b"\n", behind) + 1
+            if not behind:
+                raise BrokenLineError("torn", "the last line that was read has no end")
+            leaf = hash_in(text, start, behind)
+            leaves.append(leaf)
             tree.append(leaf)
-            if CHECKPOINT_MARK in line and parse(line)["type"] == TYPE:
+            if text.startswith(CHECKPOINT_START, start) and parse(text[start:behind])["type"] == TYPE:
                 checkpoint_seq = tree.size
-        first, last = parse(lines[0]), check(lines[-1])
-        if (first.get("prev"), first["seq"], last["seq"]) != (self._prev, self.seq + 1, tree.size):
+        last = check(text[start:])
+        if last["seq"] != tree.size:
             return False
         self._recent.add(self._tree, leaves)
         self._size, self._tree, self._prev = end, tree, last["hash"]

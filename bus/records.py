@@ -17,6 +17,7 @@ import json
 import platform
 import re
 import subprocess
+from binascii import unhexlify
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -183,11 +184,16 @@ def is_hash(value: object) -> bool:
     return isinstance(value, str) and _HASH.fullmatch(value) is not None
 
 
-def hash_in(line: bytes) -> bytes:
-    """The 32 bytes of the hash that a line holds, right or wrong. Raises `BrokenLineError` where it holds none."""
-    if (found := _HELD_HASH.search(line)) is None:
+def hash_in(text: bytes, start: int = 0, end: int | None = None) -> bytes:
+    """The 32 bytes of the hash that the line `text[start:end]` holds, right or wrong.
+
+    Raises `BrokenLineError` where it holds none.
+    """
+    at = text.find(_HASH_START, start, end)
+    found = None if at < 0 else _HELD_HASH.match(text, at)
+    if found is None:
         raise BrokenLineError("hash", "it holds no hash")
-    return bytes.fromhex(found[1].decode())
+    return unhexlify(found[1])
 
 
 def _hash_of(line: bytes) -> str | None:
