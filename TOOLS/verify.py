@@ -959,6 +959,8 @@ def _said_of_growth(old: Checkpoint, new: Checkpoint) -> str:
 
 def check_receipt(given: argparse.Namespace, keys: list[Key]) -> Answer:
     members = read_members(given.answer)
+    if isinstance(members.get("outcome"), dict):  # `aal invoke --json --record` has the record beside it
+        members = members["outcome"]
     receipt = members["provenance"] if isinstance(members.get("provenance"), dict) else members
     seq, leaf = count_of(receipt, "seq", 1), hash_of(receipt, "hash")
     size = count_of(receipt, "tree_size", seq)

@@ -19,15 +19,15 @@ written to a hash-chained ledger. Read `dispatch` first: `Bus.invoke` is the sto
                         then), purges (what lets go of its caches, and when), and stress (the signal), which is made of
                         memory (what the kernel tells) and stress_sources (what plug-ins say)
     runners/            a process or an HTTP service: job in, outcome out
-    ledger, provenance  writing and reading the ledger; chain is the file that is written, segments are all its files,
-                        members what the compressed ones are made of, upkeep compresses them, index is what finds lines
-                        and index_view reads it, from a file as index_file opens it; filesync makes the file last, and
-                        unsynced is what could not be made last; tails is how far it is sound after a power loss, and
-                        losses are what is said of what is gone; records says what a line is, canonical its JSON; merkle
-                        is the tree over its lines, recent its latest roots, checkpoints what it says of that now and
-                        then, in notes that the notary signs with the ledger_key, of one history only: signed is what it
-                        has; proofs come from it, and verification holds all against all; starts writes down what may be
-                        cut off
+    ledger, provenance  writing and reading the ledger; chain is the file that is written, in groups of lines, segments
+                        are all its files, members what the compressed ones are made of, upkeep compresses them, index
+                        is what finds lines and index_view reads it, from a file as index_file opens it; filesync makes
+                        the file last, and unsynced is what could not be made last; tails is how far it is sound after a
+                        power loss, and losses are what is said of what is gone; records says what a line is, canonical
+                        its JSON; merkle is the tree over its lines, recent its latest roots, checkpoints what it says
+                        of that now and then, in notes that the notary signs with the ledger_key, of one history only:
+                        signed is what it has; proofs come from it, and verification holds all against all; starts
+                        writes down what may be cut off
     replay              a line run again through the same Bus, and the verdict; drift is what differs, and its cause;
                         gate tries another version of an overlay with many lines, apart from the live bus
 

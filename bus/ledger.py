@@ -20,10 +20,11 @@ from collections import defaultdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from bus.chain import PROBE_BYTES, Chain, Fsync, Group, Receipt, write_all
+from bus.chain import PROBE_BYTES, Chain, Fsync, write_all
 from bus.checkpoints import Checkpoints
 from bus.errors import OverloadError
 from bus.filesync import FileSync
+from bus.groups import Group, Receipt
 from bus.own_files import make_own
 from bus.records import BrokenLineError, draft_record
 from bus.segments import FILE_MODE, make_folder

@@ -37,6 +37,7 @@ FLOORS = [
     ["notary"],
     ["checkpoints", "ledger_key"],
     ["admission", "needs", "tails", "verification", "serving", "envelopes", "tokens", "secrets"],
+    ["groups"],
     ["chain"],
     ["ledger", "guard", "openapi", "proofs", "protocol", "server_lock", "web"],
     ["scheduler", "course", "callers", "targets", "plugins", "profiling"],

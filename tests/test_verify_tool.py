@@ -931,6 +931,8 @@ async def test_every_answer_of_a_bus_is_a_receipt_for_its_line(tmp_path: Path) -
         receipt.write_bytes(orjson.dumps(answer.body))
         ran = run("receipt", receipt, "--log", settings.logs, "--key", vkey, packages=True)
         assert ran.status == 0, ran
+        receipt.write_bytes(orjson.dumps({"outcome": answer.body, "record": {}}))  # of `aal invoke --json --record`
+        assert run("receipt", receipt, "--log", settings.logs, "--key", vkey, packages=True) == ran
         receipt.write_bytes(orjson.dumps(answer.body | {"result": {"forged": True}}))
         ran = run("receipt", receipt, "--log", settings.logs, "--key", vkey, "--json", packages=True)
         assert (ran.status, ran.found["fault"]) == (1, "answer")

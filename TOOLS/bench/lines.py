@@ -33,9 +33,10 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bus import provenance, segments  # noqa: E402
-from bus.chain import Chain, Receipt  # noqa: E402
+from bus.chain import Chain  # noqa: E402
 from bus.dispatch import Bus  # noqa: E402
 from bus.envelopes import read_invocation  # noqa: E402
+from bus.groups import Receipt  # noqa: E402
 from bus.index import index_of  # noqa: E402
 from bus.ledger import Ledger  # noqa: E402
 from bus.model import new_request_id, now_ms  # noqa: E402
